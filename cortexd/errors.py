@@ -1,0 +1,272 @@
+"""Every error that crosses a process, or reaches a user, as one flat set of classes.
+
+A leaf module: it imports nothing of ours. Each class fixes the stable `code`, the OpenAI error
+`type`, the HTTP status and whether a retry can help; the message names the subject, the bad value,
+what is allowed and what to do. Actors send errors as `ErrorInfo`; `ErrorInfo.to_exception` restores
+the class from its code.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+Detail = str | int | float | bool | None | list[str]
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, array_like=True, tag="ErrorInfo"):
+    """An error on the wire: what `CortexError` holds, without the class."""
+
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+    details: dict[str, Detail] = {}
+
+    def to_exception(self) -> CortexError:
+        """Return the exception of the class that owns this code (`Internal` when unknown)."""
+        error_class = ERRORS_BY_CODE.get(self.code, Internal)
+        error = error_class(
+            self.message, param=self.param, retry_after_s=self.retry_after_s, **self.details
+        )
+        return error
+
+
+class CortexError(Exception):
+    """Base of all errors a user, a client or another actor may see."""
+
+    code: ClassVar[str] = "internal_error"
+    type: ClassVar[str] = "api_error"
+    http_status: ClassVar[int] = 500
+    retriable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        **details: Detail,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.details = details
+
+    def to_info(self) -> ErrorInfo:
+        """Return the wire form."""
+        return ErrorInfo(self.code, self.message, self.param, self.retry_after_s, self.details)
+
+
+class Internal(CortexError):
+    """A fault of ours; the log holds the traceback."""
+
+
+class ConfigError(CortexError):
+    """The configuration cannot be used; nothing was started."""
+
+    code = "config_error"
+    type = "invalid_request_error"
+    http_status = 400
+
+
+class InvalidRequest(CortexError):
+    """The caller sent something that no retry will make right."""
+
+    code = "invalid_request"
+    type = "invalid_request_error"
+    http_status = 400
+
+
+class InvalidJson(InvalidRequest):
+    """The body is not JSON, or not a JSON object."""
+
+    code = "invalid_json"
+
+
+class MissingParameter(InvalidRequest):
+    """A required field is absent."""
+
+    code = "missing_required_parameter"
+
+
+class InvalidType(InvalidRequest):
+    """A field has the wrong JSON type."""
+
+    code = "invalid_type"
+
+
+class InvalidValue(InvalidRequest):
+    """A field has the right type and a value outside its range."""
+
+    code = "invalid_value"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A field or value that is known to the API and not supported here."""
+
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt (plus requested output) does not fit; details hold `max` and `prompt_len`."""
+
+    code = "context_length_exceeded"
+
+
+class RequestTooLarge(InvalidRequest):
+    """The HTTP body, or a message, is over its limit."""
+
+    code = "request_too_large"
+    http_status = 413
+
+
+class NotFound(CortexError):
+    """No such route, actor or operation."""
+
+    code = "not_found"
+    type = "invalid_request_error"
+    http_status = 404
+
+
+class ModelNotFound(CortexError):
+    """No neuron has or can load this model."""
+
+    code = "model_not_found"
+    type = "invalid_request_error"
+    http_status = 404
+
+
+class ModelAlreadyLoaded(CortexError):
+    """A load was asked for a model that is loaded or loading with other options."""
+
+    code = "model_already_loaded"
+    type = "invalid_request_error"
+    http_status = 409
+
+
+class UnsupportedArchitecture(CortexError):
+    """The checkpoint's architecture or a tensor type has no implementation here."""
+
+    code = "unsupported_architecture"
+    type = "invalid_request_error"
+    http_status = 422
+
+
+class BadModelFile(CortexError):
+    """A model file is truncated, hostile or inconsistent; the message names the file."""
+
+    code = "bad_model_file"
+    type = "invalid_request_error"
+    http_status = 422
+
+
+class ModelSourceError(CortexError):
+    """A model could not be fetched (network, registry, missing revision, checksum)."""
+
+    code = "model_source_error"
+    http_status = 502
+
+
+class InsufficientDisk(CortexError):
+    """Not enough disk for a download; the message names the path and both sizes."""
+
+    code = "insufficient_disk"
+    http_status = 507
+
+
+class InsufficientMemory(CortexError):
+    """The model does not fit; the message says needed and available bytes."""
+
+    code = "insufficient_memory"
+    http_status = 507
+
+
+class ModelLoading(CortexError):
+    """The model is on its way; details hold progress."""
+
+    code = "model_loading"
+    http_status = 503
+    retriable = True
+
+
+class ModelLoadFailed(CortexError):
+    """A load ended in an error; the message holds the cause."""
+
+    code = "model_load_failed"
+    http_status = 503
+    retriable = True
+
+
+class EngineRestarting(CortexError):
+    """The engine group of this model died and is coming back."""
+
+    code = "engine_restarting"
+    http_status = 503
+    retriable = True
+
+
+class NonFiniteLogits(CortexError):
+    """This row's logits held NaN or infinity; only this request failed."""
+
+    code = "non_finite_logits"
+
+
+class Overloaded(CortexError):
+    """A queue is at its bound."""
+
+    code = "queue_full"
+    type = "rate_limit_error"
+    http_status = 429
+    retriable = True
+
+
+class DeadlineExceeded(CortexError):
+    """No answer came before the deadline."""
+
+    code = "deadline_exceeded"
+    http_status = 504
+    retriable = True
+
+
+class ActorDown(CortexError):
+    """The addressed actor (or that incarnation of it) is gone."""
+
+    code = "actor_down"
+    http_status = 503
+    retriable = True
+
+
+class MailboxFull(CortexError):
+    """The addressed actor does not keep up."""
+
+    code = "mailbox_full"
+    http_status = 503
+    retriable = True
+
+
+class ShuttingDown(CortexError):
+    """The daemon is draining."""
+
+    code = "server_shutting_down"
+    http_status = 503
+    retriable = True
+
+
+class Cancelled(CortexError):
+    """The client went away, or an operator cancelled."""
+
+    code = "request_cancelled"
+    http_status = 499
+
+
+def _all_subclasses(root: type[CortexError]) -> list[type[CortexError]]:
+    children = root.__subclasses__()
+    return children + [leaf for child in children for leaf in _all_subclasses(child)]
+
+
+ERRORS_BY_CODE: dict[str, type[CortexError]] = {
+    error_class.code: error_class for error_class in _all_subclasses(CortexError)
+}
