@@ -1,0 +1,153 @@
+"""All messages between actors: one tagged msgspec struct each, grouped by what they are about.
+
+`Body` is the closed union that the transport decodes; a frame that is none of these is refused and
+counted. Keep fields append-only within a release.
+"""
+
+from __future__ import annotations
+
+from cortexd.errors import ErrorInfo
+from cortexd.messages.admin import AdminCommand, AdminProgress, AdminReply
+from cortexd.messages.control import (
+    ActorDown,
+    ActorInfo,
+    ActorUp,
+    Beat,
+    Bye,
+    Drain,
+    GroupDown,
+    GroupStarting,
+    GroupUp,
+    Hello,
+    Ok,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    StartGroup,
+    Stop,
+    StopGroup,
+    Welcome,
+)
+from cortexd.messages.fleet import (
+    EndRequest,
+    EvictionProposal,
+    HostReport,
+    ListModels,
+    LoadModel,
+    LoadReport,
+    MetricsSample,
+    ModelList,
+    ModelLoaded,
+    ProposeEviction,
+    QueryHost,
+    QueryLoad,
+    RequestFinished,
+    ResolvedFiles,
+    ResolveFiles,
+    ResolveProgress,
+    Route,
+    Routed,
+    UnloadIdle,
+    UnloadModelNow,
+)
+from cortexd.messages.inference import Cancel, Submit, TokenBatch
+
+Body = (
+    ErrorInfo
+    | AdminCommand
+    | AdminProgress
+    | AdminReply
+    | ActorDown
+    | ActorInfo
+    | ActorUp
+    | Beat
+    | Bye
+    | Drain
+    | GroupDown
+    | GroupStarting
+    | GroupUp
+    | Hello
+    | Ok
+    | Ping
+    | Pong
+    | Progress
+    | Ready
+    | StartGroup
+    | Stop
+    | StopGroup
+    | Welcome
+    | EndRequest
+    | EvictionProposal
+    | HostReport
+    | ListModels
+    | LoadModel
+    | LoadReport
+    | MetricsSample
+    | ModelList
+    | ModelLoaded
+    | ProposeEviction
+    | QueryHost
+    | QueryLoad
+    | ResolveFiles
+    | ResolvedFiles
+    | ResolveProgress
+    | RequestFinished
+    | Route
+    | Routed
+    | UnloadIdle
+    | UnloadModelNow
+    | Cancel
+    | Submit
+    | TokenBatch
+)
+
+__all__ = [
+    "ActorDown",
+    "ActorInfo",
+    "ActorUp",
+    "AdminCommand",
+    "AdminProgress",
+    "AdminReply",
+    "Beat",
+    "Body",
+    "Bye",
+    "Cancel",
+    "Drain",
+    "EndRequest",
+    "ErrorInfo",
+    "EvictionProposal",
+    "GroupDown",
+    "GroupStarting",
+    "GroupUp",
+    "Hello",
+    "HostReport",
+    "ListModels",
+    "LoadModel",
+    "LoadReport",
+    "MetricsSample",
+    "ModelList",
+    "ModelLoaded",
+    "Ok",
+    "Ping",
+    "Pong",
+    "Progress",
+    "ProposeEviction",
+    "QueryHost",
+    "QueryLoad",
+    "Ready",
+    "RequestFinished",
+    "ResolveFiles",
+    "ResolveProgress",
+    "ResolvedFiles",
+    "Route",
+    "Routed",
+    "StartGroup",
+    "Stop",
+    "StopGroup",
+    "Submit",
+    "TokenBatch",
+    "UnloadIdle",
+    "UnloadModelNow",
+    "Welcome",
+]

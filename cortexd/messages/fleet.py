@@ -1,0 +1,203 @@
+"""Router, store, poller, evictor and metrics: what runs where, and who may be unloaded."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cortexd.messages.control import Message
+from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelStatus
+
+
+class Route(Message, frozen=True, tag="Route"):
+    """Front → router: where does this model run? Answer `Routed` or an error.
+
+    `request_id` opens a lease that `EndRequest` (or the front's death) closes; a leased model is
+    never evicted. With `wait`, the answer comes when the model is loaded (within the deadline);
+    without, a cold model starts loading and the answer is `ModelLoading`.
+    """
+
+    model: str
+    request_id: str
+    wait: bool = False
+
+
+class Routed(Message, frozen=True, tag="Routed"):
+    """A loaded local model: its leader actor and all the front needs to tokenise for it."""
+
+    model_id: str
+    leader: str
+    incarnation: int
+    epoch: int
+    files: ModelFiles
+    spec: ModelSpec
+    limits: ModelLimits
+    cold_start: bool = False
+
+
+class EndRequest(Message, frozen=True, tag="EndRequest"):
+    """Front → router: the lease is over, whatever the ending."""
+
+    request_id: str
+
+
+class ListModels(Message, frozen=True, tag="ListModels"):
+    """Ask the router for all models it knows. Answer `ModelList`."""
+
+
+class ModelList(Message, frozen=True, tag="ModelList"):
+    """Answer to ListModels. `aliases` maps alias → model id."""
+
+    models: list[ModelStatus]
+    aliases: dict[str, str] = {}
+    known_sources: list[str] = []
+
+
+class LoadModel(Message, frozen=True, tag="LoadModel"):
+    """Load (single flight); `Ok` when loaded. A second caller with the same options joins."""
+
+    options: LoadOptions
+
+
+class UnloadModelNow(Message, frozen=True, tag="UnloadModelNow"):
+    """Drain, then end the model's group; `Ok` when its memory is free."""
+
+    model_id: str
+    force: bool = False
+
+
+class ModelLoaded(Message, frozen=True, tag="ModelLoaded"):
+    """Leader → router when ready: what the engine derived."""
+
+    model_id: str
+    group: str
+    epoch: int
+    limits: ModelLimits
+    memory_bytes: int
+    device: str
+    dtype: str
+    backend: str
+    load_s: float
+
+
+class ResolveFiles(Message, frozen=True, tag="ResolveFiles"):
+    """Router or admin → store: bring this model's files to disk. Answer `ResolvedFiles`.
+
+    While it runs, `ResolveProgress` messages go to the asking actor.
+    """
+
+    model_id: str
+    quant: str | None = None
+
+
+class ResolvedFiles(Message, frozen=True, tag="ResolvedFiles"):
+    """Answer to ResolveFiles: the files, and what the pre-flight check read from them."""
+
+    files: ModelFiles
+    spec: ModelSpec
+
+
+class ResolveProgress(Message, frozen=True, tag="ResolveProgress"):
+    """Store → asker: bytes so far of a running download."""
+
+    model_id: str
+    stage: str
+    done_bytes: int
+    total_bytes: int  # 0 = unknown
+
+
+class QueryLoad(Message, frozen=True, tag="QueryLoad"):
+    """Poller → leader: answer `LoadReport`."""
+
+
+class LoadReport(Message, frozen=True, tag="LoadReport"):
+    """One engine's load figures; also forwarded poller → router and metrics."""
+
+    model_id: str
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    tok_s_prefill: float  # exponential moving average, tokens per second
+    tok_s_decode: float
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    steps: int
+
+
+class DeviceReport(msgspec.Struct, frozen=True, array_like=True):
+    """One device: index, memory in bytes, utilisation in percent, temperature in °C."""
+
+    index: int
+    name: str
+    kind: str  # cuda | cpu
+    memory_total_bytes: int
+    memory_used_bytes: int
+    utilization_pct: float | None = None
+    temperature_c: float | None = None
+    compute_capability: str | None = None
+
+
+class QueryHost(Message, frozen=True, tag="QueryHost"):
+    """Anyone → poller: answer the last `HostReport` at once."""
+
+
+class HostReport(Message, frozen=True, tag="HostReport"):
+    """Poller's last look at this host; also told to router and metrics at each poll."""
+
+    hostname: str
+    os: str
+    kernel: str
+    driver_version: str | None
+    devices: list[DeviceReport]
+    loads: list[LoadReport]
+    age_s: float = 0.0
+
+
+class ProposeEviction(Message, frozen=True, tag="ProposeEviction"):
+    """Router → evictor: room for `needed_bytes` is wanted for `incoming`. Answer a proposal."""
+
+    incoming: str
+    needed_bytes: int
+    models: list[ModelStatus]
+
+
+class EvictionProposal(Message, frozen=True, tag="EvictionProposal"):
+    """Evictor → router: models to unload, first victim first. The router decides."""
+
+    victims: list[str]
+    reason: str
+
+
+class UnloadIdle(Message, frozen=True, tag="UnloadIdle"):
+    """Evictor → router: this model has been idle past its time-to-live."""
+
+    model_id: str
+    idle_s: float
+
+
+class RequestFinished(Message, frozen=True, tag="RequestFinished"):
+    """Front → metrics: one record per request, whatever the ending. Times in seconds."""
+
+    request_id: str
+    model: str
+    node: str
+    route: str
+    status: int
+    error_code: str | None
+    finish_reason: str | None
+    stream: bool
+    cold_start: bool
+    duration_s: float
+    ttft_s: float | None
+    decode_s: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class MetricsSample(Message, frozen=True, tag="MetricsSample"):
+    """Any actor → metrics: set gauge or counter values by name and labels."""
+
+    source: str
+    samples: list[tuple[str, dict[str, str], float]]

@@ -1,0 +1,69 @@
+"""Front ↔ leader: one `Submit` per sequence, one `TokenBatch` per engine step and front."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cortexd.errors import ErrorInfo
+from cortexd.messages.control import Message
+
+
+class Submit(Message, frozen=True, tag="Submit"):
+    """Run one sequence. Numbers are validated by the front; the engine checks them again.
+
+    `sequence_id` is unique per front incarnation; `prompt_token_ids`, `stop_token_ids` are packed
+    little-endian int32. `max_tokens` is the number of tokens to generate at most (>= 1).
+    """
+
+    request_id: str
+    sequence_id: int
+    prompt_token_ids: bytes
+    max_tokens: int
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    num_logprobs: int = -1  # -1: none; 0: the chosen token's; n: also the n most likely
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    stop_token_ids: bytes = b""
+    logit_bias: dict[int, float] = {}
+
+
+class Cancel(Message, frozen=True, tag="Cancel"):
+    """Drop this sequence at the next step boundary; no answer."""
+
+    sequence_id: int
+
+
+class SequenceDelta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step added to one sequence.
+
+    `finish_reason`: None while it runs; "stop" (an end token; it is not in `token_ids`), "length",
+    "cancelled" or "error" (then `error` is set). `top_ids`/`top_logprobs` run parallel to
+    `token_ids`.
+    """
+
+    sequence_id: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    logprobs: list[float] = []
+    top_ids: list[list[int]] = []
+    top_logprobs: list[list[float]] = []
+    num_prompt_tokens: int = 0  # set with the first delta
+    num_cached_tokens: int = 0
+    error: ErrorInfo | None = None
+    # While a prompt prefills, one delta without tokens per step tells how far it is.
+    num_prefilled_tokens: int = 0
+
+
+class TokenBatch(Message, frozen=True, tag="TokenBatch"):
+    """Leader → front: all its sequences that this step touched."""
+
+    epoch: int
+    step: int
+    deltas: list[SequenceDelta]
