@@ -1,8 +1,8 @@
 """The pool of KV-cache block ids: who holds a block, and which one is handed out next.
 
-Called by the scheduler only; pure bookkeeping, no tensors. A block is held by counted references, so
-sequences may share one. A block without references stands in the free list, least recently freed
-first. A wrong release is a programmer's error and raises `AssertionError` at once.
+Called by the scheduler only; pure bookkeeping, no tensors. A block is held by counted references,
+so sequences may share one. A block without references stands in the free list, least recently
+freed first. A wrong release is a programmer's error and raises `AssertionError` at once.
 """
 
 from __future__ import annotations

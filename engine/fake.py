@@ -1,8 +1,8 @@
 """A deterministic stand-in for `Engine`: same interface, no torch, no model. For runtime tests.
 
-Each sequence emits `checksum_token(prompt, index)` for index 0, 1, ...: a test that knows the prompt
-knows every token, so a stream that gets another's token is found at once. One token per sequence and
-step, in order of submission; the prompt counts as prefilled in the first step.
+Each sequence emits `checksum_token(prompt, index)` for index 0, 1, ...: a test that knows the
+prompt knows every token, so a stream that gets another's token is found at once. One token per
+sequence and step, in order of submission; the prompt counts as prefilled in the first step.
 
 The first prompt token can ask for trouble:
 

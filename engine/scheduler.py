@@ -29,7 +29,7 @@ STEPS_TO_REGROW: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """Tokens start..start+num_tokens-1 of one sequence; `samples` when the last one is among them."""
+    """Tokens start..start+num_tokens-1 of a sequence; `samples` when its last one is among them."""
 
     sequence: Sequence
     start: int

@@ -43,7 +43,7 @@ class Sequence:
     def __repr__(self) -> str:
         return (
             f"<Sequence {self.owner}:{self.sequence_id} {self.state.value}, "
-            f"{self.num_computed} of {len(self.token_ids)} computed, {len(self.block_table)} blocks>"
+            f"{self.num_computed}/{len(self.token_ids)} computed, {len(self.block_table)} blocks>"
         )
 
     @property
