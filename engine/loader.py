@@ -15,8 +15,10 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
+from cortexd.errors import BadModelFile
 from cortexd.models import ModelFiles, ModelSpec
-from engine.formats.checkpoint import Checkpoint, CheckpointTensor, check_plan
+from engine.formats.checkpoint import Checkpoint, CheckpointTensor
+from engine.formats.checkpoint_check import check_plan
 from engine.formats.ggml import GGMLType
 from engine.layers.embedding import Embedding, tied_embedding
 from engine.layers.linear import Backend, Linear, Weight, pack_native
@@ -159,10 +161,15 @@ class Weights:
         """Return the divisors (head_dim / 2,) float32 of the rope frequencies, where given.
 
         Only GGUF files of models with llama3 rope scaling carry them; the spec's own rope type is
-        then "default".
+        then "default". Raises: BadModelFile when one is not positive and finite.
         """
         tensor = self._checkpoint.rope_factors
-        return None if tensor is None else _dense(tensor).to(self.device, torch.float32, copy=True)
+        if tensor is None:
+            return None
+        factors = _dense(tensor).to(torch.float32, copy=True)
+        if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+            raise BadModelFile(f"{tensor.file.path}: {tensor.name} must be positive and finite")
+        return factors.to(self.device)
 
     def check_all_used(self) -> None:
         """Check that the model asked for every planned tensor; a fault here is the model's."""
