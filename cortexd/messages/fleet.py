@@ -167,10 +167,11 @@ class HostReport(Message, frozen=True, tag="HostReport"):
 
 
 class ProposeEviction(Message, frozen=True, tag="ProposeEviction"):
-    """Router → evictor: room for `needed_bytes` is wanted for `incoming`. Answer a proposal."""
+    """Router → evictor: `incoming` wants `needed_bytes`, of which `free_bytes` are free now."""
 
     incoming: str
     needed_bytes: int
+    free_bytes: int
     models: list[ModelStatus]
 
 
