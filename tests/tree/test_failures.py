@@ -1,4 +1,4 @@
-"""Killing what can be killed under traffic: every request ends, the service comes back, no orphan."""
+"""Killing what can be killed under traffic: every request ends, the service comes back."""
 
 from __future__ import annotations
 
