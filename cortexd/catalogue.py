@@ -11,10 +11,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path as FilePath
 from typing import Annotated, Final
 
+import msgspec
 from msgspec import Meta
 
 from cortexd.errors import ConfigError
-from cortexd.model_id import check_model_id
+from cortexd.model_id import absolute_model_id, check_model_id
+from cortexd.paths import home_dir
 from cortexd.problem import Locations, Problem, dotted, raise_problems
 from cortexd.schema import read_struct
 from cortexd.settings import Harness, NonNegativeInt, PositiveInt, Section
@@ -105,7 +107,21 @@ def load_catalogue(models_config: str | None) -> Catalogue:
     failed = {problem.path for problem in problems}
     problems += [found for found in _check(catalogue) if found.path not in failed]
     raise_problems(problems, Locations(file.name, file.lines, {}))
-    return catalogue
+    return _with_absolute_paths(catalogue, FilePath(models_config).absolute().parent)
+
+
+def _with_absolute_paths(catalogue: Catalogue, folder: FilePath) -> Catalogue:
+    """Return the catalogue with local models named as the rest of the daemon names them."""
+    home = home_dir()
+    models = [
+        msgspec.structs.replace(model, id=absolute_model_id(model.id, folder, home))
+        for model in catalogue.models
+    ]
+    aliases = {
+        alias: absolute_model_id(target, folder, home)
+        for alias, target in catalogue.aliases.items()
+    }
+    return Catalogue(models=models, aliases=aliases)
 
 
 def alias_warnings(catalogue: Catalogue, known_ids: Collection[str] = ()) -> list[str]:

@@ -35,14 +35,14 @@ def state_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Pa
     """Return the folder of logs and remembered state; nothing is created."""
     if settings.paths.state_dir is not None:
         return Path(settings.paths.state_dir)
-    return (_xdg(environ, "XDG_STATE_HOME") or _home(environ) / ".local/state") / "cortexd"
+    return (_xdg(environ, "XDG_STATE_HOME") or home_dir(environ) / ".local/state") / "cortexd"
 
 
 def cache_dir(store: Store, environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of downloaded models that no other cache holds; nothing is created."""
     if store.cache_dir is not None:
         return Path(store.cache_dir)
-    return (_xdg(environ, "XDG_CACHE_HOME") or _home(environ) / ".cache") / "cortexd"
+    return (_xdg(environ, "XDG_CACHE_HOME") or home_dir(environ) / ".cache") / "cortexd"
 
 
 def prepare_runtime_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
@@ -109,14 +109,20 @@ def admin_socket(settings: Settings, environ: Mapping[str, str] = os.environ) ->
     return ipc_path(runtime_dir(settings, environ), ADMIN_SOCKET)
 
 
+def config_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of the user's own configuration."""
+    return (_xdg(environ, "XDG_CONFIG_HOME") or home_dir(environ) / ".config") / "cortexd"
+
+
+def home_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the user's home, also where HOME is unset (as under some service managers)."""
+    return Path(environ.get("HOME") or "~").expanduser()
+
+
 def _xdg(environ: Mapping[str, str], name: str) -> Path | None:
     """Return an XDG folder; unset, empty and relative values do not count (as its rules say)."""
     value = environ.get(name, "")
     return Path(value) if os.path.isabs(value) else None
-
-
-def _home(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("HOME") or "~").expanduser()
 
 
 def _is_owned(folder: Path, uid: int) -> bool:
