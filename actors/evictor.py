@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 from cortexd.messages.envelope import Envelope
 
 from actors.actor import AsyncActor, handles
