@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Final
 
 from cli import format as fmt
@@ -53,7 +53,7 @@ class Conversation:
         self._model = model
         self._sampling = sampling
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str) -> Generator[str, None, None]:
         """Yield the answer piece by piece, then keep both sides in the history.
 
         A question without any answer (an error, or stopped at once) is not kept.
@@ -66,17 +66,14 @@ class Conversation:
             **self._sampling,
         }
         answer = ""
-        events = self._client.stream("/v1/chat/completions", body)
         try:
-            for event in events:
-                piece = _content(event)
-                answer += piece
-                if piece:
-                    yield piece
+            with contextlib.closing(self._client.stream("/v1/chat/completions", body)) as events:
+                for event in events:
+                    piece = _content(event)
+                    answer += piece
+                    if piece:
+                        yield piece
         finally:
-            close = getattr(events, "close", None)
-            if close is not None:
-                close()
             if answer:
                 self.messages += [question_message, {"role": "assistant", "content": answer}]
 
@@ -125,7 +122,7 @@ def _answer(conversation: Conversation, question: str, *, interactive: bool) -> 
             print(fmt.printable(piece), end="", flush=True)
         print()
     except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
         if not interactive:
             raise
         print(" [stopped]")

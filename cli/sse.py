@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Final
 from urllib.parse import urlsplit
@@ -44,7 +44,7 @@ class ApiClient:
             raise error_in(document, response.status)
         return document
 
-    def stream(self, path: str, body: Document) -> Iterator[Document]:
+    def stream(self, path: str, body: Document) -> Generator[Document, None, None]:
         """POST and yield the JSON object of each event; closing the iterator ends the request.
 
         Raises: CommandError (exit 3), CortexError for an error status or an error event.
