@@ -173,7 +173,9 @@ class Router(AsyncActor):
                 raise self._not_found(message.model)
         model.leases[message.request_id] = f"{envelope.src.name}.{envelope.src.incarnation}"
         model.last_used = time.monotonic()
-        assert model.files and model.spec and model.limits, "a loaded model is described"
+        assert model.files is not None, "a loaded model is described"
+        assert model.spec is not None, "a loaded model is described"
+        assert model.limits is not None, "a loaded model is described"
         return Routed(
             model.options.model_id,
             model.leader,
