@@ -108,11 +108,11 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """One likely token. `bytes` is None when the token is a piece of a character."""
+    """One likely token. `bytes` are its own, which may be a piece of a character."""
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class TokenLogprob(TopLogprob, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from actors.front.chat import ChatDialect
 from actors.front.completions import CompletionDialect
 from actors.front.error_response import error_response, from_http_exception
 from actors.front.inference import InferenceHandler
-from actors.front.services import SERVICES, Services
+from actors.front.services import REQUEST_ID, SERVICES, Services
 from actors.front.stream import StreamBroken
 from cortexd.errors import CortexError, Internal
 from cortexd.log import event
@@ -29,8 +29,8 @@ def build_app(services: Services, listener: str) -> web.Application:
         client_max_size=services.settings.gateway.max_body_mib * 2**20,
     )
     app[SERVICES] = services
-    app.router.add_post("/v1/chat/completions", InferenceHandler(ChatDialect()))
-    app.router.add_post("/v1/completions", InferenceHandler(CompletionDialect()))
+    app.router.add_post("/v1/chat/completions", InferenceHandler(ChatDialect()).handle)
+    app.router.add_post("/v1/completions", InferenceHandler(CompletionDialect()).handle)
     app.router.add_get("/v1/models", models.list_models)
     app.router.add_get("/v1/models/{model_id:.+}", models.get_model)
     app.router.add_get("/livez", health.livez)
@@ -53,7 +53,7 @@ def build_app(services: Services, listener: str) -> web.Application:
 async def _envelope_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     services = request.app[SERVICES]
     offered = request.headers.get("x-request-id", "")
-    request["request_id"] = offered if _REQUEST_ID.fullmatch(offered) else uuid.uuid4().hex
+    request[REQUEST_ID] = offered if _REQUEST_ID.fullmatch(offered) else uuid.uuid4().hex
     try:
         response = await handler(request)
     except CortexError as error:
@@ -68,7 +68,7 @@ async def _envelope_middleware(request: web.Request, handler: Handler) -> web.St
             raise ConnectionError("the stream was ended with an error event") from error
         response = error_response(Internal("the server failed; see its log"))
     if not response.prepared:
-        response.headers["x-request-id"] = request["request_id"]
+        response.headers["x-request-id"] = request[REQUEST_ID]
         if services.is_draining:
             response.force_close()
     return response
@@ -80,7 +80,7 @@ def _log_failure(services: Services, request: web.Request, error: Exception) -> 
         "http.failed",
         40,
         exc_info=True,
-        id=request["request_id"],
+        id=request[REQUEST_ID],
         method=request.method,
         path=request.path,
         error=repr(error),

@@ -135,19 +135,14 @@ def _logprobs(scores: list[TokenScore]) -> ChatLogprobs | None:
     return ChatLogprobs(
         content=[
             TokenLogprob(
-                token=score.text,
-                logprob=score.logprob,
-                bytes=_bytes(score.text),
+                token=score.chosen.text,
+                logprob=score.chosen.logprob,
+                bytes=list(score.chosen.data),
                 top_logprobs=[
-                    TopLogprob(token=text, logprob=logprob, bytes=_bytes(text))
-                    for text, logprob in score.rivals
+                    TopLogprob(token=rival.text, logprob=rival.logprob, bytes=list(rival.data))
+                    for rival in score.rivals
                 ],
             )
             for score in scores
         ]
     )
-
-
-def _bytes(text: str) -> list[int] | None:
-    """Return the token's bytes; unknown when it is only a piece of a character."""
-    return None if "\ufffd" in text else list(text.encode())

@@ -7,30 +7,31 @@ log probabilities tokens are taken one at a time, so that counts and offsets are
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from actors.front.text_models import TextModel
 from cortexd.errors import EngineRestarting, Internal
 from cortexd.messages.inference import SequenceDelta
+from engine.text.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from engine.text.text_model import TextModel
 
 
-class StopFilter(Protocol):
-    """Holds text back while it may be the start of a stop string."""
+@dataclass(slots=True, frozen=True)
+class ScoredToken:
+    """One token as text and bytes, with its log probability."""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Return the text that is safe to send, and whether a stop string was met."""
-
-    def flush(self) -> str:
-        """Return what was held back, at the end."""
+    text: str
+    data: bytes
+    logprob: float
 
 
 @dataclass(slots=True, frozen=True)
 class TokenScore:
-    """A token's text, log probability, likely rivals, and where its text starts in the answer."""
+    """The chosen token, its likely rivals, and where its text starts in the answer."""
 
-    text: str
-    logprob: float
-    rivals: list[tuple[str, float]]
+    chosen: ScoredToken
+    rivals: list[ScoredToken]
     offset: int
 
 
@@ -45,16 +46,21 @@ class ChoiceOutput:
 
 
 class Choice:
-    """State of one answer. `is_first_answer` marks the one that counts its prompt's cached tokens."""
+    """State of one answer.
+
+    `is_first_answer` marks the one that counts its prompt's cached tokens; `continues_text` an
+    answer that goes on with its prompt's text instead of opening a turn.
+    """
 
     def __init__(
         self,
         index: int,
         text_model: TextModel,
-        stop_filter: StopFilter | None,
+        stop_strings: StopStrings | None,
         *,
         wants_scores: bool,
         is_first_answer: bool,
+        continues_text: bool,
     ) -> None:
         self.index = index
         self.is_first_answer = is_first_answer
@@ -63,8 +69,8 @@ class Choice:
         self.finish_reason: str | None = None
         self.was_stopped_by_text = False
         self._text_model = text_model
-        self._detokenizer = text_model.detokenizer()
-        self._stop_filter = stop_filter
+        self._detokenizer = text_model.detokenizer(continues_text=continues_text)
+        self._stop_strings = stop_strings
         self._wants_scores = wants_scores
         self._text = ""
         self._text_length = 0
@@ -77,7 +83,7 @@ class Choice:
         if delta.error is not None:
             raise delta.error.to_exception()
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        if self._stop_filter is None and not self._wants_scores:
+        if self._stop_strings is None and not self._wants_scores:
             self.num_tokens += len(delta.token_ids)
             if delta.token_ids:
                 self._text += self._detokenizer.push(delta.token_ids)
@@ -106,10 +112,10 @@ class Choice:
     def _emit(self, text: str) -> bool:
         """Add text that may be sent; return True when a stop string ended the answer."""
         self._text_length += len(text)
-        if self._stop_filter is None:
+        if self._stop_strings is None:
             self._text += text
             return False
-        safe, is_stopped = self._stop_filter.push(text)
+        safe, is_stopped = self._stop_strings.push(text)
         self._text += safe
         if is_stopped:
             self.was_stopped_by_text = True
@@ -123,16 +129,18 @@ class Choice:
             raise Internal(f"the engine ended this request without a cause ({reason})")
         if self._emit(self._detokenizer.flush()):
             return
-        if self._stop_filter is not None:
-            self._text += self._stop_filter.flush()
+        if self._stop_strings is not None:
+            self._text += self._stop_strings.flush()
         self.finish_reason = reason
 
     def _score(self, token_id: int, position: int, delta: SequenceDelta) -> TokenScore:
-        decode = self._text_model.decode
-        rivals: list[tuple[str, float]] = []
+        rivals: list[ScoredToken] = []
         if position < len(delta.top_ids):
             pairs = zip(delta.top_ids[position], delta.top_logprobs[position], strict=True)
-            rivals = [(decode([rival]), logprob) for rival, logprob in pairs]
-        return TokenScore(
-            decode([token_id]), delta.logprobs[position], rivals, offset=self._text_length
-        )
+            rivals = [self._scored(rival, logprob) for rival, logprob in pairs]
+        chosen = self._scored(token_id, delta.logprobs[position])
+        return TokenScore(chosen, rivals, offset=self._text_length)
+
+    def _scored(self, token_id: int, logprob: float) -> ScoredToken:
+        model = self._text_model
+        return ScoredToken(model.decode([token_id]), model.token_bytes(token_id), logprob)

@@ -94,8 +94,11 @@ def _logprobs(scores: list[TokenScore]) -> CompletionLogprobs | None:
     if not scores:
         return None
     return CompletionLogprobs(
-        tokens=[score.text for score in scores],
-        token_logprobs=[score.logprob for score in scores],
-        top_logprobs=[{**dict(score.rivals), score.text: score.logprob} for score in scores],
+        tokens=[score.chosen.text for score in scores],
+        token_logprobs=[score.chosen.logprob for score in scores],
+        top_logprobs=[
+            {token.text: token.logprob for token in [*score.rivals, score.chosen]}
+            for score in scores
+        ],
         text_offset=[score.offset for score in scores],
     )

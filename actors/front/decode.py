@@ -31,13 +31,15 @@ _MISSING_FIELD = re.compile(r"missing required field `(?P<field>\w+)`")
 def decode_body(body: bytes, struct: type[StructT]) -> StructT:
     """Return the body as `struct`. Raises: InvalidJson, InvalidType, InvalidValue."""
     try:
-        return _decoder(struct).decode(body)
+        decoded = _decoder(struct).decode(body)
     except msgspec.ValidationError as error:
         raise _explain(str(error), body, struct) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidJson(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise InvalidJson("the body is not usable JSON: it is nested too deeply") from None
+    assert isinstance(decoded, struct), "a decoder returns its type"
+    return decoded
 
 
 def decode_raw(raw: msgspec.Raw) -> object:
@@ -52,7 +54,7 @@ def decode_raw(raw: msgspec.Raw) -> object:
 
 
 @lru_cache
-def _decoder(struct: type[StructT]) -> msgspec.json.Decoder[StructT]:
+def _decoder(struct: type[msgspec.Struct]) -> msgspec.json.Decoder[msgspec.Struct]:
     return msgspec.json.Decoder(struct)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from cortexd.messages.envelope import Envelope
+
 from actors.actor import ActorContext, AsyncActor, handles
 from actors.front.sequences import SequenceTable
 from actors.front.server import Server
@@ -13,7 +15,6 @@ from actors.front.text_models import TextModels
 from cortexd.errors import CortexError, EngineRestarting, ShuttingDown
 from cortexd.log import event
 from cortexd.messages import ActorDown, GroupDown, TokenBatch
-from cortexd.messages.envelope import Envelope
 
 # What is left of the drain deadline for error events to reach their clients.
 _LAST_WORDS_S = 0.5

@@ -191,12 +191,11 @@ class Generation:
                 StopStrings(stop) if stop else None,
                 wants_scores=self._request.num_logprobs >= 0,
                 is_first_answer=index % answers == 0,
+                continues_text=self._request.kind == "completion",
             )
             self._choices.append(choice)
             sequence_id = self._services.sequences.open(
-                RunningSequence(
-                    self._queue, index, routed.leader, routed.incarnation, routed.epoch
-                )
+                RunningSequence(self._queue, index, routed.leader, routed.incarnation, routed.epoch)
             )
             self._running[index] = sequence_id
             self._tell_leader(prepared.submit(self._request, index, sequence_id))

@@ -13,7 +13,7 @@ from actors.front.dialect import Answer, Dialect
 from actors.front.generation import Generation
 from actors.front.record import RequestRecord
 from actors.front.request import InferenceRequest
-from actors.front.services import SERVICES, Services
+from actors.front.services import REQUEST_ID, SERVICES, Services
 from actors.front.stream import stream_answer
 from cortexd.errors import ShuttingDown
 
@@ -27,11 +27,11 @@ class InferenceHandler:
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
 
-    async def __call__(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer the request; exactly one record is closed, whatever the ending."""
         services = request.app[SERVICES]
         record = RequestRecord(
-            request["request_id"], self._dialect.route, client=request.remote or ""
+            request[REQUEST_ID], self._dialect.route, client=request.remote or ""
         )
         services.enter()
         try:
@@ -75,7 +75,7 @@ class InferenceHandler:
         ) as generation:
             if wanted.is_stream:
                 encoder = self._dialect.encoder(answer)
-                return await stream_answer(request, gateway, generation, answer, encoder, record)
+                return await stream_answer(request, generation, answer, encoder, record)
             outputs = await _run_to_end(generation, wanted)
             answer.fingerprint = generation.fingerprint
             return web.Response(

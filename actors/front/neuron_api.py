@@ -108,9 +108,7 @@ async def load(request: web.Request) -> web.Response:
     """Load a model and answer when it is loaded; a client that leaves does not stop the load."""
     body = decode_body(await read_body(request, _MAX_BODY_BYTES), LoadBody)
     options = _load_options(body)
-    await request.app[SERVICES].bus.ask(
-        "router", LoadModel(options), deadline_s=_LOAD_DEADLINE_S
-    )
+    await request.app[SERVICES].bus.ask("router", LoadModel(options), deadline_s=_LOAD_DEADLINE_S)
     return json_response({"status": "loaded"})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,14 +21,16 @@ from actors.front.sampling import (
     tokens_to_generate,
 )
 from actors.front.services import Services
-from actors.front.text_models import TextModel
 from cortexd.errors import EngineRestarting
 from cortexd.log import event
 from cortexd.messages import EndRequest, Routed, Submit
 from cortexd.openai import SamplingFields
 
+if TYPE_CHECKING:
+    from engine.text.text_model import TextModel
+
 # Below this, rendering and tokenising take less than the hop to a thread and back.
-_INLINE_BYTES = 16 * 1024
+_INLINE_CHARACTERS = 16 * 1024
 # The router may answer a moment before the registry names the leader, or after it died.
 _LEADER_GRACE_S = 5.0
 _LEADER_PAUSE_S = 0.01
@@ -118,7 +121,7 @@ async def _prepare_for(
 
 async def _tokenise(request: InferenceRequest, text_model: TextModel) -> list[list[int]]:
     """Return the prompts' token ids; long ones are done in a thread, so streams go on."""
-    if _num_bytes(request) <= _INLINE_BYTES:
+    if _num_characters(request) <= _INLINE_CHARACTERS:
         return _tokenise_now(request, text_model)
     return await asyncio.to_thread(_tokenise_now, request, text_model)
 
@@ -138,9 +141,11 @@ def _encode_prompt(prompt: Prompt, text_model: TextModel) -> list[int]:
     return prompt
 
 
-def _num_bytes(request: InferenceRequest) -> int:
+def _num_characters(request: InferenceRequest) -> int:
     texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
-    texts += [message["content"] for message in request.messages or []]
+    for message in request.messages or []:
+        content = message.get("content") or ""
+        texts += [content] if isinstance(content, str) else [part["text"] for part in content]
     return sum(map(len, texts))
 
 

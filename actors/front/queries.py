@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from actors.front.services import Services
 from cortexd.errors import ActorDown, DeadlineExceeded
 from cortexd.messages import HostReport, ListModels, ModelList, QueryHost
 from cortexd.messages.control import Message
-
-from actors.front.services import Services
 
 _DEADLINE_S = 1.0
 

@@ -57,9 +57,7 @@ class Server:
             lingering_time=_LINGER_S,
         )
         self._runners.append(runner)
-        self._listening.append(
-            await loop.create_server(protocol, sock=listener, backlog=_BACKLOG)
-        )
+        self._listening.append(await loop.create_server(protocol, sock=listener, backlog=_BACKLOG))
 
     def stop_accepting(self) -> None:
         """Leave new connections to other fronts, or to the kernel's queue."""

@@ -16,6 +16,7 @@ from actors.front.dialect import Answer, ChunkEncoder
 from actors.front.error_response import envelope
 from actors.front.generation import Generation
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
+from actors.front.services import REQUEST_ID, SERVICES
 from cortexd.errors import Cancelled, CortexError, Internal
 from cortexd.settings import Gateway
 
@@ -32,16 +33,16 @@ _HEADERS = {
 
 async def stream_answer(
     request: web.Request,
-    gateway: Gateway,
     generation: Generation,
     answer: Answer,
     encoder: ChunkEncoder,
     record: RequestRecord,
 ) -> web.StreamResponse:
     """Run the generation and write its events; errors before the first byte are raised."""
+    gateway = request.app[SERVICES].settings.gateway
     outputs = await generation.next(gateway.first_byte_hold_ms / 1000)
     response = web.StreamResponse(headers=_HEADERS)
-    response.headers["x-request-id"] = request["request_id"]
+    response.headers["x-request-id"] = request[REQUEST_ID]
     await response.prepare(request)
     writer = _EventWriter(response, gateway, encoder)
     record.status = response.status

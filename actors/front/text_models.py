@@ -9,62 +9,25 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from cortexd.models import ModelFiles
+
+if TYPE_CHECKING:
+    from engine.text.text_model import TextModel
 
 MAX_TEXT_MODELS = 8
 
 
-class Detokenizer(Protocol):
-    """Turns tokens into text as they come, never splitting a character."""
-
-    def push(self, ids: list[int]) -> str:
-        """Return the text these tokens complete."""
-
-    def flush(self) -> str:
-        """Return what is left at the end."""
-
-
-class TextModel(Protocol):
-    """The part of `engine.text.text_model.TextModel` that a front uses."""
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """All tokens that end an answer."""
-
-    @property
-    def default_sampling(self) -> dict[str, Any]:
-        """The model's own sampling defaults (generation_config.json)."""
-
-    def render_chat(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
-    ) -> str:
-        """Return the prompt text, with the generation prompt."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return token ids."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Return text."""
-
-    def detokenizer(self) -> Detokenizer:
-        """Return a fresh incremental detokenizer."""
-
-
-Loader = Callable[[ModelFiles], TextModel]
+Loader = Callable[[ModelFiles], "TextModel"]
 
 
 def load_text_model(files: ModelFiles) -> TextModel:
     """Load tokenizer and template from disk (blocking)."""
     # Imported on first use: tokenizers and jinja2 would slow the start of every front.
-    from engine.text.text_model import TextModel as EngineTextModel
+    from engine.text.text_model import TextModel
 
-    return EngineTextModel.load(files)
+    return TextModel.load(files)
 
 
 class TextModels:

@@ -126,7 +126,7 @@ def _stop_strings(fields: GenerationFields) -> tuple[str, ...]:
 
 
 def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
-    """Return the message as templates expect it: `content` a string, all other fields as sent."""
+    """Return the message with text parts only; all other fields stay as sent."""
     at = f"messages[{index}]"
     role = message.get("role")
     if role is None:
@@ -136,21 +136,19 @@ def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if content is None and role not in _MAY_LACK_CONTENT:
         raise MissingParameter(f"{at}.content is missing", param=f"{at}.content")
-    if content is None:
-        return {**message, "content": ""}
-    if isinstance(content, str):
+    if content is None or isinstance(content, str):
         return message
     if not isinstance(content, list):
         raise InvalidType(
             f"{at}.content must be a string or a list of parts", param=f"{at}.content"
         )
-    parts = [_text_part(f"{at}.content[{at_part}]", part) for at_part, part in enumerate(content)]
-    return {**message, "content": "\n".join(parts)}
+    parts = [_text_part(f"{at}.content[{index}]", part) for index, part in enumerate(content)]
+    return {**message, "content": parts}
 
 
-def _text_part(at: str, part: object) -> str:
+def _text_part(at: str, part: object) -> dict[str, str]:
     if isinstance(part, str):
-        return part
+        return {"type": "text", "text": part}
     if not isinstance(part, dict):
         raise InvalidType(f"{at} must be an object", param=at)
     kind = part.get("type")
@@ -162,7 +160,7 @@ def _text_part(at: str, part: object) -> str:
     text = part.get(kind)
     if not isinstance(text, str):
         raise InvalidType(f"{at}.{kind} must be a string", param=f"{at}.{kind}")
-    return text
+    return {"type": "text", "text": text}
 
 
 def _prompts(raw: msgspec.Raw) -> list[Prompt]:
