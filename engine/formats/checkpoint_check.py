@@ -68,5 +68,3 @@ def _can_run(tensor: CheckpointTensor) -> bool:
     if tensor.ggml_type is None:
         return False
     return len(tensor.shape) > 1 or tensor.ggml_type.block_elements == 1
-
-

@@ -42,7 +42,9 @@ def test_tensors_equal_the_library(sample: Path) -> None:
             other = theirs.get_slice(name)
             assert tensor.dtype == other.get_dtype()
             assert list(tensor.shape) == other.get_shape()
-            assert tensor.num_bytes * 8 == theirs.get_tensor(name).numel() * DTYPE_BITS[tensor.dtype]
+            assert (
+                tensor.num_bytes * 8 == theirs.get_tensor(name).numel() * DTYPE_BITS[tensor.dtype]
+            )
             flat = theirs.get_tensor(name).reshape(-1)
             assert bytes(ours.view(name)) == flat.view(torch.uint8).numpy().tobytes()
 
