@@ -116,12 +116,13 @@ def test_safetensors_convert_to_the_compute_dtype(tmp_path: Path) -> None:
 
 def test_quantised_weights_stay_quantised_in_memory(tmp_path: Path) -> None:
     """The bytes held are the bytes stored (the few float vectors aside)."""
-    stored = _mixed_blocks(SPEC)
-    quantised = {
-        name: value if value[1] not in (Q.F16, Q.BF16) else
-        (random_blocks(np.random.default_rng(1), Q.Q4_0, *value[0].shape[:1], _columns(name)), Q.Q4_0)
-        for name, value in stored.items()
-    }  # fmt: skip
+    rng = np.random.default_rng(1)
+    quantised = {}
+    for name, (array, kind) in _mixed_blocks(SPEC).items():
+        if kind in (Q.F16, Q.BF16):
+            quantised[name] = (random_blocks(rng, Q.Q4_0, *_shape(name)), Q.Q4_0)
+        else:
+            quantised[name] = (array, kind)
     files = write_gguf(tmp_path / "m.gguf", SPEC, quantised)
     weights = Weights.open(files, inspect(files), backend="reference")
     _load_all(weights, SPEC)
@@ -129,8 +130,9 @@ def test_quantised_weights_stay_quantised_in_memory(tmp_path: Path) -> None:
     assert weights.memory_bytes == weights.total_bytes
 
 
-def _columns(name: str) -> int:
-    return REGISTRY[SPEC.model_type].plan(SPEC).required[name][1]
+def _shape(name: str) -> tuple[int, int]:
+    rows, columns = REGISTRY[SPEC.model_type].plan(SPEC).required[name]
+    return rows, columns
 
 
 def test_layers_survive_the_files(tmp_path: Path) -> None:

@@ -126,10 +126,13 @@ def test_open_mutated_file_raises_nothing_else(
     end = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
     path = tmp_path / "mutated.safetensors"
     path.write_bytes(content[:end])
+    ours, refusal = None, ""
     try:
         ours = SafetensorsFile.open(path)
     except BadModelFile as error:
-        assert "mutated.safetensors" in str(error)
+        refusal = str(error)
+    if ours is None:
+        assert "mutated.safetensors" in refusal
         return
     with safe_open(path, "pt") as theirs:
         assert set(theirs.keys()) == set(ours.tensors)
