@@ -21,6 +21,8 @@ from engine.models.registry import REGISTRY
 
 STRING, ARRAY, UINT32, UINT8 = 8, 9, 4, 0
 
+torch.set_num_threads(1)  # tiny matrices; several test runs share the machine
+
 
 def gguf_string(text: str | bytes) -> bytes:
     """Return a GGUF string: u64 length and bytes."""
