@@ -1,5 +1,5 @@
 // The plain C interface that library.py loads: pointers and sizes, no ownership, no exceptions.
-// Functions that need memory return 0, or -1 when there is none.
+// Functions that need memory return 0, or -1 when there is none; -2 is a wrong argument.
 #include <cstdint>
 #include <new>
 
@@ -93,5 +93,6 @@ CORTEXD_EXPORT int cortexd_attend(const AttentionShape* shape, const float* quer
 }
 
 CORTEXD_EXPORT int cortexd_decoder_step(const DecoderWeights* weights, const DecoderStep* step) {
+    if (!is_valid(*weights, *step)) return -2;
     return guarded([&] { run_step(*weights, *step); });
 }

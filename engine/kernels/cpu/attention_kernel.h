@@ -41,6 +41,15 @@ struct KeyPointer {
     }
 };
 
+// A decoding token reads K and V once, from memory: the strides between tokens are too long for the
+// hardware to run ahead. K of a few positions ahead is asked for, and V before its own pass.
+constexpr int64_t kPrefetchPositions = 8;
+
+template <int64_t HeadDim>
+void prefetch_vector(const float* vector) {
+    for (int64_t i = 0; i < HeadDim; i += kRows) __builtin_prefetch(vector + i, 0, 2);
+}
+
 // Scores become exp(score * scale - largest); returns largest and sum through `tail`.
 template <class Isa>
 void softmax_numerators(float* scores, int64_t count, float scale, float* tail) {
@@ -71,7 +80,14 @@ void attend_heads(const KeyPointer& keys, const float* query, int64_t begin, int
     using F = typename Isa::F;
     constexpr int64_t kHeadDim = Chunks * kRows;
     alignas(64) float scores[Heads][kPartition];
+    const int64_t value_offset = keys.value_offset();
+    const int64_t ahead = kPrefetchPositions * keys.token_stride();
+    const bool is_decode = keys.row.end - keys.row.start == 1;
     keys.for_each(begin, end, [&](int64_t position, const float* key) {
+        if (is_decode) {
+            prefetch_vector<kHeadDim>(key + ahead);
+            prefetch_vector<kHeadDim>(key + value_offset);
+        }
         for (int h = 0; h < Heads; ++h) {
             F sum = Isa::multiply(Isa::load(query + h * kHeadDim), Isa::load(key));
             for (int c = 1; c < Chunks; ++c) {
@@ -87,7 +103,6 @@ void attend_heads(const KeyPointer& keys, const float* query, int64_t begin, int
         softmax_numerators<Isa>(scores[h], end - begin, keys.shape.scale, partial + kHeadDim);
         for (int c = 0; c < Chunks; ++c) sums[h][c] = Isa::zero();
     }
-    const int64_t value_offset = keys.value_offset();
     keys.for_each(begin, end, [&](int64_t position, const float* key) {
         const float* value = key + value_offset;
         for (int h = 0; h < Heads; ++h) {

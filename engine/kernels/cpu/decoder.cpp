@@ -96,7 +96,32 @@ class Step {
     const Kernels& set_;
 };
 
+bool all_within(const int64_t* values, int64_t count, int64_t limit) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (values[i] < 0 || values[i] >= limit) return false;
+    }
+    return true;
+}
+
+bool is_row_valid(const SequenceRow& row, const DecoderStep& step, int64_t block_size) {
+    const bool has_tokens = row.start >= 0 && row.start < row.end && row.end <= step.num_tokens;
+    if (!has_tokens || row.kv_len < row.end - row.start) return false;
+    if (row.block_ids == nullptr) {
+        return row.first_slot >= 0 && row.first_slot + row.kv_len <= step.num_slots;
+    }
+    const int64_t blocks = (row.kv_len + block_size - 1) / block_size;
+    return all_within(row.block_ids, blocks, step.num_slots / block_size);
+}
+
 }  // namespace
+
+bool is_valid(const DecoderWeights& weights, const DecoderStep& step) {
+    for (int64_t i = 0; i < step.num_rows; ++i) {
+        if (!is_row_valid(step.rows[i], step, weights.attention.block_size)) return false;
+    }
+    return all_within(step.slots, step.num_tokens, step.num_slots) &&
+           all_within(step.logit_rows, step.num_logit_rows, step.num_tokens);
+}
 
 void run_step(const DecoderWeights& weights, const DecoderStep& step) {
     static thread_local Scratch scratch;

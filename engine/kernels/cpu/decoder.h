@@ -43,10 +43,14 @@ struct DecoderStep {
     const SequenceRow* rows;
     float* cache;            // of all layers
     int64_t layer_stride;    // floats between the layers of the cache
+    int64_t num_slots;       // of one layer
     int64_t num_logit_rows;
     const int64_t* logit_rows;
     float* logits;  // (num_logit_rows, vocab_size)
 };
+
+// Whether every index of the step lies in its tensor; a wrong one would overwrite foreign memory.
+bool is_valid(const DecoderWeights& weights, const DecoderStep& step);
 
 // Throws std::bad_alloc when there is no memory for the step's scratch space.
 void run_step(const DecoderWeights& weights, const DecoderStep& step);

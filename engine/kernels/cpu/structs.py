@@ -94,6 +94,7 @@ class DecoderStep(ctypes.Structure):
         ("rows", ctypes.POINTER(SequenceRow)),
         ("cache", Pointer),
         ("layer_stride", Size),
+        ("num_slots", Size),
         ("num_logit_rows", Size),
         ("logit_rows", Pointer),
         ("logits", Pointer),
