@@ -114,7 +114,7 @@ def make_sequences(lengths: list[int]) -> list[Sequence]:
 
 
 def step_inputs(chunks: list[tuple[Sequence, int, int]]) -> tuple[Tensor, NativeBatch]:
-    """Return embeddings and batch of a step over tokens begin..end-1 of each sequence; logits for all."""
+    """Return embeddings and batch over tokens begin..end-1 of each sequence; logits for all."""
     positions = torch.cat([torch.arange(begin, end) for _, begin, end in chunks])
     slots, rows, start = [], [], 0
     for sequence, begin, end in chunks:
