@@ -82,6 +82,14 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[int, ...] | None = None
 
 
+class RankArgs(msgspec.Struct, frozen=True):
+    """What every rank process of a model's group is started with."""
+
+    options: LoadOptions
+    files: ModelFiles
+    spec: ModelSpec
+
+
 class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Token limits as the engine derived them (`context` = prompt + output)."""
 

@@ -30,11 +30,13 @@ from cortexd.messages.control import (
     Welcome,
 )
 from cortexd.messages.fleet import (
+    DescribeModel,
     EndRequest,
     EvictionProposal,
     HostReport,
     ListModels,
     LoadModel,
+    LoadProgress,
     LoadReport,
     MetricsSample,
     ModelList,
@@ -77,11 +79,13 @@ Body = (
     | Stop
     | StopGroup
     | Welcome
+    | DescribeModel
     | EndRequest
     | EvictionProposal
     | HostReport
     | ListModels
     | LoadModel
+    | LoadProgress
     | LoadReport
     | MetricsSample
     | ModelList
@@ -113,6 +117,7 @@ __all__ = [
     "Body",
     "Bye",
     "Cancel",
+    "DescribeModel",
     "Drain",
     "EndRequest",
     "ErrorInfo",
@@ -124,6 +129,7 @@ __all__ = [
     "HostReport",
     "ListModels",
     "LoadModel",
+    "LoadProgress",
     "LoadReport",
     "MetricsSample",
     "ModelList",

@@ -65,18 +65,30 @@ class UnloadModelNow(Message, frozen=True, tag="UnloadModelNow"):
     force: bool = False
 
 
-class ModelLoaded(Message, frozen=True, tag="ModelLoaded"):
-    """Leader → router when ready: what the engine derived."""
+class DescribeModel(Message, frozen=True, tag="DescribeModel"):
+    """Router → leader (once its group is up, or after a router restart). Answer `ModelLoaded`."""
 
-    model_id: str
-    group: str
-    epoch: int
+
+class ModelLoaded(Message, frozen=True, tag="ModelLoaded"):
+    """Leader → router: what this engine runs and what it derived."""
+
+    options: LoadOptions
+    files: ModelFiles
+    spec: ModelSpec
     limits: ModelLimits
     memory_bytes: int
     device: str
     dtype: str
     backend: str
     load_s: float
+
+
+class LoadProgress(Message, frozen=True, tag="LoadProgress"):
+    """Leader → router while it loads: 0..1 of the weight bytes."""
+
+    model_id: str
+    fraction: float
+    stage: str
 
 
 class ResolveFiles(Message, frozen=True, tag="ResolveFiles"):
@@ -155,10 +167,11 @@ class HostReport(Message, frozen=True, tag="HostReport"):
 
 
 class ProposeEviction(Message, frozen=True, tag="ProposeEviction"):
-    """Router → evictor: room for `needed_bytes` is wanted for `incoming`. Answer a proposal."""
+    """Router → evictor: `incoming` wants `needed_bytes`, of which `free_bytes` are free now."""
 
     incoming: str
     needed_bytes: int
+    free_bytes: int
     models: list[ModelStatus]
 
 

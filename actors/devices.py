@@ -1,0 +1,72 @@
+"""Reads the host's compute devices: NVIDIA GPUs through NVML, otherwise the CPU and its memory."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import psutil
+
+from cortexd.messages.fleet import DeviceReport
+
+
+class DeviceProbe:
+    """Open NVML once (when there is a driver) and read devices on demand; blocking."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+        self.driver_version: str | None = None
+        self.unavailable_reason: str | None = None
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+            self.driver_version = str(pynvml.nvmlSystemGetDriverVersion())
+        except Exception as error:  # NVMLError classes are made at run time; any means "no NVML"
+            self.unavailable_reason = str(error)
+
+    def read(self) -> list[DeviceReport]:
+        """Return all GPUs, or the CPU as device 0 when there is none."""
+        if self._nvml is not None and self._nvml.nvmlDeviceGetCount() > 0:
+            return [self._gpu(index) for index in range(self._nvml.nvmlDeviceGetCount())]
+        return [_cpu()]
+
+    def _gpu(self, index: int) -> DeviceReport:
+        nvml = self._nvml
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return DeviceReport(
+            index=index,
+            name=str(nvml.nvmlDeviceGetName(handle)),
+            kind="cuda",
+            memory_total_bytes=int(memory.total),
+            memory_used_bytes=int(memory.used),
+            utilization_pct=self._optional(
+                lambda: float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+            ),
+            temperature_c=self._optional(
+                lambda: float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
+            ),
+            compute_capability=f"{major}.{minor}",
+        )
+
+    def _optional(self, read: Any) -> float | None:
+        """Return a reading that some boards and virtual GPUs do not offer."""
+        try:
+            return float(read())
+        except self._nvml.NVMLError:
+            return None
+
+
+def _cpu() -> DeviceReport:
+    memory = psutil.virtual_memory()
+    return DeviceReport(
+        index=0,
+        name=platform.processor() or platform.machine(),
+        kind="cpu",
+        memory_total_bytes=memory.total,
+        memory_used_bytes=memory.total - memory.available,
+        utilization_pct=psutil.cpu_percent(interval=None),
+    )

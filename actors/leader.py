@@ -1,0 +1,158 @@
+"""Rank 0 of a model's engine group: owns the engine, runs its steps, hands out tokens.
+
+Fronts send `Submit` and `Cancel`; every step's output goes to each front as one `TokenBatch`. The
+root starts it through `StartGroup`; `on_start` loads the model, so READY means "can generate". An
+unforeseen error in a step ends the process: the group restarts and clients get a retriable error,
+which is honest, where going on with unknown engine state is not.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+from cortexd.messages.envelope import Envelope
+
+from actors.actor import handles
+from actors.sync_actor import SyncActor
+from cortexd.errors import ActorDown as ActorDownError
+from cortexd.errors import CortexError, MailboxFull
+from cortexd.log import event
+from cortexd.messages import (
+    ActorDown,
+    Cancel,
+    DescribeModel,
+    LoadProgress,
+    LoadReport,
+    ModelLoaded,
+    QueryLoad,
+    Submit,
+    TokenBatch,
+)
+from cortexd.messages.inference import SequenceDelta
+from cortexd.models import RankArgs
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+_PROGRESS_PERIOD_S = 0.2
+
+
+class Leader(SyncActor):
+    """Run one model's engine between ZeroMQ polls."""
+
+    engine: Engine
+    args: RankArgs
+
+    def on_start(self) -> None:
+        """Load the model; raises what the engine raises, which the root passes to the router."""
+        from engine.engine import Engine
+
+        self.args = msgspec.msgpack.decode(self.context.args, type=RankArgs)
+        self._step = 0
+        self._last_progress = 0.0
+        started = time.monotonic()
+        self.engine = Engine.load(
+            self.args.files, self.args.spec, self.context.settings.engine, self._progress
+        )
+        self._load_s = time.monotonic() - started
+        event(
+            self.log,
+            "model.loaded",
+            model=self.args.options.model_id,
+            load_s=round(self._load_s, 3),
+            device=self.engine.device_name,
+            dtype=self.engine.dtype_name,
+            backend=self.engine.backend_name,
+            memory_bytes=self.engine.memory_bytes,
+            context=self.engine.limits.context,
+        )
+
+    def _progress(self, fraction: float, stage: str) -> None:
+        now = time.monotonic()
+        if now - self._last_progress < _PROGRESS_PERIOD_S and fraction < 1.0:
+            return
+        self._last_progress = now
+        self.report_progress(fraction, stage)
+        try:
+            self.tell("router", LoadProgress(self.args.options.model_id, fraction, stage))
+        except (ActorDownError, MailboxFull):
+            return  # the router is between two incarnations; the root has the progress too
+
+    @handles(Submit)
+    def on_submit(self, message: Submit, envelope: Envelope) -> None:
+        """Queue a sequence; a refusal goes back as the sequence's only delta."""
+        owner = _owner(envelope)
+        try:
+            self.engine.submit(owner, message)
+        except CortexError as error:
+            delta = SequenceDelta(
+                message.sequence_id, [], finish_reason="error", error=error.to_info()
+            )
+            self._send(owner, [delta])
+
+    @handles(Cancel)
+    def on_cancel(self, message: Cancel, envelope: Envelope) -> None:
+        """Drop a sequence at this step boundary."""
+        self.engine.cancel(_owner(envelope), message.sequence_id)
+
+    @handles(QueryLoad)
+    def on_query_load(self, message: QueryLoad, envelope: Envelope) -> LoadReport:
+        """Answer the engine's load figures."""
+        return self.engine.report(self.args.options.model_id)
+
+    @handles(DescribeModel)
+    def on_describe_model(self, message: DescribeModel, envelope: Envelope) -> ModelLoaded:
+        """Answer what runs here."""
+        return ModelLoaded(
+            self.args.options,
+            self.args.files,
+            self.args.spec,
+            self.engine.limits,
+            self.engine.memory_bytes,
+            self.engine.device_name,
+            self.engine.dtype_name,
+            self.engine.backend_name,
+            self._load_s,
+        )
+
+    def poll(self) -> bool:
+        """Run one engine step and hand its tokens out; return whether more work waits."""
+        if not self.engine.has_work:
+            return False
+        try:
+            outputs = self.engine.step()
+        except Exception as error:
+            event(self.log, "engine.step_failed", 40, exc_info=True, error=repr(error))
+            self.exit_poisoned(f"engine step failed: {error!r}")
+        self._step += 1
+        for owner, deltas in outputs.items():
+            self._send(owner, deltas)
+        self.count_progress()
+        return self.engine.has_work
+
+    def on_actor_down(self, down: ActorDown) -> None:
+        """Free everything a dead front had asked for."""
+        self.engine.cancel_owner(f"{down.name}.{down.incarnation}")
+
+    def on_stop(self) -> None:
+        """Free the model; the process ends next, which frees what is left."""
+        self.engine.close()
+
+    def _send(self, owner: str, deltas: list[SequenceDelta]) -> None:
+        """Send one batch to the front incarnation `owner`; drop its work when it is gone."""
+        name, _, incarnation = owner.rpartition(".")
+        peer = self.peers.get(name)
+        if peer is None or peer.incarnation != int(incarnation):
+            self.engine.cancel_owner(owner)
+            return
+        try:
+            self.tell(name, TokenBatch(self.context.epoch, self._step, deltas))
+        except (ActorDownError, MailboxFull) as error:
+            event(self.log, "front.unreachable", 30, front=owner, error=error.message)
+            self.engine.cancel_owner(owner)
+
+
+def _owner(envelope: Envelope) -> str:
+    return f"{envelope.src.name}.{envelope.src.incarnation}"

@@ -1,0 +1,128 @@
+"""One model as the router sees it: its state, who uses it, and who waits for it.
+
+Only the router's loop touches it. Every transition wakes all waiters, which look again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from cortexd.errors import CortexError
+from cortexd.messages import ModelLoaded
+from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelState, ModelStatus
+
+_FIRST_COOLDOWN_S = 10.0
+_MAX_COOLDOWN_S = 600.0
+
+
+@dataclass(slots=True)
+class ManagedModel:
+    """State of one model on this host."""
+
+    options: LoadOptions
+    group: str
+    is_known: bool  # in the catalogue or configuration: may be loaded by a request
+    state: ModelState = "unloaded"
+    epoch: int = 0
+    leader: str = ""
+    leader_incarnation: int = 0
+    files: ModelFiles | None = None
+    spec: ModelSpec | None = None
+    limits: ModelLimits | None = None
+    memory_bytes: int = 0
+    device: str = ""
+    progress: float | None = None
+    stage: str | None = None
+    error: CortexError | None = None
+    leases: dict[str, str] = field(default_factory=dict)  # request id → front "name.incarnation"
+    last_used: float = field(default_factory=time.monotonic)
+    loaded_at: float | None = None
+    state_since: float = field(default_factory=time.monotonic)
+    failures: int = 0
+    last_load_s: float | None = None
+    load_task: asyncio.Task[None] | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def become(
+        self, state: ModelState, *, stage: str | None = None, error: CortexError | None = None
+    ) -> None:
+        """Enter a state and wake everyone who waits for a change."""
+        self.state = state
+        self.stage = stage
+        self.error = error
+        self.progress = 0.0 if state in {"loading", "recovering"} else None
+        self.state_since = time.monotonic()
+        if state in {"unloaded", "failed"}:
+            self.epoch, self.leader, self.leader_incarnation = 0, "", 0
+            self.memory_bytes, self.loaded_at = 0, None
+        if state == "failed":
+            self.failures += 1
+        self.wake()
+
+    def set_loaded(self, loaded: ModelLoaded, leader: str, incarnation: int, epoch: int) -> None:
+        """Take over what the leader said of itself."""
+        self.options, self.files, self.spec = loaded.options, loaded.files, loaded.spec
+        self.limits, self.memory_bytes = loaded.limits, loaded.memory_bytes
+        self.device = loaded.device
+        self.leader, self.leader_incarnation, self.epoch = leader, incarnation, epoch
+        self.loaded_at = time.time()
+        self.last_used = time.monotonic()
+        self.failures = 0
+        self.last_load_s = loaded.load_s
+        self.become("loaded")
+
+    def wake(self) -> None:
+        """Wake all waiters."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_changed(self) -> None:
+        """Return at the next change."""
+        await self._changed.wait()
+
+    @property
+    def cooldown_left_s(self) -> float:
+        """Seconds until a failed load is tried again by a request; 0 when it may be now."""
+        if self.state != "failed" or not self.failures:
+            return 0.0
+        cooldown_s = min(_FIRST_COOLDOWN_S * 2 ** (self.failures - 1), _MAX_COOLDOWN_S)
+        return max(0.0, self.state_since + cooldown_s - time.monotonic())
+
+    @property
+    def eta_s(self) -> float | None:
+        """Expected seconds until loaded, from progress so far or the last load; None: unknown."""
+        if self.state not in {"loading", "recovering"}:
+            return None
+        elapsed_s = time.monotonic() - self.state_since
+        if self.progress:
+            return elapsed_s * (1 - self.progress) / self.progress
+        if self.last_load_s is not None:
+            return max(0.0, self.last_load_s - elapsed_s)
+        return None
+
+    def status(self) -> ModelStatus:
+        """Return the public view."""
+        return ModelStatus(
+            model_id=self.options.model_id,
+            state=self.state,
+            harness=self.options.harness,
+            quant=self.options.quant,
+            tensor_parallel=self.options.tensor_parallel,
+            devices=self.options.devices or (),
+            group=self.group,
+            epoch=self.epoch,
+            leader=self.leader or None,
+            files=self.files,
+            spec=self.spec,
+            limits=self.limits,
+            memory_bytes=self.memory_bytes,
+            in_flight=len(self.leases),
+            progress=self.progress,
+            stage=self.stage,
+            eta_s=self.eta_s,
+            error=self.error.message if self.error else None,
+            last_used_s=time.monotonic() - self.last_used,
+            loaded_at=self.loaded_at,
+        )

@@ -1,0 +1,252 @@
+"""How the router loads and unloads one model: files, room, engine group; single flight.
+
+Part of the router actor (same loop, no state of its own beyond running tasks, which hang on the
+models). Every step has a deadline; any failure leaves the model "failed" with its cause and nothing
+half-running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from actors.managed_model import ManagedModel
+from cortexd.errors import (
+    ActorDown,
+    CortexError,
+    DeadlineExceeded,
+    InsufficientMemory,
+    Internal,
+    ModelLoadFailed,
+    Overloaded,
+)
+from cortexd.log import event
+from cortexd.messages import (
+    EvictionProposal,
+    GroupStarting,
+    HostReport,
+    ProposeEviction,
+    QueryHost,
+    ResolvedFiles,
+    ResolveFiles,
+    StartGroup,
+    StopGroup,
+)
+from cortexd.models import LoadOptions, RankArgs
+
+if TYPE_CHECKING:
+    from actors.router import Router
+
+_LEADER_TARGET = "actors.leader:Leader"
+# Weights are copied once into the engine's own memory; the rest is KV cache and scratch.
+_MEMORY_FACTOR = 1.15
+_MEMORY_FLOOR_BYTES = 256 * 2**20
+_SLOWEST_READ_BYTES_PER_S = 50e6
+_CONTROL_DEADLINE_S = 10.0
+
+
+class ModelLoader:
+    """Load and unload on behalf of the router."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def ensure_loaded(self, model: ManagedModel) -> None:
+        """Return when loaded; raise what made the load fail."""
+        while model.state != "loaded":
+            if model.state in {"unloaded", "failed"}:
+                self.begin_load(model)
+            await model.wait_changed()
+            if model.state == "failed":
+                assert model.error is not None, "a failed model has an error"
+                raise model.error
+            if model.state == "unloaded":
+                raise ModelLoadFailed(
+                    f'model "{model.options.model_id}" was unloaded while it was loading'
+                )
+
+    def begin_load(self, model: ManagedModel) -> None:
+        """Start loading unless it already runs."""
+        model.become("loading", stage="resolving")
+        self._router.save_desired_with(model)
+        model.load_task = self._router.spawn(self._load(model))
+
+    async def _load(self, model: ManagedModel) -> None:
+        event(self._router.log, "model.loading", model=model.options.model_id, group=model.group)
+        try:
+            resolved = await self._resolve(model)
+            await self._make_room(model, resolved)
+            await self._start_group(model, resolved)
+        except CortexError as error:
+            self._fail(model, error)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            event(self._router.log, "model.load_crashed", 40, exc_info=True)
+            self._fail(model, Internal(f"loading failed: {error!r}"))
+        finally:
+            model.load_task = None
+
+    def _fail(self, model: ManagedModel, error: CortexError) -> None:
+        if model.state != "loading":
+            return  # the group's own end has been told already
+        model.become("failed", error=error)
+        self._router.save_desired_without(model)
+        event(
+            self._router.log,
+            "model.load_failed",
+            40,
+            model=model.options.model_id,
+            code=error.code,
+            error=error.message,
+        )
+
+    async def _resolve(self, model: ManagedModel) -> ResolvedFiles:
+        settings = self._router.context.settings.store
+        request = ResolveFiles(model.options.model_id, model.options.quant)
+        # The store may be restarting; resolving again is harmless, a completed file is found.
+        for attempt in range(3):
+            try:
+                answer = await self._router.ask(
+                    "store", request, deadline_s=settings.download_timeout_s
+                )
+                assert isinstance(answer, ResolvedFiles), "ResolveFiles is answered by its files"
+                return answer
+            except ActorDown:
+                if attempt == 2:
+                    raise
+                await asyncio.sleep(0.2 * (attempt + 1))
+        raise AssertionError("the loop returns or raises")
+
+    async def _make_room(self, model: ManagedModel, resolved: ResolvedFiles) -> None:
+        """Unload what the evictor proposes until the model fits; InsufficientMemory otherwise."""
+        needed = int(resolved.files.size_bytes * _MEMORY_FACTOR) + _MEMORY_FLOOR_BYTES
+        free = await self._free_bytes(model.options)
+        if free is None or free >= needed:
+            return
+        model.stage = "making room"
+        answer = await self._router.ask(
+            "evictor",
+            ProposeEviction(
+                model.options.model_id,
+                needed,
+                free,
+                [other.status() for other in self._router.models.values() if other is not model],
+            ),
+            deadline_s=_CONTROL_DEADLINE_S,
+        )
+        assert isinstance(answer, EvictionProposal), "ProposeEviction is answered by a proposal"
+        for victim_id in answer.victims:
+            victim = self._router.models.get(victim_id)
+            if victim and victim.state == "loaded" and not victim.leases:
+                event(
+                    self._router.log,
+                    "model.evicted",
+                    model=victim_id,
+                    reason=answer.reason,
+                    incoming=model.options.model_id,
+                )
+                await self.unload(victim, force=False)
+        free = await self._free_bytes(model.options, fresh=True)
+        if free is not None and free < needed:
+            raise InsufficientMemory(
+                f'model "{model.options.model_id}" needs about {needed / 2**30:.1f} GiB and '
+                f"{free / 2**30:.1f} GiB are free; unload a model or choose a smaller quant",
+                retry_after_s=30,
+                needed_bytes=needed,
+                available_bytes=free,
+            )
+
+    async def _free_bytes(self, options: LoadOptions, *, fresh: bool = False) -> int | None:
+        """Return free memory of the devices the model may use, or None while unknown."""
+        report = self._router.host
+        if report is None or fresh:
+            try:
+                answer = await self._router.ask("poller", QueryHost(), deadline_s=1.0)
+            except CortexError:
+                return None
+            assert isinstance(answer, HostReport), "QueryHost is answered by HostReport"
+            report = answer
+        wanted = options.devices or (0,)
+        return sum(
+            device.memory_total_bytes - device.memory_used_bytes
+            for device in report.devices
+            if device.index in wanted
+        )
+
+    async def _start_group(self, model: ManagedModel, resolved: ResolvedFiles) -> None:
+        if model.state != "loading":
+            return  # unloaded meanwhile
+        model.files, model.spec = resolved.files, resolved.spec
+        model.stage = "starting"
+        settings = self._router.context.settings.supervision
+        timeout_s = (
+            settings.start_timeout_s
+            + settings.load_stall_timeout_s
+            + resolved.files.size_bytes / _SLOWEST_READ_BYTES_PER_S
+        )
+        args = RankArgs(model.options, resolved.files, resolved.spec)
+        answer = await self._router.ask(
+            "root",
+            StartGroup(
+                model.group,
+                _LEADER_TARGET,
+                msgspec.msgpack.encode(args),
+                model.options.tensor_parallel,
+                timeout_s,
+            ),
+            deadline_s=_CONTROL_DEADLINE_S,
+        )
+        assert isinstance(answer, GroupStarting), "StartGroup is answered by GroupStarting"
+        model.epoch = answer.epoch
+        # From here GroupUp and GroupDown tell how it goes on.
+
+    async def unload(self, model: ManagedModel, *, force: bool) -> None:
+        """Wait for running requests (unless forced), end the group, forget the model."""
+        if model.state == "draining":
+            while model.state == "draining":
+                await model.wait_changed()
+            return
+        if model.load_task is not None:
+            model.load_task.cancel()
+            model.load_task = None
+        drain_s = 0.0 if force else self._router.context.settings.gateway.drain_s
+        self._router.save_desired_without(model)
+        model.become("draining")
+        if not await self._drained(model, drain_s) and not force:
+            num_requests = len(model.leases)
+            model.become("loaded")
+            self._router.save_desired_with(model)
+            raise Overloaded(
+                f'model "{model.options.model_id}" still serves {num_requests} requests after '
+                f"{drain_s:g} s; retry later or force the unload",
+                retry_after_s=5,
+            )
+        try:
+            await self._router.ask(
+                "root",
+                StopGroup(model.group, 0.0),
+                deadline_s=self._router.context.settings.supervision.stop_timeout_s + 10,
+            )
+        except DeadlineExceeded as error:
+            model.become("failed", error=error)
+            raise
+        if model.state == "draining":
+            model.become("unloaded")
+        self._router.forget(model)
+        event(self._router.log, "model.unloaded", model=model.options.model_id, forced=force)
+
+    async def _drained(self, model: ManagedModel, drain_s: float) -> bool:
+        """Return whether all leases closed within the time."""
+        deadline = asyncio.get_running_loop().time() + drain_s
+        while model.leases:
+            left_s = deadline - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                return False
+            try:
+                await asyncio.wait_for(model.wait_changed(), left_s)
+            except TimeoutError:
+                return not model.leases
+        return True

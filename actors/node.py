@@ -1,0 +1,146 @@
+"""One host's daemon: binds the listeners, names the actors, and hands both to the root supervisor.
+
+Called by `cortexd start` in the process that becomes the root. Nothing is started when an address
+or the configuration is bad.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import msgspec
+
+from actors.root import run_root
+from actors.router import RouterArgs
+from actors.spec import GROUP_STOP_ORDER, ChildSpec
+from cortexd.address import parse_host_port
+from cortexd.catalogue import Catalogue, load_catalogue
+from cortexd.demo import DEMO_ALIAS, DEMO_MODEL
+from cortexd.desired import forget_desired
+from cortexd.errors import ConfigError
+from cortexd.models import LoadOptions
+from cortexd.paths import prepare_runtime_dir
+from cortexd.settings import Settings
+
+# Fronts drain first, while engines (GROUP_STOP_ORDER) and router still serve their streams.
+_FRONT_STOP_ORDER = GROUP_STOP_ORDER + 50
+# Connections wait here while a front restarts, so none is refused.
+_BACKLOG = 512
+
+
+def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> int:
+    """Run the daemon until it is stopped; return its exit code.
+
+    `on_ready` is called once, with the bound addresses ("api", "metrics", "neuron" → "host:port"),
+    when every light actor serves; models may still be loading. Raises: ConfigError.
+    """
+    if settings.role == "gateway":
+        raise ConfigError(
+            'role "gateway" needs remote neurons, which this release does not route to yet; '
+            'use role = "all" or "neuron"'
+        )
+    catalogue = _catalogue(settings)
+    listeners = bind_listeners(settings)
+    try:
+        addresses = {name: _address(listener) for name, listener in listeners.items()}
+        forget_desired(prepare_runtime_dir(settings))
+        return run_root(
+            settings,
+            child_specs(settings, catalogue, listeners),
+            listeners,
+            addresses=addresses,
+            on_ready=lambda: on_ready(addresses),
+        )
+    finally:
+        for listener in listeners.values():
+            listener.close()
+
+
+def child_specs(
+    settings: Settings, catalogue: Catalogue, listeners: dict[str, socket.socket]
+) -> list[ChildSpec]:
+    """Return the light actors in start order; equal `order` starts together."""
+    default_models = [
+        LoadOptions(
+            model_id=entry.model_id,
+            harness=entry.harness,
+            quant=entry.quant,
+            tensor_parallel=entry.tensor_parallel,
+            devices=tuple(entry.devices) if entry.devices is not None else None,
+        )
+        for entry in settings.default_models
+    ]
+    router_args = msgspec.msgpack.encode(RouterArgs(default_models, catalogue))
+    catalogue_args = msgspec.msgpack.encode(catalogue)
+    front_listeners = tuple(name for name in ("api", "neuron") if name in listeners)
+    return [
+        ChildSpec(name="router", target="actors.router:Router", args=router_args),
+        ChildSpec(name="store", target="actors.store:Store"),
+        ChildSpec(name="poller", target="actors.poller:Poller"),
+        ChildSpec(name="evictor", target="actors.evictor:Evictor", args=catalogue_args),
+        ChildSpec(name="metrics", target="actors.metrics:Metrics", listeners=("metrics",)),
+        *(
+            ChildSpec(
+                name=f"front.{index}",
+                target="actors.front.front:Front",
+                listeners=front_listeners,
+                stop_order=_FRONT_STOP_ORDER,
+                drain_s=settings.gateway.drain_s,
+            )
+            for index in range(settings.gateway.fronts)
+        ),
+    ]
+
+
+def bind_listeners(settings: Settings) -> dict[str, socket.socket]:
+    """Bind every address the role serves. Raises: ConfigError naming the key and address."""
+    wanted = {
+        "api": ("gateway.listen", settings.gateway.listen),
+        "metrics": ("gateway.metrics_listen", settings.gateway.metrics_listen),
+        "neuron": ("neuron.listen", settings.neuron.listen),
+    }
+    if settings.role == "neuron":
+        del wanted["api"]
+    listeners: dict[str, socket.socket] = {}
+    try:
+        for name, (key, address) in wanted.items():
+            listeners[name] = _bind(key, address)
+    except ConfigError:
+        for listener in listeners.values():
+            listener.close()
+        raise
+    return listeners
+
+
+def _bind(key: str, address: str) -> socket.socket:
+    host, port = parse_host_port(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {address} ({key}): {os.strerror(error.errno or 0)}; stop what uses "
+            f"the port (is another cortexd running? see: cortexd status) or set {key}"
+        ) from error
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _catalogue(settings: Settings) -> Catalogue:
+    """Return the catalogue, with the demo model's short name when the demo model is served."""
+    catalogue = load_catalogue(settings.models_config)
+    if any(entry.model_id == DEMO_MODEL for entry in settings.default_models):
+        aliases = {DEMO_ALIAS: DEMO_MODEL, **catalogue.aliases}
+        catalogue = msgspec.structs.replace(catalogue, aliases=aliases)
+    return catalogue

@@ -1,0 +1,111 @@
+"""Looks at this host once a second: devices, and the load of each engine group.
+
+Tells router and metrics what it saw (`HostReport`) and answers `QueryHost` from the last look, so a
+busy device never blocks an endpoint. Device queries run in a thread; a leader that does not answer
+in time keeps its last report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+
+from cortexd.messages.envelope import Envelope
+
+from actors.actor import AsyncActor, handles
+from actors.devices import DeviceProbe
+from cortexd.errors import ActorDown, CortexError, MailboxFull
+from cortexd.log import event
+from cortexd.messages import GroupDown, HostReport, LoadReport, QueryHost, QueryLoad
+
+POLL_PERIOD_S = 1.0
+_QUERY_DEADLINE_S = 2.0
+_RECEIVERS = ("router", "metrics")
+
+
+class Poller(AsyncActor):
+    """Poll devices and leaders, publish one report a second."""
+
+    async def on_start(self) -> None:
+        """Look once before READY, so that the first question has an answer."""
+        self._probe = await asyncio.to_thread(DeviceProbe)
+        self._loads: dict[str, tuple[str, LoadReport]] = {}  # leader name → (group, report)
+        self._report = HostReport(
+            hostname=platform.node(),
+            os=platform.system(),
+            kernel=platform.release(),
+            driver_version=self._probe.driver_version,
+            devices=await asyncio.to_thread(self._probe.read),
+            loads=[],
+        )
+        self._seen_at = time.monotonic()
+        self._loop = asyncio.create_task(self._poll_forever())
+
+    async def on_stop(self) -> None:
+        """Stop polling."""
+        self._loop.cancel()
+
+    @handles(QueryHost)
+    async def on_query_host(self, message: QueryHost, envelope: Envelope) -> HostReport:
+        """Answer the last report with its age."""
+        return self._current()
+
+    def on_group_down(self, down: GroupDown) -> None:
+        """Forget the load of a dead group."""
+        self._loads = {
+            name: (group, load)
+            for name, (group, load) in self._loads.items()
+            if group != down.group
+        }
+
+    def _current(self) -> HostReport:
+        report = self._report
+        return HostReport(
+            report.hostname,
+            report.os,
+            report.kernel,
+            report.driver_version,
+            report.devices,
+            [load for _, load in self._loads.values()],
+            time.monotonic() - self._seen_at,
+        )
+
+    async def _poll_forever(self) -> None:
+        while True:
+            try:
+                await self._poll()
+            except Exception:
+                event(self.log, "poller.failed", 40, exc_info=True)
+            await asyncio.sleep(POLL_PERIOD_S)
+
+    async def _poll(self) -> None:
+        leaders = [
+            (peer.name, peer.group)
+            for peer in self.peers.all()
+            if peer.group and peer.rank == 0 and peer.state == "ready"
+        ]
+        devices, *_ = await asyncio.gather(
+            asyncio.to_thread(self._probe.read),
+            *(self._query(name, group) for name, group in leaders),
+        )
+        alive = {name for name, _ in leaders}
+        self._loads = {name: load for name, load in self._loads.items() if name in alive}
+        report = self._report
+        self._report = HostReport(
+            report.hostname, report.os, report.kernel, report.driver_version, devices, []
+        )
+        self._seen_at = time.monotonic()
+        for receiver in _RECEIVERS:
+            try:
+                self.tell(receiver, self._current())
+            except (ActorDown, MailboxFull):
+                continue  # it gets the next one
+
+    async def _query(self, leader: str, group: str) -> None:
+        try:
+            load = await self.ask(leader, QueryLoad(), deadline_s=_QUERY_DEADLINE_S)
+        except CortexError:
+            return  # busy or gone: the last report stands until the group is down
+        if isinstance(load, LoadReport):
+            self._loads[leader] = (group, load)

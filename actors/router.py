@@ -1,0 +1,418 @@
+"""The router: the one owner of "what runs where" on this host.
+
+Fronts ask it where a model is (`Route`) and hold a lease until `EndRequest`; it loads a cold model
+once however many ask, never unloads one in use, and rebuilds its view after a crash from the
+registry, the leaders and the desired-state file. Loading itself (files, room, group) is
+`actors.model_loader`; one model's state is `actors.managed_model`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import math
+import time
+
+import msgspec
+from cortexd.messages.envelope import Envelope
+
+from actors.actor import ActorContext, AsyncActor, handles
+from actors.managed_model import ManagedModel
+from actors.model_loader import ModelLoader
+from actors.router_admin import RouterAdmin
+from cortexd.catalogue import Catalogue
+from cortexd.desired import DesiredModel, group_name, read_desired, write_desired
+from cortexd.errors import (
+    ConfigError,
+    CortexError,
+    ModelAlreadyLoaded,
+    ModelLoadFailed,
+    ModelLoading,
+    ModelNotFound,
+)
+from cortexd.log import event
+from cortexd.messages import (
+    ActorDown,
+    AdminCommand,
+    AdminReply,
+    DescribeModel,
+    EndRequest,
+    GroupDown,
+    GroupUp,
+    HostReport,
+    ListModels,
+    LoadModel,
+    LoadProgress,
+    ModelList,
+    ModelLoaded,
+    Ok,
+    ResolveProgress,
+    Route,
+    Routed,
+    UnloadIdle,
+    UnloadModelNow,
+)
+from cortexd.models import LoadOptions
+
+_DESCRIBE_DEADLINE_S = 10.0
+_DEFAULT_RETRY_AFTER_S = 2.0
+_MAX_RETRY_AFTER_S = 60.0  # client SDKs ignore longer hints
+
+
+class RouterArgs(msgspec.Struct, frozen=True):
+    """What the daemon hands to its router."""
+
+    default_models: list[LoadOptions]
+    catalogue: Catalogue
+
+
+class Router(AsyncActor):
+    """Route, load, unload."""
+
+    def __init__(self, context: ActorContext) -> None:
+        super().__init__(context)
+        args = msgspec.msgpack.decode(context.args, type=RouterArgs)
+        self.default_models = args.default_models
+        self.aliases = args.catalogue.aliases
+        self.models: dict[str, ManagedModel] = {}
+        self.host: HostReport | None = None
+        self._loader = ModelLoader(self)
+        self._admin = RouterAdmin(self)
+        self._runtime_dir = context.runtime_dir
+        self._background: set[asyncio.Task[None]] = set()
+        for entry in args.catalogue.models:
+            self.add_model(
+                LoadOptions(
+                    model_id=entry.id,
+                    harness=entry.harness,
+                    quant=entry.quant,
+                    tensor_parallel=max(1, entry.min_devices),
+                ),
+                is_known=True,
+            )
+        for options in args.default_models:
+            self.add_model(options, is_known=True)
+
+    # Life cycle
+
+    async def on_start(self) -> None:
+        """Adopt what already runs, then load what should run and does not."""
+        desired = read_desired(self._runtime_dir)
+        to_load = self.default_models
+        if desired is not None:
+            to_load = [entry.options for entry in desired]
+            for options in to_load:
+                self.add_model(options, is_known=options.model_id in self.models)
+        self._save_desired(to_load)
+        running = {peer.group: peer for peer in self.peers.all() if peer.group and peer.rank == 0}
+        missing = []
+        for options in to_load:
+            model = self.models[options.model_id]
+            peer = running.get(model.group)
+            if peer is None:
+                missing.append(model)
+                continue
+            model.become("recovering", stage="adopting")
+            if peer.state == "ready":
+                self.spawn(self._adopt(model, peer.name, peer.incarnation, peer.epoch))
+        self.spawn(self._load_in_order(missing))
+
+    async def on_stop(self) -> None:
+        """Stop background work; groups are stopped by the root."""
+        for task in self._background:
+            task.cancel()
+
+    def spawn(self, coroutine: object) -> asyncio.Task[None]:
+        """Run a coroutine in the background; its failure is logged."""
+        task: asyncio.Task[None] = asyncio.ensure_future(self._guard(coroutine))  # type: ignore[arg-type]
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def _guard(self, coroutine: object) -> None:
+        try:
+            await coroutine  # type: ignore[misc]
+        except CortexError as error:
+            event(self.log, "router.background_failed", 30, error=error.message)
+        except Exception:
+            event(self.log, "router.background_failed", 40, exc_info=True)
+
+    async def _load_in_order(self, models: list[ManagedModel]) -> None:
+        """Load default models one after another; one that fails does not stop the next."""
+        for model in models:
+            try:
+                await self._loader.ensure_loaded(model)
+            except CortexError as error:
+                event(
+                    self.log,
+                    "model.load_failed",
+                    40,
+                    model=model.options.model_id,
+                    error=error.message,
+                )
+
+    # Requests
+
+    @handles(Route)
+    async def on_route(self, message: Route, envelope: Envelope) -> Routed:
+        """Lease a loaded model, loading it first when it is cold."""
+        model = self.find(message.model)
+        was_cold = model.state != "loaded"
+        while model.state != "loaded":
+            if model.state == "failed" and (
+                model.cooldown_left_s > 0 or not _may_retry(model.error)
+            ):
+                raise self._load_failed(model)
+            if model.state in {"unloaded", "failed"}:
+                self._loader.begin_load(model)
+            if not message.wait:
+                raise loading_error(model)
+            await model.wait_changed()
+            if model.options.model_id not in self.models:
+                raise self._not_found(message.model)
+        model.leases[message.request_id] = f"{envelope.src.name}.{envelope.src.incarnation}"
+        model.last_used = time.monotonic()
+        assert model.files is not None, "a loaded model is described"
+        assert model.spec is not None, "a loaded model is described"
+        assert model.limits is not None, "a loaded model is described"
+        return Routed(
+            model.options.model_id,
+            model.leader,
+            model.leader_incarnation,
+            model.epoch,
+            model.files,
+            model.spec,
+            model.limits,
+            was_cold,
+        )
+
+    @handles(EndRequest)
+    def on_end_request(self, message: EndRequest, envelope: Envelope) -> None:
+        """Close a lease."""
+        for model in self.models.values():
+            if model.leases.pop(message.request_id, None) is not None:
+                model.last_used = time.monotonic()
+                if not model.leases:
+                    model.wake()
+
+    @handles(ListModels)
+    def on_list_models(self, message: ListModels, envelope: Envelope) -> ModelList:
+        """Answer all models and aliases."""
+        return ModelList([model.status() for model in self.models.values()], self.aliases)
+
+    @handles(LoadModel)
+    async def on_load_model(self, message: LoadModel, envelope: Envelope) -> Ok:
+        """Load and answer when loaded; joins a load that runs with the same options."""
+        await self.load(message.options)
+        return Ok()
+
+    @handles(UnloadModelNow)
+    async def on_unload_model(self, message: UnloadModelNow, envelope: Envelope) -> Ok:
+        """Drain and unload; answer when the memory is free."""
+        await self.unload(message.model_id, force=message.force)
+        return Ok()
+
+    @handles(UnloadIdle)
+    async def on_unload_idle(self, message: UnloadIdle, envelope: Envelope) -> None:
+        """Unload an idle model unless it is in use again."""
+        model = self.models.get(message.model_id)
+        if model and model.state == "loaded" and not model.leases:
+            event(self.log, "model.idle", model=message.model_id, idle_s=message.idle_s)
+            await self._loader.unload(model, force=False)
+
+    @handles(AdminCommand)
+    async def on_admin(self, message: AdminCommand, envelope: Envelope) -> AdminReply:
+        """Run an operator's command."""
+        return await self._admin.run(message)
+
+    # What others report
+
+    @handles(HostReport)
+    def on_host_report(self, message: HostReport, envelope: Envelope) -> None:
+        """Keep the last look at the devices."""
+        self.host = message
+
+    @handles(LoadProgress)
+    def on_load_progress(self, message: LoadProgress, envelope: Envelope) -> None:
+        """Note how far a leader's load is."""
+        model = self.models.get(message.model_id)
+        if model and model.state in {"loading", "recovering"}:
+            model.progress, model.stage = message.fraction, message.stage
+
+    @handles(ResolveProgress)
+    def on_resolve_progress(self, message: ResolveProgress, envelope: Envelope) -> None:
+        """Note how far a download is."""
+        model = self.models.get(message.model_id)
+        if model and model.state == "loading":
+            model.stage = message.stage
+            model.progress = (
+                message.done_bytes / message.total_bytes if message.total_bytes else 0.0
+            )
+
+    def on_actor_down(self, down: ActorDown) -> None:
+        """Close the leases of a dead front."""
+        holder = f"{down.name}.{down.incarnation}"
+        for model in self.models.values():
+            gone = [request for request, owner in model.leases.items() if owner == holder]
+            for request in gone:
+                del model.leases[request]
+            if gone:
+                model.wake()
+
+    async def on_group_up(self, up: GroupUp) -> None:
+        """Ask a new leader what it runs, then route to it."""
+        model = self._by_group(up.group)
+        peer = self.peers.get(up.leader)
+        if model is None or peer is None:
+            return
+        self.spawn(self._adopt(model, up.leader, peer.incarnation, up.epoch))
+
+    def on_group_down(self, down: GroupDown) -> None:
+        """Recover, fail, or finish an unload."""
+        model = self._by_group(down.group)
+        if model is None or (model.epoch and down.epoch < model.epoch):
+            return
+        if down.commanded:
+            model.become("unloaded")
+        elif down.will_restart:
+            model.become("recovering", stage="restarting")
+        else:
+            error = down.error.to_exception() if down.error else ModelLoadFailed(down.reason)
+            model.become("failed", error=error)
+            self._save_desired()
+            event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
+
+    async def _adopt(self, model: ManagedModel, leader: str, incarnation: int, epoch: int) -> None:
+        loaded = await self.ask(leader, DescribeModel(), deadline_s=_DESCRIBE_DEADLINE_S)
+        assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
+        if model.state in {"loading", "recovering"}:
+            model.set_loaded(loaded, leader, incarnation, epoch)
+
+    # For the loader and the admin commands
+
+    async def load(self, options: LoadOptions) -> None:
+        """Load with these options, or raise ModelAlreadyLoaded when others are in force."""
+        options = msgspec.structs.replace(
+            options, model_id=self.aliases.get(options.model_id, options.model_id)
+        )
+        model = self.models.get(options.model_id)
+        if model and model.state in {"loading", "loaded", "recovering", "draining"}:
+            if options != model.options:
+                raise ModelAlreadyLoaded(
+                    f'model "{options.model_id}" is {model.state} with other options '
+                    f"(quant {model.options.quant}, tensor_parallel "
+                    f"{model.options.tensor_parallel}, devices {model.options.devices}); "
+                    "unload it first"
+                )
+        elif model:
+            model.options = options
+            model.failures = 0
+        else:
+            model = self.add_model(options, is_known=False)
+        await self._loader.ensure_loaded(model)
+
+    async def unload(self, model_id: str, *, force: bool) -> None:
+        """Unload by id or alias; ModelNotFound when it is not loaded here."""
+        model = self.models.get(self.aliases.get(model_id, model_id))
+        if model is None or model.state in {"unloaded", "failed"}:
+            raise ModelNotFound(
+                f'model "{model_id}" is not loaded; loaded: {_names(self._in_state("loaded"))}'
+            )
+        await self._loader.unload(model, force=force)
+
+    def find(self, name: str) -> ManagedModel:
+        """Return the model of an id or alias. Raises: ModelNotFound with close names."""
+        model = self.models.get(self.aliases.get(name, name))
+        if model is None:
+            raise self._not_found(name)
+        return model
+
+    def add_model(self, options: LoadOptions, *, is_known: bool) -> ManagedModel:
+        """Add or update an entry that is not running."""
+        if options.tensor_parallel > 1:
+            raise ConfigError(
+                f'model "{options.model_id}": tensor_parallel = {options.tensor_parallel} is not '
+                "supported yet; use 1"
+            )
+        model = self.models.get(options.model_id)
+        if model is None:
+            model = ManagedModel(options, group_name(options.model_id), is_known)
+            self.models[options.model_id] = model
+        else:
+            model.options = options
+            model.is_known = model.is_known or is_known
+        return model
+
+    def forget(self, model: ManagedModel) -> None:
+        """Drop an unloaded model that only an explicit load had brought here."""
+        if not model.is_known and model.state == "unloaded":
+            self.models.pop(model.options.model_id, None)
+            model.wake()
+
+    def save_desired_with(self, model: ManagedModel) -> None:
+        """Write the desired state before this model is loaded."""
+        self._save_desired([*self._desired_options(exclude=model), model.options])
+
+    def save_desired_without(self, model: ManagedModel) -> None:
+        """Write the desired state before this model is unloaded."""
+        self._save_desired(self._desired_options(exclude=model))
+
+    def _desired_options(self, exclude: ManagedModel | None = None) -> list[LoadOptions]:
+        return [
+            model.options
+            for model in self.models.values()
+            if model is not exclude and model.state in {"loading", "loaded", "recovering"}
+        ]
+
+    def _save_desired(self, options: list[LoadOptions] | None = None) -> None:
+        wanted = self._desired_options() if options is None else options
+        write_desired(
+            self._runtime_dir, [DesiredModel(entry, group_name(entry.model_id)) for entry in wanted]
+        )
+
+    def _by_group(self, group: str) -> ManagedModel | None:
+        return next((model for model in self.models.values() if model.group == group), None)
+
+    def _in_state(self, state: str) -> list[str]:
+        return [name for name, model in self.models.items() if model.state == state]
+
+    def _not_found(self, name: str) -> ModelNotFound:
+        known = [*self.aliases, *(id for id, model in self.models.items() if model.is_known)]
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {_names(close)}?" if close else f"known models: {_names(known)}"
+        return ModelNotFound(
+            f'model "{name}" is not known here; {hint} (load others with: cortexd load ID)',
+            param="model",
+        )
+
+    def _load_failed(self, model: ManagedModel) -> CortexError:
+        assert model.error is not None, "a failed model has an error"
+        cause = model.error
+        if not _may_retry(cause):
+            return cause
+        return ModelLoadFailed(
+            f'model "{model.options.model_id}" could not be loaded: {cause.message}',
+            retry_after_s=min(math.ceil(model.cooldown_left_s), _MAX_RETRY_AFTER_S),
+        )
+
+
+def loading_error(model: ManagedModel) -> ModelLoading:
+    """Return the answer for a request that does not wait for a loading model."""
+    eta_s = model.eta_s
+    retry_after_s = min(max(eta_s or _DEFAULT_RETRY_AFTER_S, 1.0), _MAX_RETRY_AFTER_S)
+    return ModelLoading(
+        f'model "{model.options.model_id}" is {model.state} ({model.stage or "starting"}); '
+        "retry later or stream to wait",
+        retry_after_s=retry_after_s,
+        progress=round(model.progress or 0.0, 3),
+        eta_s=None if eta_s is None else round(eta_s, 1),
+    )
+
+
+def _may_retry(error: CortexError | None) -> bool:
+    """Tell whether loading again can help: a structural fault of the files cannot heal."""
+    return error is None or error.http_status >= 500
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names) or "none"

@@ -1,0 +1,137 @@
+"""The router's part of the admin protocol: models, load, unload, retry, requests."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from cortexd.errors import CortexError, InvalidRequest, MailboxFull, NotFound
+from cortexd.log import event
+from cortexd.messages import AdminCommand, AdminProgress, AdminReply
+from cortexd.models import LoadOptions
+
+if TYPE_CHECKING:
+    from actors.router import Router
+
+T = TypeVar("T")
+
+
+class NoArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An operation without arguments."""
+
+
+class LoadArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`model.load`."""
+
+    model_id: str
+    harness: str = "torch"
+    quant: str | None = None
+    tensor_parallel: int = 1
+    devices: tuple[int, ...] | None = None
+
+
+class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`model.unload` and `model.retry`."""
+
+    model_id: str
+    force: bool = False
+
+
+class RouterAdmin:
+    """Decode, run, report."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._commands: dict[str, Callable[[AdminCommand], Awaitable[object]]] = {
+            "models": self._models,
+            "model.load": self._load,
+            "model.unload": self._unload,
+            "model.retry": self._retry,
+            "requests": self._requests,
+        }
+
+    async def run(self, command: AdminCommand) -> AdminReply:
+        """Run one command. Raises: NotFound, InvalidRequest, or what the command raises."""
+        handler = self._commands.get(command.op)
+        if handler is None:
+            raise NotFound(
+                f'unknown operation "{command.op}"; the router knows {", ".join(self._commands)}'
+            )
+        return AdminReply(msgspec.json.encode(await handler(command)))
+
+    async def _models(self, command: AdminCommand) -> object:
+        _decode(command, NoArgs)
+        return {
+            "models": [model.status() for model in self._router.models.values()],
+            "aliases": self._router.aliases,
+        }
+
+    async def _requests(self, command: AdminCommand) -> object:
+        _decode(command, NoArgs)
+        return {
+            "requests": [
+                {"request_id": request, "model": name, "front": front}
+                for name, model in self._router.models.items()
+                for request, front in model.leases.items()
+            ]
+        }
+
+    async def _load(self, command: AdminCommand) -> object:
+        args = _decode(command, LoadArgs)
+        options = LoadOptions(
+            model_id=args.model_id,
+            harness=args.harness,
+            quant=args.quant,
+            tensor_parallel=args.tensor_parallel,
+            devices=args.devices,
+        )
+        return self._accept(command, args.model_id, self._router.load(options))
+
+    async def _unload(self, command: AdminCommand) -> object:
+        args = _decode(command, ModelArgs)
+        return self._accept(
+            command, args.model_id, self._router.unload(args.model_id, force=args.force)
+        )
+
+    async def _retry(self, command: AdminCommand) -> object:
+        args = _decode(command, ModelArgs)
+        model = self._router.find(args.model_id)
+        return self._accept(command, args.model_id, self._router.load(model.options))
+
+    def _accept(self, command: AdminCommand, model_id: str, work: Awaitable[None]) -> object:
+        self._router.spawn(self._finish(command.operation_id, model_id, work))
+        return {"accepted": True, "model_id": model_id}
+
+    async def _finish(self, operation_id: str, model_id: str, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except CortexError as error:
+            self._report(operation_id, "failed", error.to_info())
+            return
+        model = self._router.models.get(self._router.aliases.get(model_id, model_id))
+        self._report(operation_id, "done", model.status() if model else {"model_id": model_id})
+
+    def _report(self, operation_id: str, kind: str, data: object) -> None:
+        try:
+            self._router.tell("root", AdminProgress(operation_id, kind, _json(data)))
+        except MailboxFull:
+            event(self._router.log, "admin.progress_dropped", 30, operation=operation_id)
+
+
+def _json(data: object) -> bytes:
+    """Encode structs as JSON objects (errors travel as arrays between actors, not to people)."""
+    if isinstance(data, msgspec.Struct):
+        data = msgspec.structs.asdict(data)
+    return msgspec.json.encode(data)
+
+
+def _decode(command: AdminCommand, args_type: type[T]) -> T:
+    """Return the typed arguments. Raises: InvalidRequest naming the field."""
+    try:
+        return msgspec.convert(
+            {name: msgspec.json.decode(raw) for name, raw in command.args.items()}, type=args_type
+        )
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest(f"{command.op}: {error}") from error

@@ -1,0 +1,53 @@
+"""Which models should run: written before it is acted on, read by a restarted router.
+
+One JSON file in the runtime directory, so it lives as long as the daemon: a new `cortexd start`
+begins from the configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import msgspec
+
+from cortexd.models import LoadOptions
+
+_FILE = "desired.json"
+_MAX_SLUG = 32
+
+
+class DesiredModel(msgspec.Struct, frozen=True):
+    """One model that was asked for, and the engine group that runs it."""
+
+    options: LoadOptions
+    group: str
+
+
+def group_name(model_id: str) -> str:
+    """Return the engine group's name for a model: readable, file-name safe, unique per id."""
+    slug = re.sub(r"[^a-z0-9]+", "-", model_id.lower()).strip("-")[-_MAX_SLUG:].strip("-")
+    return f"{slug}-{hashlib.sha256(model_id.encode()).hexdigest()[:6]}"
+
+
+def read_desired(runtime_dir: Path) -> list[DesiredModel] | None:
+    """Return what was written last, or None when nothing was (or it cannot be read)."""
+    try:
+        text = (runtime_dir / _FILE).read_bytes()
+        return msgspec.json.decode(text, type=list[DesiredModel])
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+
+
+def write_desired(runtime_dir: Path, models: list[DesiredModel]) -> None:
+    """Replace the file atomically."""
+    temporary = runtime_dir / f"{_FILE}.tmp"
+    temporary.write_bytes(msgspec.json.encode(models))
+    os.replace(temporary, runtime_dir / _FILE)
+
+
+def forget_desired(runtime_dir: Path) -> None:
+    """Remove the file: a new daemon starts from its configuration."""
+    (runtime_dir / _FILE).unlink(missing_ok=True)
