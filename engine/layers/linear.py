@@ -76,6 +76,11 @@ class NativeProduct:
         self.out_features = packed.out_features
         self.num_bytes = packed.num_bytes
 
+    @property
+    def packed(self) -> native.PackedLinear:
+        """The weight in the kernels' layout."""
+        return self._packed
+
     def __call__(self, x: Tensor) -> Tensor:
         return native.linear(self._packed, x.float().contiguous()).to(x.dtype)
 
@@ -137,6 +142,11 @@ class Linear:
     def num_bytes(self) -> int:
         """Bytes of weights held."""
         return sum(product.num_bytes for product in self._products)
+
+    def native_parts(self) -> list[native.PackedLinear] | None:
+        """Return the packed weights side by side; None unless all of them run natively."""
+        parts = [p.packed for p in self._products if isinstance(p, NativeProduct)]
+        return parts if len(parts) == len(self._products) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x (num_tokens, in_features) to (num_tokens, out_features), in x's dtype."""
