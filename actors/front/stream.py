@@ -18,6 +18,7 @@ from actors.front.generation import Generation
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.services import REQUEST_ID, SERVICES
 from cortexd.errors import Cancelled, CortexError, Internal
+from cortexd.log import event
 from cortexd.settings import Gateway
 
 WRITE_TIMEOUT_S = 120.0
@@ -63,18 +64,19 @@ async def stream_answer(
         _abort(request)
     except CortexError as error:
         record.fail(error, status=response.status)
-        await _write_error(response, writer, error)
+        await _write_error(writer, error)
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception as error:
-        # The middleware cannot answer any more: the client still gets its error event.
-        await _write_error(response, writer, Internal("the server failed; see its log"))
-        raise StreamBroken from error
+        # Too late for a status: the client gets an error event, the log the traceback.
+        services = request.app[SERVICES]
+        event(
+            services.log, "http.failed", 40, exc_info=True, id=record.request_id, error=repr(error)
+        )
+        fault = Internal("the server failed; see its log")
+        record.fail(fault, status=response.status)
+        await _write_error(writer, fault)
     return response
-
-
-class StreamBroken(Exception):
-    """An unforeseen error after the first byte; its cause is logged, the client was told."""
 
 
 class _EventWriter:
@@ -109,10 +111,9 @@ class _EventWriter:
             raise Cancelled(f"the client read nothing for {WRITE_TIMEOUT_S:g} s") from None
 
 
-async def _write_error(
-    response: web.StreamResponse, writer: _EventWriter, error: CortexError
-) -> None:
-    response.force_close()
+async def _write_error(writer: _EventWriter, error: CortexError) -> None:
+    # The connection stays open: the body ends properly, and a client that reuses the connection
+    # (the head has promised it may) must not meet a closed one.
     await writer.write_event(b"data: " + envelope(error) + b"\n\n")
 
 
