@@ -87,6 +87,11 @@ def given_model_id(model_id: str) -> str:
     return absolute_model_id(model_id, Path(os.getcwd()), home_dir())
 
 
+def documents(value: object) -> list[Document]:
+    """Return the JSON objects of what should be an array of them."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def models_table(models: list[Document], *, colour: bool) -> str:
     """Return one line for each model."""
     headers = ["MODEL", "STATE", ">MEMORY", ">CONTEXT", ">IN FLIGHT", ">LAST USED", "DETAIL"]

@@ -36,7 +36,8 @@ def load_start_settings(
     if args.role:
         overrides.append(Override(("role",), args.role, "--role"))
     if args.listen:
-        section = "neuron" if args.role == "neuron" else "gateway"
+        role = load_settings(args.config, environ, cwd, overrides).settings.role
+        section = "neuron" if role == "neuron" else "gateway"
         overrides.append(Override((section, "listen"), args.listen, "--listen"))
     models = [{"model_id": DEMO_MODEL}] if args.demo else []
     quant = {"quant": args.quant} if args.quant is not None else {}

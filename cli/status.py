@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from cli import format as fmt
 from cli.control import Document, connected, settings_of
 from cli.exit_code import DEGRADED, OK
-from cli.models import models_table
+from cli.models import documents, models_table
 from cortexd.address import parse_host_port
 from cortexd.errors import ConfigError
 
@@ -40,8 +40,8 @@ def render(document: Document, *, colour: bool) -> str:
     listen = document.get("listen")
     if isinstance(listen, dict):
         lines += [f"  {name:<8} {_url(address)}" for name, address in listen.items() if address]
-    lines += ["", actors_table(_documents(document, "actors"), colour=colour)]
-    models = _documents(document, "models")
+    lines += ["", actors_table(documents(document.get("actors")), colour=colour)]
+    models = documents(document.get("models"))
     lines.append("")
     if document.get("models_error"):
         lines.append(f"models: unknown ({fmt.printable(str(document['models_error']))})")
@@ -78,11 +78,6 @@ def _url(address: object) -> str:
         return parse_host_port(str(address)).url()
     except ConfigError:  # the daemon's own words are still better than none
         return fmt.printable(str(address))
-
-
-def _documents(document: Mapping[str, object], key: str) -> list[Document]:
-    value = document.get(key)
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _text(document: Mapping[str, object], key: str) -> str:

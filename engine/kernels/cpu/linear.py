@@ -104,8 +104,9 @@ def pack(weight: QuantizedRows | Tensor, bias: Tensor | None) -> PackedLinear | 
 def linear(packed: PackedLinear, x: Tensor) -> Tensor:
     """Return x @ weight.T + bias: (num_tokens, in) float32 contiguous to (num_tokens, out)."""
     num_tokens = x.shape[0]
-    assert x.dtype == torch.float32 and x.is_contiguous(), f"x is {x.dtype}, {x.stride()}"
-    assert x.dim() == 2 and x.shape[1] == packed.in_features, (
+    assert x.dtype == torch.float32, f"x is {x.dtype}, not float32"
+    assert x.is_contiguous(), f"x has strides {x.stride()}, not contiguous ones"
+    assert x.shape == (num_tokens, packed.in_features), (
         f"x is {tuple(x.shape)}, the weight takes {packed.in_features} features"
     )
     out = torch.empty(num_tokens, packed.out_features)
