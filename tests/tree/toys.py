@@ -1,0 +1,37 @@
+"""Toy actors for the tree tests: they answer, and misbehave on command.
+
+A command is an `AdminCommand` whose `op` says what to do; importable by child processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+
+import msgspec
+
+from actors.actor import AsyncActor, handles
+from actors.sync_actor import SyncActor
+from cortexd.errors import InsufficientMemory, ModelNotFound
+from cortexd.messages import AdminCommand, AdminReply, GroupDown, GroupUp, Ok, Route, StartGroup
+from cortexd.messages.envelope import Envelope
+
+
+class Toy(AsyncActor):
+    """Answers and misbehaves."""
+
+    async def on_start(self) -> None:
+        """Crash at once when told so."""
+        if self.context.args == b"crash":
+            raise RuntimeError("told to crash in on_start")
+
+    @handles(AdminCommand)
+    async def on_command(self, message: AdminCommand, envelope: Envelope) -> AdminReply | None:
+        """Do what `op` says."""
+        match message.op:
+            case "pid":
+                return AdminReply(msgspec.json.encode(os.getpid()))
+        return None
