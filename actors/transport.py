@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from hashlib import blake2s
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import zmq
 
-from cortexd.errors import ErrorInfo, MailboxFull, RequestTooLarge
+from cortexd.errors import (
+    CortexError,
+    DeadlineExceeded,
+    ErrorInfo,
+    MailboxFull,
+    NotRunning,
+    RequestTooLarge,
+)
 from cortexd.messages import Body
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import Address, Header
@@ -188,8 +198,8 @@ class Outbox:
 
     def close(self) -> None:
         """Close all sockets."""
-        for socket in self._sockets.values():
-            socket.close(_LAST_MESSAGE_LINGER_MS)
+        for dealer in self._sockets.values():
+            dealer.close(_LAST_MESSAGE_LINGER_MS)
         self._sockets.clear()
 
 
@@ -257,3 +267,114 @@ class LinkPoller:
     def wait(self, timeout_s: float) -> None:
         """Return when a message waits, or after the timeout."""
         self._poller.poll(int(timeout_s * 1000))
+
+
+class AdminChannel:
+    """A synchronous client of the admin socket: one request at a time.
+
+    Nothing listening is an error at once: ZeroMQ itself would retry in silence.
+    """
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        """Connect. Raises: NotRunning."""
+        self._path = path
+        self._timeout_s = timeout_s
+        self._num_requests = 0
+        self._probe()
+        self._transport = Transport()
+        self._socket = self._transport.socket(zmq.DEALER)
+        self._socket.connect(f"ipc://{path}")
+
+    def __enter__(self) -> AdminChannel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def request(self, op: str, args: Mapping[str, object] | None = None) -> dict[str, Any]:
+        """Return the result of an operation ("accepted" and an `op_id` for a long one).
+
+        Raises: the daemon's CortexError, NotRunning, DeadlineExceeded.
+        """
+        request_id = self._send(op, args)
+        return self._first_answer(request_id, op)
+
+    def events(self, op: str, args: Mapping[str, object] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield `{"event", "data"}`: first "result", then what follows; ends with the operation.
+
+        A stream (`follow`) ends with the daemon or with the iterator. Raises: like `request`; the
+        error of a failed operation.
+        """
+        request_id = self._send(op, args)
+        result = self._first_answer(request_id, op)
+        yield {"event": "result", "data": result}
+        if "op_id" not in result and not (args or {}).get("follow"):
+            return
+        while True:
+            document = self._receive(request_id, self._timeout_s)
+            if document is None:
+                self._probe()  # silence is fine while the daemon lives
+                continue
+            match document["event"]:
+                case "failed":
+                    raise _to_error(document["data"])
+                case "end":
+                    return
+            yield {"event": document["event"], "data": document["data"]}
+            if document["event"] == "done":
+                return
+
+    def close(self) -> None:
+        """Disconnect; streams of this channel end."""
+        self._socket.close()
+        self._transport.close()
+
+    def _send(self, op: str, args: Mapping[str, object] | None) -> str:
+        self._num_requests += 1
+        request_id = str(self._num_requests)
+        document = {"v": 1, "id": request_id, "op": op, "args": args or {}}
+        self._socket.send(msgspec.json.encode(document))
+        return request_id
+
+    def _first_answer(self, request_id: str, op: str) -> dict[str, Any]:
+        document = self._receive(request_id, self._timeout_s)
+        if document is None:
+            self._probe()
+            raise DeadlineExceeded(f"no answer to {op} within {self._timeout_s} s")
+        if not document["ok"]:
+            raise _to_error(document["error"])
+        result: dict[str, Any] = document["result"]
+        return result
+
+    def _receive(self, request_id: str, timeout_s: float) -> dict[str, Any] | None:
+        """Return the next document for this request; None at the timeout."""
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            if not self._socket.poll(int(left_s * 1000) + 1):
+                return None
+            document: dict[str, Any] = msgspec.json.decode(self._socket.recv())
+            if document["id"] == request_id:
+                return document
+        return None
+
+    def _probe(self) -> None:
+        """Raises: NotRunning when nothing listens on the socket."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self._path))
+            except OSError as error:
+                raise NotRunning(
+                    f"cortexd is not running: {self._path}: {os.strerror(error.errno or 0)}; "
+                    'start it with "cortexd start"'
+                ) from error
+
+
+def _to_error(document: dict[str, Any]) -> CortexError:
+    details = document.get("details") or {}
+    return ErrorInfo(
+        code=document["code"],
+        message=document["message"],
+        param=document.get("param"),
+        retry_after_s=document.get("retry_after_s"),
+        details=details,
+    ).to_exception()

@@ -5,18 +5,12 @@ A command is an `AdminCommand` whose `op` says what to do; importable by child p
 
 from __future__ import annotations
 
-import asyncio
 import os
-import subprocess
-import sys
-import time
 
 import msgspec
 
 from actors.actor import AsyncActor, handles
-from actors.sync_actor import SyncActor
-from cortexd.errors import InsufficientMemory, ModelNotFound
-from cortexd.messages import AdminCommand, AdminReply, GroupDown, GroupUp, Ok, Route, StartGroup
+from cortexd.messages import AdminCommand, AdminReply
 from cortexd.messages.envelope import Envelope
 
 
