@@ -7,7 +7,7 @@ error, never an empty catalogue: that would silently switch off pinning and alia
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path as FilePath
 from typing import Annotated, Final
 
@@ -15,10 +15,11 @@ import msgspec
 from msgspec import Meta
 
 from cortexd.errors import ConfigError
-from cortexd.model_id import check_model_id
+from cortexd.model_id import absolute_model_id, check_model_id
+from cortexd.paths import home_dir
 from cortexd.problem import Locations, Problem, dotted, raise_problems
 from cortexd.schema import read_struct
-from cortexd.settings import Harness, NonNegativeInt, PositiveInt, Section, Settings
+from cortexd.settings import Harness, NonNegativeInt, PositiveInt, Section
 from cortexd.toml_file import read_toml
 from cortexd.toml_lines import Path
 
@@ -90,31 +91,15 @@ class Catalogue(Section, frozen=True):
         return {model.id: model.priority for model in self.models}
 
 
-class LoadedCatalogue(msgspec.Struct, frozen=True, kw_only=True):
-    """A catalogue and what its user should know of it."""
-
-    catalogue: Catalogue = Catalogue()
-    warnings: list[str] = []
-
-
-def load_catalogue(settings: Settings) -> LoadedCatalogue:
-    """Load the catalogue that the settings name; without one, an empty catalogue.
+def load_catalogue(models_config: str | None) -> Catalogue:
+    """Load the catalogue at `settings.models_config`; without one, an empty catalogue.
 
     Raises: ConfigError with one line for each thing that is wrong.
     """
-    if settings.models_config is None:
-        return LoadedCatalogue()
-    known = {model.model_id for model in settings.default_models}
-    return read_catalogue(FilePath(settings.models_config), known)
-
-
-def read_catalogue(path: FilePath, known_ids: set[str] | None = None) -> LoadedCatalogue:
-    """Read a `models.toml`. `known_ids` are models named elsewhere, valid targets of aliases.
-
-    Raises: ConfigError with one line for each thing that is wrong.
-    """
+    if models_config is None:
+        return Catalogue()
     try:
-        file = read_toml(path)
+        file = read_toml(FilePath(models_config))
     except ConfigError as error:
         raise ConfigError(f"model catalogue {error.message}") from error
     problems: list[Problem] = []
@@ -122,14 +107,32 @@ def read_catalogue(path: FilePath, known_ids: set[str] | None = None) -> LoadedC
     failed = {problem.path for problem in problems}
     problems += [found for found in _check(catalogue) if found.path not in failed]
     raise_problems(problems, Locations(file.name, file.lines, {}))
-    targets = {model.id for model in catalogue.models} | (known_ids or set())
-    unknown = [
-        f'{file.name}:{file.lines[("aliases", alias)]}: alias "{alias}" means "{target}", '
-        "which no model here is; requests for it fail until a neuron offers that model"
+    return _with_absolute_paths(catalogue, FilePath(models_config).absolute().parent)
+
+
+def _with_absolute_paths(catalogue: Catalogue, folder: FilePath) -> Catalogue:
+    """Return the catalogue with local models named as the rest of the daemon names them."""
+    home = home_dir()
+    models = [
+        msgspec.structs.replace(model, id=absolute_model_id(model.id, folder, home))
+        for model in catalogue.models
+    ]
+    aliases = {
+        alias: absolute_model_id(target, folder, home)
+        for alias, target in catalogue.aliases.items()
+    }
+    return Catalogue(models=models, aliases=aliases)
+
+
+def alias_warnings(catalogue: Catalogue, known_ids: Collection[str] = ()) -> list[str]:
+    """Return a line for each alias whose target is neither in the catalogue nor in `known_ids`."""
+    targets = {model.id for model in catalogue.models} | set(known_ids)
+    return [
+        f'alias "{alias}" means "{target}", which is no model here; requests for it fail until a '
+        "neuron offers that model"
         for alias, target in catalogue.aliases.items()
         if target not in targets
     ]
-    return LoadedCatalogue(catalogue=catalogue, warnings=unknown)
 
 
 def _check(catalogue: Catalogue) -> Iterator[Problem]:

@@ -17,6 +17,8 @@ import msgspec
 from cortexd.config_env import Override, environment_overrides
 from cortexd.config_rules import check_rules, warnings
 from cortexd.errors import ConfigError
+from cortexd.model_id import absolute_model_id
+from cortexd.paths import config_home, home_dir
 from cortexd.problem import Locations, Problem, raise_problems
 from cortexd.schema import read_struct
 from cortexd.settings import Settings
@@ -85,12 +87,9 @@ def find_config(path: str | None, environ: Mapping[str, str], cwd: FilePath) -> 
 
 def config_places(environ: Mapping[str, str], cwd: FilePath) -> tuple[FilePath, ...]:
     """Return where a configuration file is looked for when none is named, in order."""
-    home = FilePath(environ.get("HOME") or "~").expanduser()
-    xdg = environ.get("XDG_CONFIG_HOME") or ""
-    config_home = FilePath(xdg) if os.path.isabs(xdg) else home / ".config"
     return (
         cwd / FILE_NAME,
-        config_home / "cortexd" / FILE_NAME,
+        config_home(environ) / FILE_NAME,
         FilePath("/etc/cortex") / FILE_NAME,
     )
 
@@ -132,12 +131,19 @@ def _with_absolute_paths(
         return str(_absolute(value, cwd if path in origins else base, environ))
 
     store, paths = settings.store, settings.paths
+    models_base = cwd if ("default_models",) in origins else base
     models_config = absolute(settings.models_config, "models_config")
     if models_config is None and source is not None and (base / CATALOGUE_NAME).is_file():
         models_config = str(base / CATALOGUE_NAME)
     return msgspec.structs.replace(
         settings,
         models_config=models_config,
+        default_models=[
+            msgspec.structs.replace(
+                model, model_id=absolute_model_id(model.model_id, models_base, home_dir(environ))
+            )
+            for model in settings.default_models
+        ],
         store=msgspec.structs.replace(
             store,
             cache_dir=absolute(store.cache_dir, "store", "cache_dir"),
@@ -153,6 +159,5 @@ def _with_absolute_paths(
 
 def _absolute(text: str, base: FilePath, environ: Mapping[str, str]) -> FilePath:
     if text == "~" or text.startswith("~/"):
-        home = FilePath(environ.get("HOME") or "~").expanduser()
-        return home / text[2:]
+        return home_dir(environ) / text[2:]
     return FilePath(os.path.normpath(base / text))

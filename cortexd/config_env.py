@@ -79,8 +79,8 @@ def _unknown(name: str, options: Mapping[str, Path]) -> str:
     keys = [variable for variable, path in options.items() if path[0] == section and len(path) > 1]
     if keys:
         return f"names the table {section}; set one of its keys: {', '.join(sorted(keys))}"
-    near = nearest(name.upper(), options)
-    hint = f'; did you mean "{near}"?' if near else ""
+    near = nearest(section, [variable[len(PREFIX) :].lower() for variable in options])
+    hint = f'; did you mean "{PREFIX}{near.upper()}"?' if near else ""
     return f"names no option{hint} (form: {PREFIX}SECTION__KEY, such as {PREFIX}GATEWAY__LISTEN)"
 
 

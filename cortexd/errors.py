@@ -123,6 +123,20 @@ class RequestTooLarge(InvalidRequest):
     http_status = 413
 
 
+class MethodNotAllowed(InvalidRequest):
+    """The path exists, this HTTP method on it does not."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class RequestTimeout(InvalidRequest):
+    """The client did not finish sending its request in time."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
 class NotFound(CortexError):
     """No such route, actor or operation."""
 

@@ -18,6 +18,7 @@ Strategy = Literal["lru", "priority"]
 
 def choose_victims(
     models: Sequence[ModelStatus],
+    *,
     needed_bytes: int,
     free_bytes: int,
     incoming: str | None,

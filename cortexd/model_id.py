@@ -7,7 +7,9 @@ is the source's business.
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 from cortexd.errors import ConfigError
 
@@ -18,7 +20,18 @@ _ALLOWED = "allowed: org/name, a local path, or pypi:<distribution>==<version>"
 
 def is_local_path(model_id: str) -> bool:
     """Return whether this id names a file or folder of this machine."""
-    return model_id.startswith(("/", "./", "../", "~/")) or model_id.lower().endswith(".gguf")
+    if model_id.startswith(("/", "./", "../", "~/")):
+        return True
+    return model_id.lower().endswith(".gguf") and ":" not in model_id
+
+
+def absolute_model_id(model_id: str, folder: Path, home: Path) -> str:
+    """Return the id with a local path made absolute: relative ones lie in `folder`."""
+    if not is_local_path(model_id):
+        return model_id
+    if model_id.startswith("~/"):
+        return str(home / model_id[2:])
+    return os.path.normpath(folder / model_id)
 
 
 def check_model_id(model_id: str) -> None:
@@ -35,9 +48,9 @@ def _fault(model_id: str) -> str | None:
         return "holds a control character"
     if model_id != model_id.strip():
         return "begins or ends with a space"
-    scheme, colon, rest = model_id.partition(":")
-    if is_local_path(rest if colon and "/" not in scheme else model_id):
+    if is_local_path(model_id):
         return None
+    scheme, colon, rest = model_id.partition(":")
     if not colon:
         return _repository_fault(model_id)
     if "/" in scheme:

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Final
 
 from cortexd.errors import ConfigError
-from cortexd.settings import Paths, Store
+from cortexd.settings import Settings, Store
 
 # sockaddr_un.sun_path is 108 bytes on Linux, the last one a terminating zero.
 IPC_PATH_LIMIT: Final = 107
 ADMIN_SOCKET: Final = "admin.s"
 
 
-def runtime_dir(paths: Paths, environ: Mapping[str, str]) -> Path:
+def runtime_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of the sockets; nothing is created."""
-    if paths.runtime_dir is not None:
-        return Path(paths.runtime_dir)
+    if settings.paths.runtime_dir is not None:
+        return Path(settings.paths.runtime_dir)
     uid = os.getuid()
     base = _xdg(environ, "XDG_RUNTIME_DIR")
     if base is None and _is_owned(Path(f"/run/user/{uid}"), uid):
@@ -31,18 +31,23 @@ def runtime_dir(paths: Paths, environ: Mapping[str, str]) -> Path:
     return base / "cortexd" if base else Path(f"/tmp/cortexd-{uid}")
 
 
-def state_dir(paths: Paths, environ: Mapping[str, str]) -> Path:
+def state_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of logs and remembered state; nothing is created."""
-    if paths.state_dir is not None:
-        return Path(paths.state_dir)
-    return (_xdg(environ, "XDG_STATE_HOME") or _home(environ) / ".local/state") / "cortexd"
+    if settings.paths.state_dir is not None:
+        return Path(settings.paths.state_dir)
+    return (_xdg(environ, "XDG_STATE_HOME") or home_dir(environ) / ".local/state") / "cortexd"
 
 
-def cache_dir(store: Store, environ: Mapping[str, str]) -> Path:
+def cache_dir(store: Store, environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of downloaded models that no other cache holds; nothing is created."""
     if store.cache_dir is not None:
         return Path(store.cache_dir)
-    return (_xdg(environ, "XDG_CACHE_HOME") or _home(environ) / ".cache") / "cortexd"
+    return (_xdg(environ, "XDG_CACHE_HOME") or home_dir(environ) / ".cache") / "cortexd"
+
+
+def prepare_runtime_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
+    """Create and verify the folder of the sockets, and return it. Raises: ConfigError."""
+    return prepare_private_dir(runtime_dir(settings, environ))
 
 
 def prepare_private_dir(folder: Path) -> Path:
@@ -99,19 +104,25 @@ def ipc_path(folder: Path, name: str) -> Path:
     return path
 
 
-def admin_socket(paths: Paths, environ: Mapping[str, str]) -> Path:
+def admin_socket(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
     """Return the path of the admin socket. Raises: ConfigError when it is too long."""
-    return ipc_path(runtime_dir(paths, environ), ADMIN_SOCKET)
+    return ipc_path(runtime_dir(settings, environ), ADMIN_SOCKET)
+
+
+def config_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of the user's own configuration."""
+    return (_xdg(environ, "XDG_CONFIG_HOME") or home_dir(environ) / ".config") / "cortexd"
+
+
+def home_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the user's home, also where HOME is unset (as under some service managers)."""
+    return Path(environ.get("HOME") or "~").expanduser()
 
 
 def _xdg(environ: Mapping[str, str], name: str) -> Path | None:
     """Return an XDG folder; unset, empty and relative values do not count (as its rules say)."""
     value = environ.get(name, "")
     return Path(value) if os.path.isabs(value) else None
-
-
-def _home(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("HOME") or "~").expanduser()
 
 
 def _is_owned(folder: Path, uid: int) -> bool:

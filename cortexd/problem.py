@@ -33,31 +33,34 @@ class Locations:
     overrides: Mapping[Path, str]  # path → "environment variable CORTEXD_ROLE"
 
     def of(self, problem: Problem) -> str:
-        """Return where to look for this problem: the first involved key that somebody set."""
-        for path in (problem.path, *problem.involves):
-            for length in range(len(path), 0, -1):
-                origin = self.overrides.get(path[:length])
-                if origin is not None:
-                    return origin
-                line = self.lines.get(path[:length])
-                if line is not None:
-                    return f"{self.file}:{line}"
-        return self.file
+        """Return where to look for this problem.
 
-    def line(self, problem: Problem) -> tuple[int, int]:
+        The key itself if somebody set it, else another that took part, else the nearest table
+        around them, else the file.
+        """
+        path = self._nearest(problem)
+        if path in self.overrides:
+            return self.overrides[path]
+        return f"{self.file}:{self.lines[path]}" if path in self.lines else self.file
+
+    def order(self, problem: Problem) -> tuple[bool, int]:
         """Return a sort key: problems of the file in reading order, then the overrides."""
-        for path in (problem.path, *problem.involves):
-            for length in range(len(path), 0, -1):
-                if path[:length] in self.overrides:
-                    return (1, 0)
-                if path[:length] in self.lines:
-                    return (0, self.lines[path[:length]])
-        return (0, 0)
+        path = self._nearest(problem)
+        return (path in self.overrides, self.lines.get(path, 0))
+
+    def _nearest(self, problem: Problem) -> Path:
+        paths = (problem.path, *problem.involves)
+        enclosing = (path[:length] for path in paths for length in range(len(path) - 1, 0, -1))
+        known = (path for path in (*paths, *enclosing) if self._is_set(path))
+        return next(known, ())
+
+    def _is_set(self, path: Path) -> bool:
+        return path in self.overrides or path in self.lines
 
 
 def raise_problems(problems: Iterable[Problem], locations: Locations) -> None:
     """Raise one ConfigError with a line for each problem; return when there is none."""
-    ordered = sorted(problems, key=locations.line)
+    ordered = sorted(problems, key=locations.order)
     lines = [f"{locations.of(problem)}: {problem.message}" for problem in ordered]
     lines = list(dict.fromkeys(lines))
     if not lines:

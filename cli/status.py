@@ -1,0 +1,89 @@
+"""`cortexd status`: actors and models on one screen; the exit code tells health."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+
+from cli import format as fmt
+from cli.control import Document, connected, settings_of
+from cli.exit_code import DEGRADED, OK
+from cli.models import documents, models_table
+from cortexd.address import parse_host_port
+from cortexd.errors import ConfigError
+
+
+def status(args: argparse.Namespace) -> int:
+    """Show the daemon's state. Raises: CommandError (exit 3) when it does not run."""
+    with connected(settings_of(args).settings) as channel:
+        document = channel.request("status", {})
+    if args.json:
+        print(json.dumps(document, indent=2))
+    else:
+        print(render(document, colour=fmt.has_colour(sys.stdout)))
+    return OK if document.get("state") == "ok" else DEGRADED
+
+
+def render(document: Document, *, colour: bool) -> str:
+    """Return the status document as a screen of text."""
+    health = fmt.state(_text(document, "state"), colour=colour)
+    parts = [
+        f"{fmt.coloured('cortexd', 'bold', enabled=colour)} {_text(document, 'version')}",
+        health,
+        f"role {_text(document, 'role')}",
+        f"up {fmt.duration(_number(document, 'uptime_s'))}",
+        f"pid {_text(document, 'pid')}",
+    ]
+    lines = ["  ".join(parts)]
+    listen = document.get("listen")
+    if isinstance(listen, dict):
+        lines += [f"  {name:<8} {_url(address)}" for name, address in listen.items() if address]
+    lines += ["", actors_table(documents(document.get("actors")), colour=colour)]
+    models = documents(document.get("models"))
+    lines.append("")
+    if document.get("models_error"):
+        lines.append(f"models: unknown ({fmt.printable(str(document['models_error']))})")
+    elif models:
+        lines.append(models_table(models, colour=colour))
+    else:
+        lines.append("no models; load one with: cortexd load ID")
+    return "\n".join(lines)
+
+
+def actors_table(actors: list[Document], *, colour: bool) -> str:
+    """Return one line for each actor; the reason is shown of those that are not ready."""
+    headers = ["ACTOR", "STATE", ">PID", ">SINCE", ">RESTARTS", ">MEMORY", ">LAG", "REASON"]
+    rows = []
+    for actor in actors:
+        ready = actor.get("state") == "ready"
+        rows.append(
+            [
+                fmt.printable(_text(actor, "name")),
+                fmt.state(_text(actor, "state"), colour=colour),
+                _text(actor, "pid") if actor.get("pid") else "-",
+                fmt.duration(_number(actor, "since_s")),
+                _text(actor, "restarts"),
+                fmt.size(_number(actor, "rss_bytes")) if actor.get("rss_bytes") else "-",
+                f"{_number(actor, 'lag_ms'):.1f} ms" if ready else "-",
+                "" if ready else fmt.printable(_text(actor, "reason")),
+            ]
+        )
+    return fmt.table(headers, rows)
+
+
+def _url(address: object) -> str:
+    try:
+        return parse_host_port(str(address)).url()
+    except ConfigError:  # the daemon's own words are still better than none
+        return fmt.printable(str(address))
+
+
+def _text(document: Mapping[str, object], key: str) -> str:
+    return str(document.get(key, "?"))
+
+
+def _number(document: Mapping[str, object], key: str) -> float:
+    value = document.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
