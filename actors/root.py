@@ -64,7 +64,7 @@ def run_root(
     """
     if sys.platform != "linux":
         raise ConfigError(f"cortexd needs Linux 5.4 or later (pidfd, lifeline), not {sys.platform}")
-    locked = RuntimeDir(runtime_dir(settings.paths, os.environ))
+    locked = RuntimeDir(runtime_dir(settings))
     try:
         with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
             root = Root(
@@ -121,7 +121,7 @@ class Root:
         become_subreaper()
         set_title("cortexd: root")
         self._events = EventLog()
-        logs_dir = state_dir(self._settings.paths, os.environ) / "logs"
+        logs_dir = state_dir(self._settings) / "logs"
         self._logs = LogHub(logs_dir, self._settings.logging, self._on_log_failure)
         stream = cast(TextIO, HubStream(self._logs, "root"))
         configure_logging("root", self._settings.logging.level, stream)

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from hashlib import blake2s
 from pathlib import Path
@@ -280,6 +281,7 @@ class AdminChannel:
         self._path = path
         self._timeout_s = timeout_s
         self._num_requests = 0
+        self._events: deque[dict[str, Any]] = deque()
         self._probe()
         self._transport = Transport()
         self._socket = self._transport.socket(zmq.DEALER)
@@ -292,70 +294,60 @@ class AdminChannel:
         self.close()
 
     def request(self, op: str, args: Mapping[str, object] | None = None) -> dict[str, Any]:
-        """Return the result of an operation ("accepted" and an `op_id` for a long one).
+        """Return an operation's first answer; of a long one it holds "accepted" and "op_id".
 
         Raises: the daemon's CortexError, NotRunning, DeadlineExceeded.
         """
-        request_id = self._send(op, args)
-        return self._first_answer(request_id, op)
-
-    def events(self, op: str, args: Mapping[str, object] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield `{"event", "data"}`: first "result", then what follows; ends with the operation.
-
-        A stream (`follow`) ends with the daemon or with the iterator. Raises: like `request`; the
-        error of a failed operation.
-        """
-        request_id = self._send(op, args)
-        result = self._first_answer(request_id, op)
-        yield {"event": "result", "data": result}
-        if "op_id" not in result and not (args or {}).get("follow"):
-            return
-        while True:
-            document = self._receive(request_id, self._timeout_s)
-            if document is None:
-                self._probe()  # silence is fine while the daemon lives
+        self._num_requests += 1
+        request_id = str(self._num_requests)
+        document = {"v": 1, "id": request_id, "op": op, "args": args or {}}
+        self._socket.send(msgspec.json.encode(document))
+        deadline_s = time.monotonic() + self._timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            answer = self._receive(left_s)
+            if answer is None:
                 continue
-            match document["event"]:
-                case "failed":
-                    raise _to_error(document["data"])
-                case "end":
+            if "event" in answer:
+                self._events.append(answer)
+            elif answer["id"] == request_id:
+                if not answer["ok"]:
+                    raise _to_error(answer["error"])
+                result: dict[str, Any] = answer["result"]
+                return result
+        self._probe()
+        raise DeadlineExceeded(f"no answer to {op} within {self._timeout_s} s")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield the events of the operations and streams this channel began.
+
+        Each is `{"id", "event", "data"}`, operations' with their "op_id". Ends with the daemon.
+        """
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                if event["event"] == "end":
                     return
-            yield {"event": document["event"], "data": document["data"]}
-            if document["event"] == "done":
-                return
+                yield event
+            document = self._receive(self._timeout_s)
+            if document is not None and "event" in document:
+                self._events.append(document)
+            elif document is None:
+                try:
+                    self._probe()  # silence is fine while the daemon lives
+                except NotRunning:
+                    return
 
     def close(self) -> None:
         """Disconnect; streams of this channel end."""
         self._socket.close()
         self._transport.close()
 
-    def _send(self, op: str, args: Mapping[str, object] | None) -> str:
-        self._num_requests += 1
-        request_id = str(self._num_requests)
-        document = {"v": 1, "id": request_id, "op": op, "args": args or {}}
-        self._socket.send(msgspec.json.encode(document))
-        return request_id
-
-    def _first_answer(self, request_id: str, op: str) -> dict[str, Any]:
-        document = self._receive(request_id, self._timeout_s)
-        if document is None:
-            self._probe()
-            raise DeadlineExceeded(f"no answer to {op} within {self._timeout_s} s")
-        if not document["ok"]:
-            raise _to_error(document["error"])
-        result: dict[str, Any] = document["result"]
-        return result
-
-    def _receive(self, request_id: str, timeout_s: float) -> dict[str, Any] | None:
-        """Return the next document for this request; None at the timeout."""
-        deadline_s = time.monotonic() + timeout_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            if not self._socket.poll(int(left_s * 1000) + 1):
-                return None
-            document: dict[str, Any] = msgspec.json.decode(self._socket.recv())
-            if document["id"] == request_id:
-                return document
-        return None
+    def _receive(self, timeout_s: float) -> dict[str, Any] | None:
+        """Return the next document; None at the timeout."""
+        if not self._socket.poll(int(timeout_s * 1000) + 1):
+            return None
+        document: dict[str, Any] = msgspec.json.decode(self._socket.recv())
+        return document
 
     def _probe(self) -> None:
         """Raises: NotRunning when nothing listens on the socket."""
