@@ -19,7 +19,6 @@ from actors.front.sequences import MAX_PENDING_TOKENS, DeltaQueue, RunningSequen
 from actors.front.services import Services
 from cortexd.errors import (
     ActorDown,
-    CortexError,
     DeadlineExceeded,
     EngineRestarting,
     MailboxFull,
@@ -249,7 +248,7 @@ class Generation:
         self._cancel_running()
         if self._holds_lease:
             self._holds_lease = False
-            self._tell_quietly("router", EndRequest(self._lease_id))
+            self._services.tell_quietly("router", EndRequest(self._lease_id))
 
     def _cancel_running(self) -> None:
         for sequence_id in self._running.values():
@@ -258,14 +257,7 @@ class Generation:
         self._running.clear()
 
     def _cancel(self, sequence_id: int) -> None:
-        self._tell_quietly(self._leader, Cancel(sequence_id))
-
-    def _tell_quietly(self, name: str, message: Message) -> None:
-        """Send what a dead receiver does not need: its own death has released it."""
-        try:
-            self._services.bus.tell(name, message)
-        except CortexError:
-            self._services.num_lost_messages += 1
+        self._services.tell_quietly(self._leader, Cancel(sequence_id))
 
     def _new_queue(self) -> DeltaQueue:
         answers = self._request.choices_per_prompt * max(1, len(self._request.prompts))

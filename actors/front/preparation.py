@@ -88,7 +88,7 @@ async def prepare(
         prepared = await _prepare_for(services, request, routed, lease_id)
         if services.bus.incarnation_of(routed.leader) == routed.incarnation:
             return prepared
-        services.bus.tell("router", EndRequest(lease_id))
+        services.tell_quietly("router", EndRequest(lease_id))
         grace_until = grace_until or loop.time() + _LEADER_GRACE_S
         if loop.time() > grace_until:
             raise EngineRestarting(f'the engine of model "{routed.model_id}" is restarting')

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from actors.front.services import Services
-from cortexd.errors import ActorDown, CortexError, MailboxFull
+from cortexd.errors import CortexError
 from cortexd.log import event
 from cortexd.messages import RequestFinished
 
@@ -108,10 +108,7 @@ class RequestRecord:
             cached_tokens=self.cached_tokens,
             completion_tokens=self.completion_tokens,
         )
-        try:
-            services.bus.tell("metrics", finished)
-        except (ActorDown, MailboxFull):
-            services.num_lost_messages += 1  # shown by /health; a lost count harms no request
+        services.tell_quietly("metrics", finished)
 
 
 def _milliseconds(seconds: float | None) -> float | None:
