@@ -29,8 +29,9 @@ from cortexd.openai import SamplingFields
 if TYPE_CHECKING:
     from engine.text.text_model import TextModel
 
-# Below this, rendering and tokenising take less than the hop to a thread and back.
-_INLINE_CHARACTERS = 16 * 1024
+# Tokenising runs at one or two million characters a second: up to here it holds the loop, and with
+# it every other stream, for a few milliseconds at most.
+_INLINE_CHARACTERS = 4096
 # The router may answer a moment before the registry names the leader, or after it died.
 _LEADER_GRACE_S = 5.0
 _LEADER_PAUSE_S = 0.01

@@ -42,7 +42,8 @@ class RequestRecord:
     def fail(self, error: CortexError, *, status: int | None = None) -> None:
         """Note how it failed; `status` when the client saw another one than the error's own."""
         self.error_code = error.code
-        self.error_message = error.message
+        # The message of a bad request quotes it, and prompts do not belong in the log.
+        self.error_message = error.message if error.http_status >= 500 else error.param
         self.status = error.http_status if status is None else status
 
     def note_ending(self, error: BaseException | None) -> None:
