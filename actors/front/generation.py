@@ -50,7 +50,6 @@ class Generation:
         load_wait_s: float,
         may_resubmit: bool,
     ) -> None:
-        self.routed_model = ""
         self.fingerprint: str | None = None
         self._services = services
         self._request = request
@@ -156,6 +155,7 @@ class Generation:
             prepare(
                 self._services,
                 self._request,
+                self._record,
                 self._lease_id,
                 wait_s=max(self._load_deadline - self._clock(), 0.0),
             )
@@ -174,10 +174,7 @@ class Generation:
 
     def _submit(self, prepared: Prepared) -> None:
         routed = prepared.routed
-        record = self._record
-        record.model = self.routed_model = routed.model_id
-        record.cold_start = record.cold_start or routed.cold_start
-        record.submitted = time.monotonic()
+        self._record.submitted = time.monotonic()
         self.fingerprint = prepared.fingerprint
         self._prompt_tokens = sum(prompt.num_tokens for prompt in prepared.prompts)
         self._leader = routed.leader

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import cortexd
+from actors.front.record import RequestRecord
 from actors.front.request import InferenceRequest, Prompt
 from actors.front.routing import route
 from actors.front.sampling import (
@@ -74,9 +75,16 @@ class Prepared:
 
 
 async def prepare(
-    services: Services, request: InferenceRequest, lease_id: str, *, wait_s: float
+    services: Services,
+    request: InferenceRequest,
+    record: RequestRecord,
+    lease_id: str,
+    *,
+    wait_s: float,
 ) -> Prepared:
     """Return the request ready to submit to a leader that lives at this moment.
+
+    `record` learns the model as soon as the router knows it.
 
     Raises: ModelNotFound, ModelLoading, ContextLengthExceeded, InvalidRequest, EngineRestarting.
     """
@@ -86,6 +94,8 @@ async def prepare(
     while True:
         patience_s = max(deadline - loop.time(), 0.0)
         routed = await route(services.bus, request.model, lease_id, wait_s=patience_s)
+        record.model = routed.model_id
+        record.cold_start = record.cold_start or routed.cold_start
         prepared = await _prepare_for(services, request, routed, lease_id)
         if services.bus.incarnation_of(routed.leader) == routed.incarnation:
             return prepared

@@ -228,6 +228,7 @@ async def test_prompt_over_the_context_is_refused_with_both_numbers() -> None:
             assert error["prompt_len"] >= CONTEXT
             assert f"maximum context length is {CONTEXT} tokens" in error["message"]
             assert str(error["prompt_len"]) in error["message"]
+            assert front.fleet.finished[-1].model == MODEL
         assert_untouched(front.fleet)
         status, answer, _ = await front.post(
             COMPLETIONS, {"model": MODEL, "prompt": "x" * (CONTEXT - 1), "max_tokens": 50}
