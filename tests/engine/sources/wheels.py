@@ -79,7 +79,8 @@ class Client:
     @property
     def command(self) -> list[str]:
         """The setting `store.pip`."""
-        return [sys.executable, str(self._script), self.mode, str(self.wheel), str(self._calls)]
+        python = [sys.executable, "-I", "-S"]  # starts in half the time
+        return [*python, str(self._script), self.mode, str(self.wheel), str(self._calls)]
 
     @property
     def calls(self) -> list[str]:

@@ -97,6 +97,8 @@ def test_render_string_arguments_become_objects() -> None:
 @pytest.mark.parametrize(
     ("message", "error", "param"),
     [
+        ("no object", InvalidType, "messages[0]"),
+        ({"role": "user", "content": ["x"]}, InvalidType, "messages[0].content[0]"),
         ({"role": "user", "content": 3}, InvalidType, "messages[0].content"),
         ({"content": "x"}, InvalidRequest, "messages[0].role"),
         (
@@ -127,7 +129,7 @@ def test_render_string_arguments_become_objects() -> None:
     ],
 )
 def test_render_malformed_message_names_the_field(
-    message: dict[str, Any], error: type[InvalidRequest], param: str | None
+    message: Any, error: type[InvalidRequest], param: str | None
 ) -> None:
     """Each malformed part of a message is refused with its path."""
     with pytest.raises(error) as caught:
@@ -154,6 +156,13 @@ def test_render_missing_content_is_empty() -> None:
     """A null content without tool calls renders as an empty turn."""
     text = _template(CHATML).render([USER, {"role": "assistant", "content": None}])
     assert "<|im_start|>assistant\n<|im_end|>" in text
+
+
+@pytest.mark.parametrize("messages", [[], None, "hi", {}])
+def test_render_no_list_of_messages_is_refused(messages: Any) -> None:
+    """There must be something to answer."""
+    with pytest.raises(InvalidValue, match="non-empty list"):
+        _template(CHATML).render(messages)
 
 
 def test_render_without_template_says_what_works() -> None:

@@ -140,6 +140,13 @@ def test_encode_is_never_truncated(tmp_path: Path) -> None:
     assert model.decode(model.encode("word " * 50, add_special_tokens=False)) == "word " * 50
 
 
+def test_encode_half_a_surrogate_pair_is_the_callers_error(tmp_path: Path) -> None:
+    """JSON can spell what no text can hold."""
+    model = TextModel.load(_dense_model(tmp_path))
+    with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
+        model.encode("a\ud800", add_special_tokens=False)
+
+
 def test_encode_applies_the_post_processor_on_request(tmp_path: Path) -> None:
     """tokenizer.json's own begin token is added to completions only."""
     tokenizer = train_byte_level("llama-bpe")
