@@ -11,7 +11,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -52,10 +52,15 @@ def connected(settings: Settings) -> Iterator[Channel]:
             f"not running: nothing answers at {path}; start it with: cortexd start", NOT_RUNNING
         )
     verify_private_dir(path.parent)
+    with open_channel(path) as channel:
+        yield channel
+
+
+def open_channel(path: Path) -> AbstractContextManager[Channel]:
+    """Return a channel to the admin socket at `path`."""
     from actors.transport import AdminChannel  # zmq, only once there is somebody to talk to
 
-    with AdminChannel(path, timeout_s=REPLY_TIMEOUT_S) as channel:
-        yield channel
+    return AdminChannel(path, timeout_s=REPLY_TIMEOUT_S)
 
 
 def is_running(settings: Settings) -> bool:
