@@ -18,6 +18,7 @@ INTERRUPTED: Final = 130
 
 _BY_ERROR: Final[tuple[tuple[type[errors.CortexError], int], ...]] = (
     (errors.ConfigError, USAGE),
+    (errors.Cancelled, INTERRUPTED),
     (errors.ModelNotFound, NOT_FOUND),
     (errors.NotFound, NOT_FOUND),
     (errors.DeadlineExceeded, TIMEOUT),
@@ -27,6 +28,7 @@ _BY_ERROR: Final[tuple[tuple[type[errors.CortexError], int], ...]] = (
     (errors.Overloaded, REFUSED),
     (errors.MailboxFull, REFUSED),
     (errors.ShuttingDown, REFUSED),
+    (errors.InvalidRequest, USAGE),
 )
 
 

@@ -26,7 +26,11 @@ def test_logs_prints_old_lines_then_follows(
 ) -> None:
     """Options are handed on; the ring comes first, then each new line."""
     daemon.answers["actor.logs"] = {"lines": [LINE]}
-    daemon.event_list = [{"event": "line", "data": {**LINE, "level": "info"}}]
+    daemon.event_list = [
+        {"event": "line", "data": {**LINE, "level": "info"}},
+        {"event": "end", "data": {}},
+        {"event": "line", "data": LINE},
+    ]
     assert main(["logs", "front.0", "-f", "-n", "5"]) == 0
     assert daemon.requests == [("actor.logs", {"name": "front.0", "lines": 5, "follow": True})]
     assert capsys.readouterr().out.splitlines() == [SHOWN, SHOWN.replace(" warning", "")]

@@ -84,6 +84,8 @@ def test_error_classes_have_their_exit_codes() -> None:
         errors.ConfigError: 2,
         errors.ModelNotFound: 4,
         errors.NotFound: 4,
+        errors.InvalidValue: 2,
+        errors.Cancelled: 130,
         errors.Overloaded: 5,
         errors.InsufficientMemory: 5,
         errors.DeadlineExceeded: 124,
