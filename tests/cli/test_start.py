@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cli import start as start_module
 from cli.main import main
 from cli.start import ready_block
 from cortexd.demo import DEMO_ALIAS, DEMO_MODEL
@@ -29,6 +30,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
         on_ready(ADDRESSES)
         return 0
 
+    monkeypatch.setattr(start_module, "watch_models", lambda settings: None)
     node = types.ModuleType("actors.node")
     node.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "actors.node", node)
