@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 
-from cortexd.catalogue import residency_priorities
-from cortexd.eviction import choose_victims
+import msgspec
 from cortexd.messages.envelope import Envelope
 
 from actors.actor import AsyncActor, handles
+from cortexd.catalogue import Catalogue
 from cortexd.errors import CortexError
+from cortexd.eviction import choose_victims, idle_models
 from cortexd.log import event
 from cortexd.messages import (
     EvictionProposal,
@@ -31,6 +32,8 @@ class Evictor(AsyncActor):
 
     async def on_start(self) -> None:
         """Watch for idle models when a time-to-live is configured."""
+        catalogue = msgspec.msgpack.decode(self.context.args, type=Catalogue)
+        self._priorities = catalogue.priorities()
         self._idle_task: asyncio.Task[None] | None = None
         if self.context.settings.eviction.idle_ttl_s > 0:
             self._idle_task = asyncio.create_task(self._watch_idle())
@@ -50,7 +53,7 @@ class Evictor(AsyncActor):
             free_bytes=message.free_bytes,
             incoming=message.incoming,
             strategy=strategy,
-            priorities=residency_priorities(self.context.settings),
+            priorities=self._priorities,
         )
         return EvictionProposal(victims, strategy)
 
@@ -61,9 +64,8 @@ class Evictor(AsyncActor):
             try:
                 answer = await self.ask("router", ListModels(), deadline_s=1.0)
                 assert isinstance(answer, ModelList), "ListModels is answered by ModelList"
-                for model in answer.models:
-                    idle_s = model.last_used_s or 0.0
-                    if model.state == "loaded" and model.in_flight == 0 and idle_s >= ttl_s:
-                        self.tell("router", UnloadIdle(model.model_id, idle_s))
+                idle_s = {model.model_id: model.last_used_s or 0.0 for model in answer.models}
+                for model_id in idle_models(answer.models, ttl_s):
+                    self.tell("router", UnloadIdle(model_id, idle_s[model_id]))
             except CortexError as error:
                 event(self.log, "evictor.router_unreachable", 30, error=error.message)

@@ -11,18 +11,21 @@ import socket
 from collections.abc import Callable
 
 import msgspec
-from cortexd.catalogue import Catalogue, load_catalogue
-from cortexd.paths import prepare_runtime_dir
 
 from actors.root import run_root
 from actors.router import RouterArgs
-from actors.spec import ChildSpec
+from actors.spec import GROUP_STOP_ORDER, ChildSpec
+from cortexd.address import parse_host_port
+from cortexd.catalogue import Catalogue, load_catalogue
 from cortexd.demo import DEMO_ALIAS, DEMO_MODEL
 from cortexd.desired import forget_desired
 from cortexd.errors import ConfigError
 from cortexd.models import LoadOptions
+from cortexd.paths import prepare_runtime_dir
 from cortexd.settings import Settings
 
+# Fronts drain first, while engines (GROUP_STOP_ORDER) and router still serve their streams.
+_FRONT_STOP_ORDER = GROUP_STOP_ORDER + 50
 # Connections wait here while a front restarts, so none is refused.
 _BACKLOG = 512
 
@@ -73,17 +76,18 @@ def child_specs(
     catalogue_args = msgspec.msgpack.encode(catalogue)
     front_listeners = tuple(name for name in ("api", "neuron") if name in listeners)
     return [
-        ChildSpec(name="router", target="actors.router:Router", args=router_args, order=0),
-        ChildSpec(name="store", target="actors.store:Store", order=0),
-        ChildSpec(name="poller", target="actors.poller:Poller", order=0),
-        ChildSpec(name="evictor", target="actors.evictor:Evictor", args=catalogue_args, order=0),
-        ChildSpec(name="metrics", target="actors.metrics:Metrics", listeners=("metrics",), order=0),
+        ChildSpec(name="router", target="actors.router:Router", args=router_args),
+        ChildSpec(name="store", target="actors.store:Store"),
+        ChildSpec(name="poller", target="actors.poller:Poller"),
+        ChildSpec(name="evictor", target="actors.evictor:Evictor", args=catalogue_args),
+        ChildSpec(name="metrics", target="actors.metrics:Metrics", listeners=("metrics",)),
         *(
             ChildSpec(
                 name=f"front.{index}",
                 target="actors.front.front:Front",
                 listeners=front_listeners,
-                order=0,
+                stop_order=_FRONT_STOP_ORDER,
+                drain_s=settings.gateway.drain_s,
             )
             for index in range(settings.gateway.fronts)
         ),
@@ -111,13 +115,12 @@ def bind_listeners(settings: Settings) -> dict[str, socket.socket]:
 
 
 def _bind(key: str, address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host, port = parse_host_port(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, int(port)))
+        listener.bind((host, port))
         listener.listen(_BACKLOG)
         listener.setblocking(False)
     except OSError as error:

@@ -14,14 +14,13 @@ import math
 import time
 
 import msgspec
-from cortexd.catalogue import Catalogue
 from cortexd.messages.envelope import Envelope
-from cortexd.paths import runtime_dir
 
 from actors.actor import ActorContext, AsyncActor, handles
 from actors.managed_model import ManagedModel
 from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
+from cortexd.catalogue import Catalogue
 from cortexd.desired import DesiredModel, group_name, read_desired, write_desired
 from cortexd.errors import (
     ConfigError,
@@ -79,7 +78,7 @@ class Router(AsyncActor):
         self.host: HostReport | None = None
         self._loader = ModelLoader(self)
         self._admin = RouterAdmin(self)
-        self._runtime_dir = runtime_dir(context.settings)
+        self._runtime_dir = context.runtime_dir
         self._background: set[asyncio.Task[None]] = set()
         for entry in args.catalogue.models:
             self.add_model(

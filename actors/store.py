@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 from cortexd.messages.envelope import Envelope
-from cortexd.paths import cache_dir
 
 from actors.actor import AsyncActor, handles
 from cortexd.errors import ActorDown, CortexError, Internal, MailboxFull, NotFound
@@ -27,6 +26,7 @@ from cortexd.messages import (
     ResolveFiles,
     ResolveProgress,
 )
+from cortexd.paths import cache_dir
 
 _PROGRESS_PERIOD_S = 0.25
 Key = tuple[str, str | None]

@@ -123,6 +123,20 @@ class RequestTooLarge(InvalidRequest):
     http_status = 413
 
 
+class MethodNotAllowed(InvalidRequest):
+    """The path exists, this HTTP method on it does not."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class RequestTimeout(InvalidRequest):
+    """The client did not finish sending its request in time."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
 class NotFound(CortexError):
     """No such route, actor or operation."""
 
@@ -253,6 +267,21 @@ class ShuttingDown(CortexError):
     code = "server_shutting_down"
     http_status = 503
     retriable = True
+
+
+class AlreadyRunning(CortexError):
+    """Another daemon holds the runtime directory; details hold its `pid`."""
+
+    code = "already_running"
+    type = "invalid_request_error"
+    http_status = 409
+
+
+class NotRunning(CortexError):
+    """No daemon listens on the admin socket."""
+
+    code = "not_running"
+    http_status = 503
 
 
 class Cancelled(CortexError):

@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI API and neuron API over the actors' messages."""

@@ -1,0 +1,45 @@
+"""Reads a request body within its size limit and its time limit."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from cortexd.errors import InvalidRequest, RequestTimeout, RequestTooLarge
+
+# A client that sends nothing for this long is gone, whatever its link.
+_IDLE_TIMEOUT_S = 30.0
+_TOTAL_TIMEOUT_S = 300.0
+
+
+async def read_body(request: web.Request, max_bytes: int) -> bytes:
+    """Return the whole (decompressed) body.
+
+    Raises: RequestTooLarge (declared, or counted while reading), RequestTimeout, InvalidRequest.
+    """
+    declared = request.content_length
+    if declared is not None and declared > max_bytes:
+        raise _too_large(max_bytes)
+    chunks = bytearray()
+    try:
+        async with asyncio.timeout(_TOTAL_TIMEOUT_S) as total:
+            while True:
+                async with asyncio.timeout(_IDLE_TIMEOUT_S):
+                    chunk = await request.content.readany()
+                if not chunk:
+                    return bytes(chunks)
+                chunks += chunk
+                if len(chunks) > max_bytes:
+                    raise _too_large(max_bytes)
+    except TimeoutError:
+        seconds = _TOTAL_TIMEOUT_S if total.expired() else _IDLE_TIMEOUT_S
+        raise RequestTimeout(f"the request body was not complete after {seconds:g} s") from None
+    except web.RequestPayloadError as error:
+        raise InvalidRequest(f"the request body cannot be read: {error}") from None
+
+
+def _too_large(max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(
+        f"the request body is over {max_bytes} bytes (gateway.max_body_mib)", max_bytes=max_bytes
+    )

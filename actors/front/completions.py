@@ -1,0 +1,104 @@
+"""The shapes of `/v1/completions`: chunks, and the whole answer."""
+
+from __future__ import annotations
+
+import msgspec
+
+from actors.front.choice import ChoiceOutput, TokenScore
+from actors.front.dialect import Answer, ChunkEncoder, data_event
+from actors.front.request import InferenceRequest
+from actors.front.validate import parse_completion
+from cortexd.openai import Completion, CompletionChoice, CompletionLogprobs, Usage
+
+_SPLIT_AT = "\x00"
+
+
+class CompletionDialect:
+    """`/v1/completions`."""
+
+    route = "/v1/completions"
+    id_prefix = "cmpl-"
+
+    def parse(self, body: bytes) -> InferenceRequest:
+        """Return the checked request."""
+        return parse_completion(body)
+
+    def encoder(self, answer: Answer) -> ChunkEncoder:
+        """Return a fresh stream encoder."""
+        return CompletionEncoder(answer)
+
+    def response(self, answer: Answer, outputs: list[ChoiceOutput], usage: Usage) -> bytes:
+        """Return the whole answer."""
+        choices = [_choice(output) for output in outputs]
+        return msgspec.json.encode(_document(answer, choices, usage))
+
+
+class CompletionEncoder:
+    """Encode one legacy stream."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+
+    def chunk(self, output: ChoiceOutput) -> bytes:
+        """Return one event with the text, its scores and the finish reason."""
+        if output.scores or output.finish_reason is not None:
+            return self._event(_choice(output))
+        head, tail = self._frame(output.index)
+        return head + msgspec.json.encode(output.text) + tail
+
+    def keepalive(self) -> bytes:
+        """Return an event with empty text."""
+        return self._event(CompletionChoice(index=0, text=""))
+
+    def usage(self, usage: Usage) -> bytes:
+        """Return the usage event."""
+        return data_event(_document(self._answer, [], usage))
+
+    def _event(self, choice: CompletionChoice) -> bytes:
+        return data_event(_document(self._answer, [choice]))
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """Return what stands before and after the text in a text event: encoded once a stream."""
+        frame = self._frames.get(index)
+        if frame is None:
+            marked = self._event(CompletionChoice(index=index, text=_SPLIT_AT))
+            head, _, tail = marked.rpartition(msgspec.json.encode(_SPLIT_AT))
+            frame = self._frames[index] = (head, tail)
+        return frame
+
+
+def _document(
+    answer: Answer, choices: list[CompletionChoice], usage: Usage | None = None
+) -> Completion:
+    return Completion(
+        id=answer.id,
+        created=answer.created,
+        model=answer.model,
+        system_fingerprint=answer.fingerprint,
+        choices=choices,
+        usage=usage,
+    )
+
+
+def _choice(output: ChoiceOutput) -> CompletionChoice:
+    return CompletionChoice(
+        index=output.index,
+        text=output.text,
+        logprobs=_logprobs(output.scores),
+        finish_reason=output.finish_reason,
+    )
+
+
+def _logprobs(scores: list[TokenScore]) -> CompletionLogprobs | None:
+    if not scores:
+        return None
+    return CompletionLogprobs(
+        tokens=[score.chosen.text for score in scores],
+        token_logprobs=[score.chosen.logprob for score in scores],
+        top_logprobs=[
+            {token.text: token.logprob for token in [*score.rivals, score.chosen]}
+            for score in scores
+        ],
+        text_offset=[score.offset for score in scores],
+    )

@@ -1,0 +1,81 @@
+"""One HTTP connection: the library's protocol with a deadline for heads and our error shape.
+
+The library has no deadline for a request head that never ends (slow loris) and answers bytes that
+are not HTTP with its own text; both are mended here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from actors.front.error_response import envelope, error_response
+from cortexd.errors import Internal, InvalidRequest, RequestTimeout
+
+HEAD_TIMEOUT_S = 10.0
+
+
+class Connection(web.RequestHandler):
+    """Close a connection whose request head does not arrive whole in time."""
+
+    head_timeout_s = HEAD_TIMEOUT_S
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Pass bytes on; start the clock when they leave a head unfinished."""
+        num_heads = self._request_count
+        super().data_received(data)
+        if self._request_count > num_heads:
+            self._stop_head_timer()
+        elif self._head_timer is None and self._is_between_requests():
+            self._head_timer = self._loop.call_later(self.head_timeout_s, self._head_overdue)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Forget the clock."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer a request that never reached a handler, in the API's error envelope."""
+        if request.writer is not None and request.writer.output_size > 0:
+            raise ConnectionError("part of a response was sent already")
+        if status < 500:
+            first_line = (message or "bad request").splitlines()[0][:200]
+            error = error_response(InvalidRequest(f"the request is not valid HTTP: {first_line}"))
+        else:
+            self.log_exception("http.unhandled", exc_info=exc)
+            error = error_response(Internal("the server failed; see its log"))
+        error.force_close()
+        return error
+
+    def _is_between_requests(self) -> bool:
+        return self._current_request is None and not self._messages
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_overdue(self) -> None:
+        self._head_timer = None
+        if not self._is_between_requests() or self.transport is None:
+            return
+        body = envelope(
+            RequestTimeout(f"the request head was not complete after {self.head_timeout_s:g} s")
+        )
+        self.transport.write(
+            b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        self.force_close()

@@ -1,0 +1,72 @@
+"""Errors as HTTP: the OpenAI envelope, the status, and Retry-After where a retry can help."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+from aiohttp import web
+
+from cortexd.errors import (
+    CortexError,
+    Internal,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestTooLarge,
+)
+
+_DEFAULT_RETRY_AFTER_S = 2.0
+# The official SDKs ignore a Retry-After above 60 s.
+_MAX_RETRY_AFTER_S = 60
+
+
+def envelope(error: CortexError) -> bytes:
+    """Return `{"error": {...}}`; the error's details stand inside the object."""
+    body: dict[str, object] = dict(error.details)
+    # After the details: an error's own fields win over a detail of the same name.
+    body |= {
+        "message": error.message,
+        "type": error.type,
+        "code": error.code,
+        "param": error.param,
+    }
+    return msgspec.json.encode({"error": body})
+
+
+def retry_after_s(error: CortexError) -> int | None:
+    """Return whole seconds for the Retry-After header, None for errors no retry will mend."""
+    if error.retry_after_s is None and not error.retriable:
+        return None
+    wanted = _DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+    return min(max(math.ceil(wanted), 1), _MAX_RETRY_AFTER_S)
+
+
+def error_response(error: CortexError) -> web.Response:
+    """Return the HTTP answer of an error."""
+    response = web.Response(
+        status=error.http_status, body=envelope(error), content_type="application/json"
+    )
+    seconds = retry_after_s(error)
+    if seconds is not None:
+        response.headers["Retry-After"] = str(seconds)
+    if isinstance(error, MethodNotAllowed) and error.details.get("allowed"):
+        response.headers["Allow"] = str(error.details["allowed"])
+    return response
+
+
+def from_http_exception(exception: web.HTTPException, request: web.BaseRequest) -> CortexError:
+    """Return our error for one of the HTTP library's."""
+    if isinstance(exception, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(exception.allowed_methods))
+        return MethodNotAllowed(
+            f"{request.method} is not allowed on {request.path}; allowed: {allowed}",
+            allowed=allowed,
+        )
+    if isinstance(exception, web.HTTPNotFound):
+        return NotFound(f"no route {request.method} {request.path}")
+    if isinstance(exception, web.HTTPRequestEntityTooLarge):
+        return RequestTooLarge("the request body is over the limit")
+    if exception.status < 500:
+        return InvalidRequest(f"the HTTP request is not usable: {exception.reason}")
+    return Internal(f"the server failed: {exception.reason}")

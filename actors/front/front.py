@@ -1,0 +1,84 @@
+"""The front actor: HTTP in, messages out, token batches back to the streams that wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from cortexd.messages.envelope import Envelope
+
+from actors.actor import ActorContext, AsyncActor, handles
+from actors.front.sequences import SequenceTable
+from actors.front.server import Server
+from actors.front.services import Services
+from actors.front.text_models import TextModels
+from cortexd.errors import CortexError, EngineRestarting, ShuttingDown
+from cortexd.log import event
+from cortexd.messages import ActorDown, GroupDown, TokenBatch
+
+# What is left of the drain deadline for error events to reach their clients.
+_LAST_WORDS_S = 0.5
+
+
+class Front(AsyncActor):
+    """Serve the OpenAI API and the neuron API on the listeners of this role."""
+
+    def __init__(self, context: ActorContext) -> None:
+        super().__init__(context)
+        self._sequences = SequenceTable()
+        self._services = Services(
+            settings=context.settings,
+            bus=self,
+            log=context.log,
+            sequences=self._sequences,
+            text_models=TextModels(),
+        )
+        self._server = Server(self._services)
+
+    def incarnation_of(self, name: str) -> int | None:
+        """Return the incarnation of a ready actor, None when there is none."""
+        peer = self.peers.get(name)
+        return peer.incarnation if peer is not None and peer.state == "ready" else None
+
+    async def on_start(self) -> None:
+        """Accept connections."""
+        await self._server.start(self.context.listeners)
+
+    async def on_drain(self, deadline_s: float) -> None:
+        """Take nothing new, let streams finish, tell those that did not in time."""
+        self._services.is_draining = True
+        self._server.stop_accepting()
+        await self._wait_until_idle(max(deadline_s - _LAST_WORDS_S, 0.0))
+        if self._services.num_active:
+            event(self.log, "front.drain_incomplete", 30, active=self._services.num_active)
+            self._sequences.fail_all(ShuttingDown("this server is shutting down; try again"))
+            await self._wait_until_idle(_LAST_WORDS_S)
+
+    async def on_stop(self) -> None:
+        """Close every connection."""
+        self._services.is_draining = True
+        self._sequences.fail_all(ShuttingDown("this server is shutting down; try again"))
+        await self._server.close()
+
+    async def _wait_until_idle(self, timeout_s: float) -> None:
+        if self._services.num_active:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._services.idle.wait()
+
+    @handles(TokenBatch)
+    def on_token_batch(self, message: TokenBatch, envelope: Envelope) -> None:
+        """Hand tokens to their requests; inline, so that batches keep their order."""
+        self._sequences.dispatch(message)
+
+    def on_actor_down(self, down: ActorDown) -> None:
+        """Fail what ran on a leader that died."""
+        self._sequences.fail_leader(down.name, down.incarnation, _restarting(down.reason))
+
+    def on_group_down(self, down: GroupDown) -> None:
+        """Fail what ran on a group that ended."""
+        self._sequences.fail_group(down.group, down.epoch, _restarting(down.reason))
+
+
+def _restarting(reason: str) -> CortexError:
+    return EngineRestarting(f"the engine of this model ended ({reason}); try again")

@@ -1,0 +1,101 @@
+"""Health for people, probes and load balancers. None of it waits for a device."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from functools import lru_cache
+from importlib import metadata
+
+import msgspec
+from aiohttp import web
+
+import cortexd
+from actors.front.queries import known_models
+from actors.front.services import SERVICES, Services
+from cortexd.errors import CortexError, ShuttingDown
+from cortexd.models import ModelStatus
+
+_IMPAIRED = ("failed", "recovering")
+
+
+def json_response(document: object, *, status: int = 200) -> web.Response:
+    """Return a JSON answer."""
+    return web.Response(
+        status=status, body=msgspec.json.encode(document), content_type="application/json"
+    )
+
+
+async def livez(request: web.Request) -> web.Response:
+    """Answer that the event loop lives."""
+    return json_response({"status": "ok"})
+
+
+async def readyz(request: web.Request) -> web.Response:
+    """Answer 200 when requests can be routed, 503 before that and while draining."""
+    services = request.app[SERVICES]
+    if services.is_draining:
+        raise ShuttingDown("this server is shutting down", retry_after_s=5)
+    if services.bus.incarnation_of("router") is None:
+        return json_response({"status": "starting", "missing": ["router"]}, status=503)
+    return json_response({"status": "ok"})
+
+
+async def health(request: web.Request) -> web.Response:
+    """Answer the state of the fleet as this gateway sees it; always 200."""
+    services = request.app[SERVICES]
+    try:
+        statuses = (await known_models(services)).models
+    except CortexError as error:
+        status = "starting" if services.bus.incarnation_of("router") is None else "degraded"
+        return json_response(
+            {"status": status, "nodes": {"healthy": 0, "total": 1}, "reason": error.message}
+        )
+    body: dict[str, object] = {
+        "status": "impaired" if _unservable(services, statuses) else "ok",
+        "nodes": {"healthy": 1, "total": 1},
+        "models": dict(Counter(status.state for status in statuses)) | {"total": len(statuses)},
+        "requests": {"active": services.num_active},
+        "uptime_s": round(time.monotonic() - services.started, 3),
+    }
+    if unservable := _unservable(services, statuses):
+        body["unservable"] = unservable
+    return json_response(body)
+
+
+async def version(request: web.Request) -> web.Response:
+    """Answer what runs here."""
+    return json_response(_version())
+
+
+def _unservable(services: Services, statuses: list[ModelStatus]) -> list[dict[str, str | None]]:
+    return [
+        {
+            "node": services.node,
+            "model": status.model_id,
+            "reason": status.state,
+            "detail": status.error or status.stage,
+        }
+        for status in statuses
+        if status.state in _IMPAIRED
+    ]
+
+
+@lru_cache
+def _version() -> dict[str, object]:
+    return {
+        "package_version": cortexd.__version__,
+        "git_sha": "unknown",
+        "python_version": platform.python_version(),
+        "torch_version": _installed("torch"),
+        "target": f"{platform.machine()}-{platform.system().lower()}",
+        "features": ["chat", "completions", "models", "neuron"],
+    }
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

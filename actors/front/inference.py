@@ -1,0 +1,104 @@
+"""The path of one inference request through the front: body, check, run, answer, record."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from aiohttp import web
+
+from actors.front.body import read_body
+from actors.front.choice import ChoiceOutput
+from actors.front.dialect import Answer, Dialect
+from actors.front.generation import Generation
+from actors.front.record import RequestRecord
+from actors.front.request import InferenceRequest
+from actors.front.services import REQUEST_ID, SERVICES, Services
+from actors.front.stream import stream_answer
+from cortexd.errors import ShuttingDown
+
+_MIB = 2**20
+_DRAIN_RETRY_AFTER_S = 5.0
+
+
+class InferenceHandler:
+    """Handle one dialect's route."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer the request; exactly one record is closed, whatever the ending."""
+        services = request.app[SERVICES]
+        record = RequestRecord(
+            request[REQUEST_ID], self._dialect.route, client=request.remote or ""
+        )
+        services.enter()
+        try:
+            response = await self._answer(request, services, record)
+            if record.status == 0:
+                record.status = response.status
+            return response
+        except BaseException as error:
+            record.note_ending(error)
+            raise
+        finally:
+            record.close(services)
+            services.leave()
+
+    async def _answer(
+        self, request: web.Request, services: Services, record: RequestRecord
+    ) -> web.StreamResponse:
+        if services.is_draining:
+            raise ShuttingDown(
+                "this server is shutting down; try again", retry_after_s=_DRAIN_RETRY_AFTER_S
+            )
+        gateway = services.settings.gateway
+        body = await read_body(request, gateway.max_body_mib * _MIB)
+        wanted = self._dialect.parse(body)
+        record.is_stream = wanted.is_stream
+        lease_id = services.new_lease_id()
+        answer = Answer(
+            id=self._dialect.id_prefix + lease_id,
+            created=int(time.time()),
+            model=wanted.model,
+            include_usage=wanted.include_usage,
+        )
+        patience_s = gateway.request_timeout_s if wanted.is_stream else gateway.unary_load_wait_s
+        with Generation(
+            services,
+            wanted,
+            record,
+            lease_id,
+            load_wait_s=patience_s,
+            may_resubmit=not wanted.is_stream,
+        ) as generation:
+            if wanted.is_stream:
+                encoder = self._dialect.encoder(answer)
+                return await stream_answer(request, generation, answer, encoder, record)
+            outputs = await _run_to_end(generation, wanted)
+            answer.fingerprint = generation.fingerprint
+            return web.Response(
+                body=self._dialect.response(answer, outputs, generation.usage()),
+                content_type="application/json",
+            )
+
+
+async def _run_to_end(generation: Generation, wanted: InferenceRequest) -> list[ChoiceOutput]:
+    """Return one merged output per choice, by index."""
+    merged: dict[int, ChoiceOutput] = {}
+    num_resubmits = generation.num_resubmits
+    while not generation.is_finished:
+        outputs = await generation.next(math.inf)
+        if generation.num_resubmits != num_resubmits:
+            num_resubmits = generation.num_resubmits
+            merged.clear()  # the engine died: the answer starts anew
+        for output in outputs:
+            known = merged.get(output.index)
+            if known is None:
+                merged[output.index] = output
+                continue
+            known.text += output.text
+            known.scores += output.scores
+            known.finish_reason = output.finish_reason
+    return [merged[index] for index in sorted(merged)]

@@ -1,0 +1,243 @@
+"""The neuron's own API: what this host is, what it holds, and loading and unloading by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from typing import Annotated, Literal
+from urllib.parse import unquote
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta
+
+from actors.front.body import read_body
+from actors.front.decode import decode_body
+from actors.front.health import json_response
+from actors.front.models import model_limit
+from actors.front.queries import host_report, known_models
+from actors.front.services import SERVICES, Services
+from cortexd.errors import InvalidValue, MissingParameter, ModelNotFound
+from cortexd.messages import HostReport, LoadModel, LoadReport, ModelList, UnloadModelNow
+from cortexd.models import LoadOptions, ModelStatus
+
+_MIB = 2**20
+_MAX_BODY_BYTES = _MIB
+# A load is as long as its download and its bytes ask for; the router and the supervisor watch for
+# a stalled one, so this only bounds a lost answer.
+_LOAD_DEADLINE_S = 24 * 3600.0
+_UNLOAD_DEADLINE_S = 600.0
+_HARNESSES = ["torch", "candle"]
+
+ModelId = Annotated[str, Meta(min_length=1, max_length=512)]
+
+
+class LoadBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `POST /models/load`."""
+
+    model_id: ModelId | None = None
+    harness: Literal["torch", "candle"] | None = None
+    quant: str | None = None
+    tensor_parallel: Annotated[int, Meta(ge=1, le=64)] | None = None
+    devices: Annotated[list[Annotated[int, Meta(ge=0, le=255)]], Meta(max_length=64)] | None = None
+
+
+class UnloadBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `POST /models/unload`."""
+
+    model_id: ModelId | None = None
+    force: bool | None = None
+
+
+async def discovery(request: web.Request) -> web.Response:
+    """Answer what this host is made of."""
+    services = request.app[SERVICES]
+    host, known = await asyncio.gather(host_report(services), known_models(services))
+    limits = [status.limits.context for status in known.models if status.limits is not None]
+    return json_response(
+        {
+            "hostname": host.hostname,
+            "os": host.os,
+            "kernel": host.kernel,
+            "cuda_version": None,
+            "driver_version": host.driver_version,
+            "devices": [
+                {
+                    "index": device.index,
+                    "name": device.name,
+                    "kind": device.kind,
+                    "vram_total_mb": device.memory_total_bytes // _MIB,
+                    "compute_capability": device.compute_capability,
+                }
+                for device in host.devices
+            ],
+            "harnesses": _HARNESSES,
+            "max_prompt_tokens": min(limits) - 1 if limits else None,
+        }
+    )
+
+
+async def health(request: web.Request) -> web.Response:
+    """Answer device load, model activation and each model's queue, from cached reports."""
+    services = request.app[SERVICES]
+    host, known = await asyncio.gather(host_report(services), known_models(services))
+    loads = {load.model_id: load for load in host.loads}
+    return json_response(
+        {
+            "uptime_secs": int(time.monotonic() - services.started),
+            "devices": _device_loads(host),
+            "activation": _activation(services, known),
+            "models": [
+                _model_load(services, status, loads.get(status.model_id))
+                for status in known.models
+                if status.state == "loaded"
+            ],
+        }
+    )
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """Answer the models this host holds or is bringing up."""
+    known = await known_models(request.app[SERVICES])
+    held = [status for status in known.models if status.state != "unloaded"]
+    return json_response([_model_entry(status) for status in held])
+
+
+async def load(request: web.Request) -> web.Response:
+    """Load a model and answer when it is loaded; a client that leaves does not stop the load."""
+    body = decode_body(await read_body(request, _MAX_BODY_BYTES), LoadBody)
+    options = _load_options(body)
+    await request.app[SERVICES].bus.ask("router", LoadModel(options), deadline_s=_LOAD_DEADLINE_S)
+    return json_response({"status": "loaded"})
+
+
+async def unload(request: web.Request) -> web.Response:
+    """Drain and unload a model, answer when its memory is free."""
+    body = decode_body(await read_body(request, _MAX_BODY_BYTES), UnloadBody)
+    if body.model_id is None:
+        raise MissingParameter("model_id is missing", param="model_id")
+    await request.app[SERVICES].bus.ask(
+        "router",
+        UnloadModelNow(body.model_id, force=body.force is True),
+        deadline_s=_UNLOAD_DEADLINE_S,
+    )
+    return json_response({"status": "unloaded"})
+
+
+async def endpoint(request: web.Request) -> web.Response:
+    """Answer the base URL that serves a loaded model. Raises: ModelNotFound."""
+    services = request.app[SERVICES]
+    model_id = unquote(request.match_info["model_id"])
+    known = await known_models(services)
+    target = known.aliases.get(model_id, model_id)
+    if not any(item.model_id == target and item.state == "loaded" for item in known.models):
+        raise ModelNotFound(f'model "{model_id}" is not loaded on this neuron', param="model_id")
+    return json_response({"url": _own_url(request)})
+
+
+def _load_options(body: LoadBody) -> LoadOptions:
+    """Return checked options; "candle" is the reference's name for the in-process engine."""
+    if body.model_id is None:
+        raise MissingParameter("model_id is missing", param="model_id")
+    devices = None if body.devices is None else tuple(body.devices)
+    tensor_parallel = body.tensor_parallel or 1
+    if devices is not None and len(set(devices)) != len(devices):
+        raise InvalidValue(f"devices is {list(devices)}; each may stand once", param="devices")
+    if devices is not None and len(devices) != tensor_parallel:
+        raise InvalidValue(
+            f"devices lists {len(devices)} devices for tensor_parallel {tensor_parallel}; "
+            "one device for each rank is needed",
+            param="devices",
+        )
+    return LoadOptions(
+        model_id=body.model_id,
+        quant=body.quant or None,
+        tensor_parallel=tensor_parallel,
+        devices=devices,
+    )
+
+
+def _own_url(request: web.Request) -> str:
+    """Return this listener's address; a wildcard one as the client reached it."""
+    transport = request.transport
+    name = transport.get_extra_info("sockname") if transport is not None else None
+    if not name:
+        return f"http://{request.host}"
+    host, port = name[0], name[1]
+    is_v6 = ipaddress.ip_address(host.partition("%")[0]).version == 6
+    return f"http://[{host}]:{port}" if is_v6 else f"http://{host}:{port}"
+
+
+def _device_loads(host: HostReport) -> list[dict[str, object]]:
+    return [
+        {
+            "index": device.index,
+            "vram_used_mb": device.memory_used_bytes // _MIB,
+            "vram_free_mb": (device.memory_total_bytes - device.memory_used_bytes) // _MIB,
+            "utilization_pct": device.utilization_pct,
+            "temp_c": device.temperature_c,
+        }
+        for device in host.devices
+    ]
+
+
+def _activation(services: Services, known: ModelList) -> dict[str, object]:
+    """Return how far the models that load at start are."""
+    by_id = {status.model_id: status for status in known.models}
+    wanted = [entry.model_id for entry in services.settings.default_models]
+    state_of = {name: by_id[name].state if name in by_id else "unloaded" for name in wanted}
+    loading = [status.model_id for status in known.models if status.state == "loading"]
+    pending = [name for name in wanted if state_of[name] == "unloaded"]
+    return {
+        "state": "pre_warming" if loading or pending else "ready",
+        "pending": pending,
+        "in_progress": loading[0] if loading else None,
+        "completed": [name for name in wanted if state_of[name] == "loaded"],
+        "failed": [
+            {"model_id": status.model_id, "error": status.error}
+            for status in known.models
+            if status.state == "failed"
+        ],
+    }
+
+
+def _model_load(
+    services: Services, status: ModelStatus, report: LoadReport | None
+) -> dict[str, object]:
+    engine = services.settings.engine
+    figures: dict[str, object] = {
+        "id": status.model_id,
+        "in_flight": status.in_flight,
+        "max_in_flight": engine.max_num_seqs,
+        "max_queue_depth": engine.max_queue_depth,
+    }
+    if report is not None:
+        figures |= {
+            "in_flight": report.num_running,
+            "queue_depth": report.num_waiting,
+            "kv_blocks_used": report.kv_blocks_used,
+            "kv_blocks_total": report.kv_blocks_total,
+            "tok_s_prefill": report.tok_s_prefill,
+            "tok_s_decode": report.tok_s_decode,
+        }
+    return figures
+
+
+def _model_entry(status: ModelStatus) -> dict[str, object]:
+    limit = model_limit(status.limits)
+    entry: dict[str, object] = {
+        "id": status.model_id,
+        "harness": status.harness,
+        "status": status.state,
+        "devices": status.devices,
+        "quant": status.quant,
+        "vram_used_mb": status.memory_bytes // _MIB or None,
+        "capabilities": ["text"],
+        "tool_call": False,
+        "reasoning": False,
+        "servable": {"ok": status.state == "loaded", "detail": status.error or status.stage},
+    }
+    if limit is not None:
+        entry["limit"] = limit
+    return entry

@@ -1,0 +1,164 @@
+"""Everything before the first token is asked for: route, text model, prompts, context check."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+import cortexd
+from actors.front.request import InferenceRequest, Prompt
+from actors.front.routing import route
+from actors.front.sampling import (
+    build_submit,
+    check_prompt_ids,
+    check_token_ids,
+    model_defaults,
+    pack_ids,
+    tokens_to_generate,
+)
+from actors.front.services import Services
+from cortexd.errors import EngineRestarting
+from cortexd.log import event
+from cortexd.messages import EndRequest, Routed, Submit
+from cortexd.openai import SamplingFields
+
+if TYPE_CHECKING:
+    from engine.text.text_model import TextModel
+
+# Below this, rendering and tokenising take less than the hop to a thread and back.
+_INLINE_CHARACTERS = 16 * 1024
+# The router may answer a moment before the registry names the leader, or after it died.
+_LEADER_GRACE_S = 5.0
+_LEADER_PAUSE_S = 0.01
+
+
+@dataclass(slots=True, frozen=True)
+class TokenisedPrompt:
+    """One prompt as packed int32, its length, and how many tokens may follow it."""
+
+    packed: bytes
+    num_tokens: int
+    max_tokens: int
+
+
+@dataclass(slots=True, frozen=True)
+class Prepared:
+    """A request that is ready to be submitted."""
+
+    routed: Routed
+    text_model: TextModel
+    defaults: SamplingFields
+    prompts: list[TokenisedPrompt]
+    lease_id: str
+    fingerprint: str
+
+    def submit(self, request: InferenceRequest, choice_index: int, sequence_id: int) -> Submit:
+        """Return the message that starts one choice."""
+        prompt_index, answer_index = divmod(choice_index, request.choices_per_prompt)
+        prompt = self.prompts[prompt_index]
+        return build_submit(
+            request,
+            self.defaults,
+            request_id=self.lease_id,
+            sequence_id=sequence_id,
+            answer_index=answer_index,
+            prompt=prompt.packed,
+            max_tokens=prompt.max_tokens,
+            eos_token_ids=self.text_model.eos_token_ids,
+        )
+
+
+async def prepare(
+    services: Services, request: InferenceRequest, lease_id: str, *, wait_s: float
+) -> Prepared:
+    """Return the request ready to submit to a leader that lives at this moment.
+
+    Raises: ModelNotFound, ModelLoading, ContextLengthExceeded, InvalidRequest, EngineRestarting.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + wait_s
+    grace_until: float | None = None
+    while True:
+        patience_s = max(deadline - loop.time(), 0.0)
+        routed = await route(services.bus, request.model, lease_id, wait_s=patience_s)
+        prepared = await _prepare_for(services, request, routed, lease_id)
+        if services.bus.incarnation_of(routed.leader) == routed.incarnation:
+            return prepared
+        services.bus.tell("router", EndRequest(lease_id))
+        grace_until = grace_until or loop.time() + _LEADER_GRACE_S
+        if loop.time() > grace_until:
+            raise EngineRestarting(f'the engine of model "{routed.model_id}" is restarting')
+        await asyncio.sleep(_LEADER_PAUSE_S)
+
+
+async def _prepare_for(
+    services: Services, request: InferenceRequest, routed: Routed, lease_id: str
+) -> Prepared:
+    text_model = await services.text_models.get(routed.files)
+    check_token_ids(request.fields, routed.spec.vocab_size)
+    token_lists = await _tokenise(request, text_model)
+    prompts = []
+    for ids in token_lists:
+        check_prompt_ids(ids, routed.spec.vocab_size)
+        prompts.append(
+            TokenisedPrompt(
+                pack_ids(ids), len(ids), tokens_to_generate(request, len(ids), routed.limits)
+            )
+        )
+    return Prepared(
+        routed,
+        text_model,
+        _defaults(services, routed, text_model),
+        prompts,
+        lease_id,
+        _fingerprint(routed),
+    )
+
+
+async def _tokenise(request: InferenceRequest, text_model: TextModel) -> list[list[int]]:
+    """Return the prompts' token ids; long ones are done in a thread, so streams go on."""
+    if _num_characters(request) <= _INLINE_CHARACTERS:
+        return _tokenise_now(request, text_model)
+    return await asyncio.to_thread(_tokenise_now, request, text_model)
+
+
+def _tokenise_now(request: InferenceRequest, text_model: TextModel) -> list[list[int]]:
+    if request.messages is None:
+        return [_encode_prompt(prompt, text_model) for prompt in request.prompts]
+    text = text_model.render_chat(
+        request.messages, tools=request.tools, template_kwargs=request.template_kwargs
+    )
+    return [text_model.encode(text, add_special_tokens=False)]
+
+
+def _encode_prompt(prompt: Prompt, text_model: TextModel) -> list[int]:
+    if isinstance(prompt, str):
+        return text_model.encode(prompt, add_special_tokens=True)
+    return prompt
+
+
+def _num_characters(request: InferenceRequest) -> int:
+    texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
+    for message in request.messages or []:
+        content = message.get("content") or ""
+        texts += [content] if isinstance(content, str) else [part["text"] for part in content]
+    return sum(map(len, texts))
+
+
+def _defaults(services: Services, routed: Routed, text_model: TextModel) -> SamplingFields:
+    try:
+        return model_defaults(text_model.default_sampling)
+    except msgspec.ValidationError as error:
+        event(services.log, "model.bad_defaults", 30, model=routed.model_id, error=str(error))
+        return SamplingFields()
+
+
+def _fingerprint(routed: Routed) -> str:
+    """Return a name for what computes the answer: same files and program, same name."""
+    files = routed.files
+    identity = f"{cortexd.__version__}|{files.model_id}|{files.revision}|{files.quant}"
+    return "fp_" + hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()

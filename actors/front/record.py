@@ -1,0 +1,118 @@
+"""What is known of one inference request at its end: one record for metrics, one log line."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from actors.front.services import Services
+from cortexd.errors import ActorDown, CortexError, MailboxFull
+from cortexd.log import event
+from cortexd.messages import RequestFinished
+
+# Names a client invents would each become a time series.
+UNKNOWN_MODEL = "unknown"
+CLIENT_GONE_STATUS = 499
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Filled in on the way; `close` is called exactly once, whatever the ending."""
+
+    request_id: str
+    route: str
+    client: str = ""
+    model: str = UNKNOWN_MODEL
+    status: int = 0
+    error_code: str | None = None
+    error_message: str | None = None
+    finish_reason: str | None = None
+    is_stream: bool = False
+    cold_start: bool = False
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    num_resubmits: int = 0
+    started: float = field(default_factory=time.monotonic)
+    submitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def fail(self, error: CortexError, *, status: int | None = None) -> None:
+        """Note how it failed; `status` when the client saw another one than the error's own."""
+        self.error_code = error.code
+        self.error_message = error.message
+        self.status = error.http_status if status is None else status
+
+    def note_ending(self, error: BaseException | None) -> None:
+        """Note what left the handler, if that is an error."""
+        if isinstance(error, CortexError):
+            self.fail(error)
+        elif isinstance(error, asyncio.CancelledError | ConnectionError):
+            self.status = CLIENT_GONE_STATUS
+            self.error_code = "request_cancelled"
+            self.error_message = "the client went away"
+        elif error is not None:
+            self.status = 500
+            self.error_code = "internal_error"
+            self.error_message = repr(error)
+
+    def close(self, services: Services) -> None:
+        """Tell metrics and write the log line."""
+        duration_s = time.monotonic() - self.started
+        ttft_s = None if self.first_token is None else self.first_token - self.started
+        decode_s = None
+        if self.first_token is not None and self.last_token is not None:
+            decode_s = self.last_token - self.first_token
+        self._tell(services, duration_s, ttft_s, decode_s)
+        event(
+            services.log,
+            "request.finished",
+            id=self.request_id,
+            client=self.client,
+            route=self.route,
+            model=self.model,
+            stream=self.is_stream,
+            status=self.status,
+            error=self.error_code,
+            message=self.error_message,
+            finish=self.finish_reason,
+            cold=self.cold_start,
+            wait_ms=_milliseconds(self.submitted and self.submitted - self.started),
+            ttft_ms=_milliseconds(ttft_s),
+            total_ms=_milliseconds(duration_s),
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.completion_tokens,
+            resubmits=self.num_resubmits,
+        )
+
+    def _tell(
+        self, services: Services, duration_s: float, ttft_s: float | None, decode_s: float | None
+    ) -> None:
+        finished = RequestFinished(
+            request_id=self.request_id,
+            model=self.model,
+            node=services.node,
+            route=self.route,
+            status=self.status,
+            error_code=self.error_code,
+            finish_reason=self.finish_reason,
+            stream=self.is_stream,
+            cold_start=self.cold_start,
+            duration_s=duration_s,
+            ttft_s=ttft_s,
+            decode_s=decode_s,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.completion_tokens,
+        )
+        try:
+            services.bus.tell("metrics", finished)
+        except (ActorDown, MailboxFull):
+            services.num_lost_messages += 1  # shown by /health; a lost count harms no request
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 2)

@@ -1,0 +1,45 @@
+"""A validated inference request: what both dialects reduce their bodies to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cortexd.openai import GenerationFields
+
+Prompt = str | list[int]
+
+
+@dataclass(slots=True, frozen=True)
+class InferenceRequest:
+    """One request, fully checked; nothing in it needs another look before tokenising.
+
+    Exactly one of `messages` and `prompts` is set. `num_logprobs` is -1 for none.
+    """
+
+    kind: Literal["chat", "completion"]
+    model: str
+    fields: GenerationFields
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    num_logprobs: int
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] | None = None
+    prompts: list[Prompt] = field(default_factory=list)
+
+    @property
+    def is_stream(self) -> bool:
+        """Tell whether the client wants server-sent events."""
+        return self.fields.stream is True
+
+    @property
+    def include_usage(self) -> bool:
+        """Tell whether the client wants a usage chunk at the end of the stream."""
+        options = self.fields.stream_options
+        return options is not None and options.include_usage is True
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """Return `n`."""
+        return self.fields.n or 1

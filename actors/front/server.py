@@ -1,0 +1,73 @@
+"""Serves the applications on the sockets the root bound, until they are drained.
+
+The root keeps its own copy of each socket: while this front restarts, connections wait in the
+kernel's queue and none is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from functools import partial
+
+from aiohttp import web
+
+from actors.front.app import build_app
+from actors.front.connection import Connection
+from actors.front.services import Services
+
+_KEEPALIVE_S = 75.0
+# A body that nobody wants (413) is read for this long, so that the client sees the answer.
+_LINGER_S = 5.0
+_BACKLOG = 512
+_CLEANUP_S = 1.0
+
+
+class Server:
+    """The HTTP servers of one front, by listener name."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._runners: list[web.AppRunner] = []
+        self._listening: list[asyncio.Server] = []
+
+    async def start(self, listeners: dict[str, socket.socket]) -> None:
+        """Accept on every listener that this role has."""
+        for name in ("api", "neuron"):
+            if name in listeners:
+                await self._serve(name, listeners[name])
+
+    async def _serve(self, name: str, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        runner = web.AppRunner(
+            build_app(self._services, name),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=_CLEANUP_S,
+        )
+        await runner.setup()
+        assert runner.server is not None, "set up above"
+        # Not SockSite: it would make the library's own connections, which have no head deadline.
+        protocol = partial(
+            Connection,
+            runner.server,
+            loop=loop,
+            access_log=None,
+            keepalive_timeout=_KEEPALIVE_S,
+            lingering_time=_LINGER_S,
+        )
+        self._runners.append(runner)
+        self._listening.append(await loop.create_server(protocol, sock=listener, backlog=_BACKLOG))
+
+    def stop_accepting(self) -> None:
+        """Leave new connections to other fronts, or to the kernel's queue."""
+        for server in self._listening:
+            server.close()
+        self._listening.clear()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        self.stop_accepting()
+        for runner in self._runners:
+            await runner.cleanup()
+        self._runners.clear()

@@ -1,0 +1,57 @@
+"""What every HTTP handler of one front shares. Built by the front actor, read by the handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from actors.front.bus import Bus
+from actors.front.sequences import SequenceTable
+from actors.front.text_models import TextModels
+from cortexd.settings import Settings
+
+
+@dataclass(slots=True)
+class Services:
+    """One front's state: the bus, the running sequences, the text models, the drain flag."""
+
+    settings: Settings
+    bus: Bus
+    log: logging.Logger
+    sequences: SequenceTable
+    text_models: TextModels
+    node: str = field(default_factory=platform.node)
+    started: float = field(default_factory=time.monotonic)
+    created: int = field(default_factory=lambda: int(time.time()))
+    is_draining: bool = False
+    num_active: int = 0
+    num_lost_messages: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _lease_prefix: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    _num_leases: int = 0
+
+    def new_lease_id(self) -> str:
+        """Return an id that no other request of any front has: a client may reuse its own."""
+        self._num_leases += 1
+        return f"{self._lease_prefix}{self._num_leases:x}"
+
+    def enter(self) -> None:
+        """Count an inference request in."""
+        self.num_active += 1
+        self.idle.clear()
+
+    def leave(self) -> None:
+        """Count an inference request out; wake a drain that waits for the last."""
+        self.num_active -= 1
+        if self.num_active == 0:
+            self.idle.set()
+
+
+SERVICES: web.AppKey[Services] = web.AppKey("services", Services)
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)

@@ -1,0 +1,122 @@
+"""Writes one answer as server-sent events.
+
+The 200 is held back until the first token or `gateway.first_byte_hold_ms`, so that quick failures
+keep their honest status. After that silence is a bug: a comment line every `keepalive_s` for hops
+that count bytes, an event that changes nothing every `event_keepalive_s` for clients that count
+events. A failure after the first byte is an error event and the end of the stream, without [DONE].
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from actors.front.dialect import Answer, ChunkEncoder
+from actors.front.error_response import envelope
+from actors.front.generation import Generation
+from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
+from actors.front.services import REQUEST_ID, SERVICES
+from cortexd.errors import Cancelled, CortexError, Internal
+from cortexd.settings import Gateway
+
+WRITE_TIMEOUT_S = 120.0
+# One newline: a blank line after a comment makes older client decoders dispatch an empty event.
+_COMMENT = b": ping\n"
+_DONE = b"data: [DONE]\n\n"
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+async def stream_answer(
+    request: web.Request,
+    generation: Generation,
+    answer: Answer,
+    encoder: ChunkEncoder,
+    record: RequestRecord,
+) -> web.StreamResponse:
+    """Run the generation and write its events; errors before the first byte are raised."""
+    gateway = request.app[SERVICES].settings.gateway
+    outputs = await generation.next(gateway.first_byte_hold_ms / 1000)
+    response = web.StreamResponse(headers=_HEADERS)
+    response.headers["x-request-id"] = request[REQUEST_ID]
+    await response.prepare(request)
+    writer = _EventWriter(response, gateway, encoder)
+    record.status = response.status
+    try:
+        while True:
+            answer.fingerprint = generation.fingerprint
+            if outputs:
+                await writer.write_event(b"".join(map(encoder.chunk, outputs)))
+            else:
+                await writer.write_keepalive()
+            if generation.is_finished:
+                break
+            outputs = await generation.next(gateway.keepalive_s)
+        ending = encoder.usage(generation.usage()) if answer.include_usage else b""
+        await writer.write_event(ending + _DONE)
+    except Cancelled as error:
+        record.fail(error, status=CLIENT_GONE_STATUS)
+        _abort(request)
+    except CortexError as error:
+        record.fail(error, status=response.status)
+        await _write_error(response, writer, error)
+    except (ConnectionError, asyncio.CancelledError):
+        raise
+    except Exception as error:
+        # The middleware cannot answer any more: the client still gets its error event.
+        await _write_error(response, writer, Internal("the server failed; see its log"))
+        raise StreamBroken from error
+    return response
+
+
+class StreamBroken(Exception):
+    """An unforeseen error after the first byte; its cause is logged, the client was told."""
+
+
+class _EventWriter:
+    """Writes to one stream, with the clocks of both kinds of keep-alive."""
+
+    def __init__(
+        self, response: web.StreamResponse, gateway: Gateway, encoder: ChunkEncoder
+    ) -> None:
+        self._response = response
+        self._event_period_s = gateway.event_keepalive_s
+        self._encoder = encoder
+        self._clock = asyncio.get_running_loop().time
+        self._last_event = self._clock()
+
+    async def write_event(self, data: bytes) -> None:
+        """Write event bytes. Raises: Cancelled when the client does not read."""
+        self._last_event = self._clock()
+        await self._write(data)
+
+    async def write_keepalive(self) -> None:
+        """Write a comment, or an event when the last one is too long ago."""
+        if self._clock() - self._last_event >= self._event_period_s:
+            await self.write_event(self._encoder.keepalive())
+        else:
+            await self._write(_COMMENT)
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await self._response.write(data)
+        except TimeoutError:
+            raise Cancelled(f"the client read nothing for {WRITE_TIMEOUT_S:g} s") from None
+
+
+async def _write_error(
+    response: web.StreamResponse, writer: _EventWriter, error: CortexError
+) -> None:
+    response.force_close()
+    await writer.write_event(b"data: " + envelope(error) + b"\n\n")
+
+
+def _abort(request: web.Request) -> None:
+    """Drop the connection and what is still buffered for it."""
+    if isinstance(request.transport, asyncio.Transport):
+        request.transport.abort()

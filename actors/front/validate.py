@@ -1,0 +1,198 @@
+"""Checks that go beyond a field's type: required fields, combinations, and what is not supported.
+
+Pure functions of a decoded body; each raises the error that names the field.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from actors.front.decode import decode_body, decode_raw
+from actors.front.request import InferenceRequest, Prompt
+from cortexd.errors import InvalidType, InvalidValue, MissingParameter, UnsupportedParameter
+from cortexd.openai import ChatCompletionRequest, CompletionRequest, GenerationFields
+
+MAX_CHOICES = 128
+_MAX_PROMPTS = 64
+_UNSUPPORTED = (
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "prompt_logprobs",
+    "structured_outputs",
+)
+_UNSUPPORTED_IN_CHAT = ("functions", "function_call", "audio", "web_search_options")
+_MAY_LACK_CONTENT = ("assistant", "tool", "function")
+
+
+def parse_chat(body: bytes) -> InferenceRequest:
+    """Return the checked request of `/v1/chat/completions`. Raises: InvalidRequest's children."""
+    fields = decode_body(body, ChatCompletionRequest)
+    model = _check_common(fields)
+    _check_chat_only(fields)
+    if fields.messages is None:
+        raise MissingParameter("messages is missing", param="messages")
+    if not fields.messages:
+        raise InvalidValue("messages is empty; at least one message is needed", param="messages")
+    num_logprobs = -1
+    if fields.logprobs:
+        num_logprobs = fields.top_logprobs or 0
+    elif fields.top_logprobs:
+        raise InvalidValue("top_logprobs needs logprobs to be true", param="top_logprobs")
+    return InferenceRequest(
+        kind="chat",
+        model=model,
+        fields=fields,
+        max_tokens=fields.max_completion_tokens or fields.max_tokens,
+        stop=_stop_strings(fields),
+        num_logprobs=num_logprobs,
+        messages=[_message(index, message) for index, message in enumerate(fields.messages)],
+        tools=fields.tools or None,
+        template_kwargs=fields.chat_template_kwargs,
+    )
+
+
+def parse_completion(body: bytes) -> InferenceRequest:
+    """Return the checked request of `/v1/completions`. Raises: InvalidRequest's children."""
+    fields = decode_body(body, CompletionRequest)
+    model = _check_common(fields)
+    if fields.echo:
+        raise _unsupported("echo", "send the prompt's text back yourself")
+    if fields.suffix:
+        raise _unsupported("suffix", "only text after the prompt is generated")
+    if fields.prompt is None:
+        raise MissingParameter("prompt is missing", param="prompt")
+    prompts = _prompts(fields.prompt)
+    if len(prompts) * (fields.n or 1) > MAX_CHOICES:
+        raise InvalidValue(
+            f"n is {fields.n} for {len(prompts)} prompts; at most {MAX_CHOICES} answers in all",
+            param="n",
+        )
+    return InferenceRequest(
+        kind="completion",
+        model=model,
+        fields=fields,
+        max_tokens=fields.max_tokens,
+        stop=_stop_strings(fields),
+        num_logprobs=-1 if fields.logprobs is None else fields.logprobs,
+        prompts=prompts,
+    )
+
+
+def _check_common(fields: GenerationFields) -> str:
+    """Return the model's name after the checks both dialects share."""
+    if fields.model is None:
+        raise MissingParameter("model is missing", param="model")
+    for name in _UNSUPPORTED:
+        if getattr(fields, name) is not None:
+            raise _unsupported(name)
+    if fields.use_beam_search:
+        raise _unsupported("use_beam_search", "leave it out; sampling is what runs here")
+    if fields.best_of is not None and fields.best_of != (fields.n or 1):
+        raise _unsupported("best_of", "leave it out or set it to n")
+    response_format = fields.response_format
+    if response_format is not None and not (
+        isinstance(response_format, dict) and response_format.get("type") == "text"
+    ):
+        raise _unsupported("response_format", 'only {"type": "text"}')
+    if fields.stream_options is not None and not fields.stream:
+        raise InvalidValue("stream_options needs stream to be true", param="stream_options")
+    return fields.model
+
+
+def _check_chat_only(fields: ChatCompletionRequest) -> None:
+    for name in _UNSUPPORTED_IN_CHAT:
+        if getattr(fields, name) is not None:
+            raise _unsupported(name)
+    if fields.modalities not in (None, ["text"]):
+        raise _unsupported("modalities", 'only ["text"]')
+    if fields.tools and fields.tool_choice != "none":
+        raise _unsupported("tools", 'leave it out or set tool_choice to "none"')
+    if fields.tool_choice not in (None, "none", "auto"):
+        raise _unsupported("tool_choice", 'only "none", or "auto" without tools')
+
+
+def _unsupported(param: str, instead: str = "leave it out") -> UnsupportedParameter:
+    return UnsupportedParameter(f"{param} is not supported here; {instead}", param=param)
+
+
+def _stop_strings(fields: GenerationFields) -> tuple[str, ...]:
+    if fields.stop is None:
+        return ()
+    return (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
+
+
+def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
+    """Return the message with text parts only; all other fields stay as sent."""
+    at = f"messages[{index}]"
+    role = message.get("role")
+    if role is None:
+        raise MissingParameter(f"{at}.role is missing", param=f"{at}.role")
+    if not isinstance(role, str) or not role:
+        raise InvalidType(f"{at}.role must be a string", param=f"{at}.role")
+    content = message.get("content")
+    if content is None and role not in _MAY_LACK_CONTENT:
+        raise MissingParameter(f"{at}.content is missing", param=f"{at}.content")
+    if content is None or isinstance(content, str):
+        return message
+    if not isinstance(content, list):
+        raise InvalidType(
+            f"{at}.content must be a string or a list of parts", param=f"{at}.content"
+        )
+    parts = [_text_part(f"{at}.content[{index}]", part) for index, part in enumerate(content)]
+    return {**message, "content": parts}
+
+
+def _text_part(at: str, part: object) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        raise InvalidType(f"{at} must be an object", param=at)
+    kind = part.get("type")
+    if kind not in {"text", "refusal"}:
+        shown = kind if isinstance(kind, str) else "none"
+        raise UnsupportedParameter(
+            f'{at}.type "{shown[:40]}" is not supported here; only text parts', param=f"{at}.type"
+        )
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise InvalidType(f"{at}.{kind} must be a string", param=f"{at}.{kind}")
+    return {"type": "text", "text": text}
+
+
+def _prompts(raw: msgspec.Raw) -> list[Prompt]:
+    """Return the prompts of a string, a list of strings, token ids, or a list of those."""
+    value = decode_raw(raw)
+    if value is None:
+        raise MissingParameter("prompt is missing", param="prompt")
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise _bad_prompt("prompt")
+    if not value:
+        raise InvalidValue("prompt is empty; at least one is needed", param="prompt")
+    if _is_token_ids(value):
+        return [value]
+    if len(value) > _MAX_PROMPTS:
+        raise InvalidValue(
+            f"prompt holds {len(value)} prompts; at most {_MAX_PROMPTS}", param="prompt"
+        )
+    for index, item in enumerate(value):
+        if not isinstance(item, str) and not (isinstance(item, list) and _is_token_ids(item)):
+            raise _bad_prompt(f"prompt[{index}]")
+    return value
+
+
+def _is_token_ids(value: list[Any]) -> bool:
+    return bool(value) and all(type(item) is int for item in value)
+
+
+def _bad_prompt(param: str) -> InvalidType:
+    return InvalidType(
+        f"{param} is not usable; prompt must be a string, a list of strings, a list of token ids "
+        "or a list of those",
+        param=param,
+    )

@@ -1,0 +1,96 @@
+"""The tensors of one step, built from the scheduler's plan.
+
+A step is one flat run of tokens: decode rows first, then prefill rows. Everything that depends on
+positions only is computed here once, so that no layer repeats it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from engine.scheduler import PlannedRow, StepPlan
+
+
+@dataclass(slots=True)
+class BatchRow:
+    """One sequence's query tokens start..end-1 of the batch, and where its KV stands.
+
+    The KV is read in place from `first_slot` on when the blocks are consecutive (`block_ids` is
+    None), else gathered by `block_ids` (int64). `mask` (num_tokens, kv_len) is True where a query
+    may look; None when causality needs none (one query) or the whole prompt starts here.
+    """
+
+    start: int
+    end: int
+    kv_len: int
+    first_slot: int
+    block_ids: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """Device tensors, all int64: token_ids, positions, slots (num_tokens,), logit_rows (num_rows,).
+
+    `slots` are the cache slots that the tokens' K and V go to; `logit_rows` the tokens whose logits
+    are wanted.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    logit_rows: Tensor
+    rows: list[BatchRow]
+
+
+def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
+    """Return the tensors of one step."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    logit_rows: list[int] = []
+    rows: list[BatchRow] = []
+    for planned in plan.rows:
+        begin, end = planned.start, planned.start + planned.num_tokens
+        rows.append(_build_row(planned, len(token_ids), block_size, device))
+        token_ids += planned.sequence.token_ids[begin:end]
+        positions += range(begin, end)
+        slots += _slots(planned.sequence.block_table, begin, end, block_size)
+        if planned.samples:
+            logit_rows.append(len(token_ids) - 1)
+    packed = torch.tensor(
+        list(chain(token_ids, positions, slots, logit_rows)), dtype=torch.int64
+    ).to(device)  # one transfer for all four
+    parts = packed.split([len(token_ids), len(positions), len(slots), len(logit_rows)])
+    return StepBatch(parts[0], parts[1], parts[2], parts[3], rows)
+
+
+def _slots(block_table: list[int], begin: int, end: int, block_size: int) -> list[int]:
+    return [
+        block_table[position // block_size] * block_size + position % block_size
+        for position in range(begin, end)
+    ]
+
+
+def _build_row(planned: PlannedRow, start: int, block_size: int, device: torch.device) -> BatchRow:
+    kv_len = planned.start + planned.num_tokens
+    blocks = planned.sequence.block_table[: -(-kv_len // block_size)]
+    is_consecutive = blocks[-1] - blocks[0] == len(blocks) - 1 and all(
+        block == blocks[0] + index for index, block in enumerate(blocks)
+    )
+    mask: Tensor | None = None
+    if planned.num_tokens > 1 and planned.start > 0:
+        queries = torch.arange(planned.start, kv_len, device=device)
+        mask = torch.arange(kv_len, device=device)[None, :] <= queries[:, None]
+    return BatchRow(
+        start=start,
+        end=start + planned.num_tokens,
+        kv_len=kv_len,
+        first_slot=blocks[0] * block_size,
+        block_ids=None if is_consecutive else torch.tensor(blocks, device=device),
+        mask=mask,
+    )

@@ -1,0 +1,95 @@
+"""The choice of device and dtype, memory figures, and which torch errors mean what.
+
+Called by the engine when it loads and when a step fails. Stateless.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import psutil
+import torch
+
+from cortexd import errors
+from cortexd.models import ModelSpec
+from cortexd.settings import Engine as EngineSettings
+
+DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Substrings of the messages torch raises as plain RuntimeError when host memory is exhausted.
+_HOST_OOM_MARKS: Final = ("can't allocate memory", "not enough memory")
+# No CUDA call succeeds after one of these: the process must end.
+_FATAL_MARKS: Final = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL error", "device-side")
+
+
+def choose_device(settings: EngineSettings) -> torch.device:
+    """Return the device the settings ask for. Raises: ConfigError when there is no such device."""
+    available = torch.cuda.is_available()
+    if settings.device == "cuda" and not available:
+        raise errors.ConfigError(
+            'engine.device = "cuda", but torch sees no CUDA device; use "auto" or "cpu"'
+        )
+    return (
+        torch.device("cuda", 0) if available and settings.device != "cpu" else torch.device("cpu")
+    )
+
+
+def choose_dtype(
+    settings: EngineSettings, device: torch.device, spec: ModelSpec, is_gguf: bool
+) -> torch.dtype:
+    """Return the compute dtype.
+
+    "auto" is bfloat16 on CUDA; on a CPU it is bfloat16 for bfloat16 safetensors and float32 for all
+    else: GGUF kernels take float32 activations, and float16 arithmetic is slow there.
+    """
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if spec.torch_dtype == "bfloat16" and not is_gguf else torch.float32
+
+
+def set_num_threads(settings: EngineSettings) -> None:
+    """Let torch use as many threads as the settings say, or as this process may run on."""
+    torch.set_num_threads(settings.num_threads or len(os.sched_getaffinity(0)))
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return how much memory can be had on the device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What the caching allocator holds and does not use can be had as well.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + held
+    return int(psutil.virtual_memory().available)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device as users name it."""
+    if device.type == "cuda":
+        return f"cuda:{device.index or 0} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether the error says that host or device memory is exhausted."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _HOST_OOM_MARKS)
+
+
+def is_device_poisoned(error: BaseException) -> bool:
+    """Tell whether the device cannot be used any more by this process."""
+    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+        return False
+    return any(mark in str(error) for mark in _FATAL_MARKS)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give the caching allocator's unused memory back."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,298 @@
+"""One loaded model: sequences go in, tokens come out, one step at a time.
+
+Called by the leader actor from one thread. Owns the weights, the KV cache, the scheduler and the
+sampler. A row with non-finite logits fails alone; a step that runs out of memory is repeated with
+fewer tokens; every other fault of a step is raised, and the caller ends the process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cortexd import errors
+from cortexd.messages.fleet import LoadReport
+from cortexd.messages.inference import SequenceDelta, Submit
+from cortexd.models import ModelFiles, ModelLimits, ModelSpec
+from cortexd.settings import Engine as EngineSettings
+from engine import device as devices
+from engine.batch import StepBatch, build_batch
+from engine.block_pool import BlockPool
+from engine.kv_cache import KVCache, choose_size
+from engine.loader import Weights
+from engine.models.registry import load_class
+from engine.sampler import SampledToken, Sampler
+from engine.scheduler import PlannedRow, Scheduler, StepPlan
+from engine.sequence import Sequence
+from engine.submission import make_sequence
+from engine.throughput import MovingRate
+
+Deltas = dict[str, list[SequenceDelta]]
+
+
+class Model(Protocol):
+    """What `engine/models/*` provide."""
+
+    def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
+        """Run the batch; return the logits (num_logit_rows, vocab_size)."""
+        ...
+
+
+class Engine:
+    """See the module's text."""
+
+    def __init__(
+        self,
+        model: Model,
+        spec: ModelSpec,
+        settings: EngineSettings,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        weight_bytes: int = 0,
+        backend_name: str = "reference",
+    ) -> None:
+        """Size the cache from what memory is left; `model` is on `device` already."""
+        element_size = dtype.itemsize
+        free = devices.free_memory_bytes(device)
+        size = choose_size(settings, spec, element_size, free, device.type)
+        self.model = model
+        self.spec = spec
+        self.cache = KVCache(spec, size, settings.block_size, dtype, device)
+        self.scheduler = Scheduler(
+            settings, BlockPool(size.num_blocks), settings.block_size, size.context
+        )
+        self.sampler = Sampler(spec.vocab_size)
+        self.limits = ModelLimits(context=size.context, output=size.context - 1)
+        self.memory_bytes = weight_bytes + self.cache.memory_bytes
+        self.device_name = devices.device_name(device)
+        self.dtype_name = str(dtype).removeprefix("torch.")
+        self.backend_name = backend_name
+        self._device = device
+        self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._pending: Deltas = {}
+        self._prefill_rate = MovingRate()
+        self._decode_rate = MovingRate()
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._steps = 0
+
+    @classmethod
+    @torch.inference_mode()
+    def load(
+        cls,
+        files: ModelFiles,
+        spec: ModelSpec,
+        settings: EngineSettings,
+        progress: Callable[[float, str], None],
+    ) -> Engine:
+        """Load a model's weights and size its cache; `progress` gets (fraction, stage).
+
+        Raises: BadModelFile, UnsupportedArchitecture, InsufficientMemory, ConfigError.
+        """
+        devices.set_num_threads(settings)
+        device = devices.choose_device(settings)
+        dtype = devices.choose_dtype(settings, device, spec, files.format == "gguf")
+        weights = Weights.open(
+            files,
+            spec,
+            device=device,
+            dtype=dtype,
+            backend=settings.backend,
+            progress=lambda done, total: progress(done / max(total, 1), "loading weights"),
+        )
+        try:
+            model: Model = load_class(spec.model_type)(spec, weights)
+            weights.check_all_used()
+        finally:
+            weights.close()
+        engine = cls(
+            model,
+            spec,
+            settings,
+            device=device,
+            dtype=dtype,
+            weight_bytes=weights.memory_bytes,
+        )
+        progress(1.0, "ready")
+        return engine
+
+    def __repr__(self) -> str:
+        return f"<Engine {self.spec.model_type} on {self.device_name}: {self.scheduler}>"
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to compute or to deliver."""
+        return self.scheduler.has_work or bool(self._pending)
+
+    def submit(self, owner: str, submit: Submit) -> None:
+        """Queue one sequence. Raises: InvalidValue, ContextLengthExceeded, Overloaded."""
+        key = (owner, submit.sequence_id)
+        if key in self._sequences:
+            raise errors.InvalidValue(
+                f"sequence {submit.sequence_id} of {owner} is running already; use a new id"
+            )
+        sequence = make_sequence(owner, submit, self.spec, self.limits)
+        self.scheduler.submit(sequence)
+        self._sequences[key] = sequence
+        self._num_prompt_tokens += sequence.num_prompt_tokens
+
+    def cancel(self, owner: str, sequence_id: int) -> None:
+        """Free the sequence now; the next step says "cancelled". An unknown id is ignored."""
+        sequence = self._sequences.get((owner, sequence_id))
+        if sequence is not None:
+            self._finish(sequence)
+            _add(self._pending, sequence, finish_reason="cancelled")
+
+    def cancel_owner(self, owner: str) -> None:
+        """Free all sequences of an owner that is gone; nothing is delivered to it any more."""
+        for sequence in [s for s in self._sequences.values() if s.owner == owner]:
+            self._finish(sequence)
+        self._pending.pop(owner, None)
+
+    @torch.inference_mode()
+    def step(self) -> Deltas:
+        """Run one step; return what it added, by owner.
+
+        Raises: RuntimeError when the device or the model's code fails; the engine is then unusable.
+        """
+        deltas, self._pending = self._pending, {}
+        if not self.scheduler.has_work:
+            return deltas
+        started = time.perf_counter()
+        plan = self.scheduler.plan()
+        assert plan.rows, f"{self.scheduler} has work and planned none of it"
+        sampled = self._execute(plan)
+        if sampled is None:
+            self._shrink(plan, deltas)
+            return deltas
+        self.scheduler.complete(plan)
+        for row in plan.rows:
+            self._deliver(row, sampled, deltas)
+        self._count(plan, time.perf_counter() - started)
+        return deltas
+
+    def report(self, model_id: str) -> LoadReport:
+        """Return the load figures."""
+        pool = self.scheduler.pool
+        return LoadReport(
+            model_id=model_id,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_blocks_used=pool.num_used,
+            kv_blocks_total=pool.num_usable,
+            tok_s_prefill=self._prefill_rate.tokens_per_s,
+            tok_s_decode=self._decode_rate.tokens_per_s,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            steps=self._steps,
+        )
+
+    def close(self) -> None:
+        """Drop all sequences; the process's end frees the memory."""
+        for sequence in list(self._sequences.values()):
+            self._finish(sequence)
+        self._pending.clear()
+
+    def _execute(self, plan: StepPlan) -> Iterator[SampledToken] | None:
+        """Return the sampled tokens in row order, or None when memory ran out."""
+        try:
+            batch = build_batch(plan, self.cache.block_size, self._device)
+            sequences = [row.sequence for row in plan.rows if row.samples]
+            logits = self.model.forward(batch, self.cache)
+            return iter(self.sampler.sample(logits, sequences) if sequences else [])
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+        # Only here, past the handler, are the failed step's tensors free.
+        devices.release_cached_memory(self._device)
+        return None
+
+    def _shrink(self, plan: StepPlan, deltas: Deltas) -> None:
+        sequence = self.scheduler.reduce(plan)
+        if sequence is not None:
+            error = errors.InsufficientMemory(
+                f"request {sequence.submit.request_id} does not fit into the device's memory, "
+                "even alone and with the smallest step"
+            )
+            self._fail(sequence, error, deltas)
+
+    def _deliver(self, row: PlannedRow, sampled: Iterator[SampledToken], deltas: Deltas) -> None:
+        sequence = row.sequence
+        if not row.samples:
+            if sequence.num_output_tokens == 0:
+                _add(
+                    deltas,
+                    sequence,
+                    num_prompt_tokens=sequence.num_prompt_tokens,
+                    num_prefilled_tokens=sequence.num_computed,
+                )
+            return
+        token = next(sampled)
+        if token.token_id is None:
+            error = errors.NonFiniteLogits(
+                f"request {sequence.submit.request_id}: the model's logits held NaN or infinity "
+                f"at token {len(sequence.token_ids)}; only this request failed"
+            )
+            self._fail(sequence, error, deltas)
+        elif token.token_id in sequence.stop_token_ids:
+            self._finish(sequence)
+            _add(deltas, sequence, finish_reason="stop", **_usage(sequence))
+        else:
+            self._append(sequence, token, token.token_id, deltas)
+
+    def _append(
+        self, sequence: Sequence, token: SampledToken, token_id: int, deltas: Deltas
+    ) -> None:
+        usage = _usage(sequence)
+        sequence.token_ids.append(token_id)
+        self._num_generated_tokens += 1
+        is_done = sequence.num_output_tokens >= sequence.max_tokens
+        if is_done:
+            self._finish(sequence)
+        has_logprobs = token.logprob is not None
+        delta = SequenceDelta(
+            sequence.sequence_id,
+            [token_id],
+            finish_reason="length" if is_done else None,
+            logprobs=[token.logprob] if token.logprob is not None else [],
+            top_ids=[token.top_ids] if has_logprobs else [],
+            top_logprobs=[token.top_logprobs] if has_logprobs else [],
+            **usage,
+        )
+        deltas.setdefault(sequence.owner, []).append(delta)
+
+    def _fail(self, sequence: Sequence, error: errors.CortexError, deltas: Deltas) -> None:
+        self._finish(sequence)
+        _add(deltas, sequence, finish_reason="error", error=error.to_info())
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        self.sampler.release(sequence)
+        del self._sequences[sequence.owner, sequence.sequence_id]
+
+    def _count(self, plan: StepPlan, elapsed_s: float) -> None:
+        self._steps += 1
+        self._decode_rate.add(plan.num_decodes, elapsed_s)
+        self._prefill_rate.add(plan.num_tokens - plan.num_decodes, elapsed_s)
+
+
+def _usage(sequence: Sequence) -> dict[str, int]:
+    """Return the token counts that go with a sequence's first sampled token."""
+    if sequence.num_output_tokens:
+        return {}
+    return {
+        "num_prompt_tokens": sequence.num_prompt_tokens,
+        "num_cached_tokens": sequence.num_cached_tokens,
+    }
+
+
+def _add(deltas: Deltas, sequence: Sequence, **fields: object) -> None:
+    """Add a delta without tokens."""
+    delta = SequenceDelta(sequence.sequence_id, [], **fields)
+    deltas.setdefault(sequence.owner, []).append(delta)

@@ -1,0 +1,247 @@
+"""One model's weight files, whatever their format, as one table of canonically named tensors.
+
+The pre-flight check uses the table, the loader also the views. Torch-free: opening reads headers
+only. Every fault of a file is a BadModelFile naming that file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from cortexd.errors import BadModelFile, UnsupportedArchitecture
+from cortexd.models import ModelFiles, ModelSpec
+from engine.formats.ggml import RUNNABLE_TYPES, GGMLType, type_names
+from engine.formats.gguf import GGUFFile
+from engine.formats.gguf_names import ROPE_FACTORS, gguf_name
+from engine.formats.safetensors import SafetensorsFile, read_index
+from engine.tensor_plan import TensorPlan
+
+INDEX_FILE: Final = "model.safetensors.index.json"
+_MAX_LISTED: Final = 10
+_SAFETENSORS_TYPES: Final = {
+    "F32": GGMLType.F32,
+    "F16": GGMLType.F16,
+    "BF16": GGMLType.BF16,
+}
+
+
+class _OpenFile(Protocol):
+    path: str
+
+    def view(self, name: str) -> memoryview: ...
+    def release_pages(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointTensor:
+    """One tensor as stored. `ggml_type` is None for a number type the engine does not run."""
+
+    name: str  # as the file spells it
+    shape: tuple[int, ...]  # rows first
+    type_name: str
+    ggml_type: GGMLType | None
+    num_bytes: int
+    file: _OpenFile
+
+    def view(self) -> memoryview:
+        """Return the bytes, mapped, not copied."""
+        return self.file.view(self.name)
+
+
+class Checkpoint:
+    """The open weight files of one model; `tensors` is keyed by the files' own names."""
+
+    def __init__(
+        self, format_name: str, files: list[_OpenFile], tensors: Mapping[str, CheckpointTensor]
+    ) -> None:
+        self.is_gguf = format_name == "gguf"
+        self.tensors = tensors
+        self._files = files
+
+    @classmethod
+    def open(cls, files: ModelFiles) -> Checkpoint:
+        """Open all weight files and check their headers. Raises BadModelFile."""
+        if not files.weights:
+            raise BadModelFile(f'model "{files.model_id}" has no weight files')
+        with contextlib.ExitStack() as stack:
+            if files.format == "gguf":
+                checkpoint = _open_gguf(files, stack)
+            else:
+                checkpoint = _open_safetensors(files, stack)
+            stack.pop_all()
+        return checkpoint
+
+    @property
+    def path(self) -> str:
+        """The file to name when the fault is not one file's: the only one, or the directory."""
+        first = self._files[0].path
+        return first if len(self._files) == 1 else str(Path(first).parent)
+
+    def file_name(self, name: str) -> str:
+        """Return how this checkpoint spells the canonical tensor name."""
+        return gguf_name(name) if self.is_gguf else name
+
+    def __getitem__(self, name: str) -> CheckpointTensor:
+        """Return the tensor of this canonical name, which the plan has checked."""
+        return self.tensors[self.file_name(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.file_name(name) in self.tensors
+
+    @property
+    def rope_factors(self) -> CheckpointTensor | None:
+        """GGUF of llama-3.1 and later: (head_dim / 2,) divisors of the rope frequencies."""
+        return self.tensors.get(ROPE_FACTORS) if self.is_gguf else None
+
+    def release_pages(self) -> None:
+        """Drop the mapped pages from this process (a hint; views stay valid)."""
+        for file in self._files:
+            file.release_pages()
+
+    def close(self) -> None:
+        """Close all files; views that are still held keep their mapping alive."""
+        for file in self._files:
+            file.close()
+
+
+def _open_gguf(files: ModelFiles, stack: contextlib.ExitStack) -> Checkpoint:
+    if len(files.weights) > 1:
+        raise UnsupportedArchitecture(
+            f'model "{files.model_id}" is a GGUF split into {len(files.weights)} files, which is '
+            "not supported; merge them into one file first (llama-gguf-split --merge)"
+        )
+    gguf = GGUFFile.open(files.weights[0])
+    stack.callback(gguf.close)
+    tensors = {
+        t.name: CheckpointTensor(
+            t.name, t.shape, t.ggml_type.name, _runnable(t.ggml_type), t.num_bytes, gguf
+        )
+        for t in gguf.tensors.values()
+    }
+    return Checkpoint("gguf", [gguf], tensors)
+
+
+def _runnable(ggml_type: GGMLType) -> GGMLType | None:
+    return ggml_type if ggml_type in RUNNABLE_TYPES else None
+
+
+def _open_safetensors(files: ModelFiles, stack: contextlib.ExitStack) -> Checkpoint:
+    _check_shards_present(files.weights)
+    shards: list[_OpenFile] = []
+    tensors: dict[str, CheckpointTensor] = {}
+    for path in files.weights:
+        shard = SafetensorsFile.open(path)
+        stack.callback(shard.close)
+        shards.append(shard)
+        for t in shard.tensors.values():
+            if t.name in tensors:
+                raise BadModelFile(
+                    f"{path}: tensor {t.name[:120]!r} is also in {tensors[t.name].file.path}"
+                )
+            tensors[t.name] = CheckpointTensor(
+                t.name, t.shape, t.dtype, _SAFETENSORS_TYPES.get(t.dtype), t.num_bytes, shard
+            )
+    _check_index(files.weights, tensors)
+    return Checkpoint("safetensors", shards, tensors)
+
+
+def _check_shards_present(weights: tuple[str, ...]) -> None:
+    """Check that every shard the index names is among the files. Raises BadModelFile."""
+    index = Path(weights[0]).parent / INDEX_FILE
+    if (len(weights) == 1 and not _is_shard_name(weights[0])) or not index.is_file():
+        return
+    present = {Path(path).name for path in weights}
+    missing = sorted(set(read_index(index).values()) - present)
+    if missing:
+        raise BadModelFile(
+            f"{index}: {_listing('shard', missing)} named by the index and not there; "
+            "download the model again"
+        )
+
+
+def _check_index(weights: tuple[str, ...], tensors: Mapping[str, CheckpointTensor]) -> None:
+    """Check that the tensors are where the index says. Raises BadModelFile."""
+    index = Path(weights[0]).parent / INDEX_FILE
+    if (len(weights) == 1 and not _is_shard_name(weights[0])) or not index.is_file():
+        return
+    absent = [
+        f"{name} (in {shard})"
+        for name, shard in read_index(index).items()
+        if name not in tensors or Path(tensors[name].file.path).name != shard
+    ]
+    if absent:
+        raise BadModelFile(
+            f"{index}: {_listing('tensor', absent)} named by the index and not in that shard"
+        )
+
+
+def _is_shard_name(path: str) -> bool:
+    return "-of-" in Path(path).name
+
+
+def check_plan(checkpoint: Checkpoint, plan: TensorPlan, spec: ModelSpec) -> None:
+    """Check every name, shape and type of the checkpoint against the plan.
+
+    Raises: BadModelFile listing up to ten missing, unexpected or misshapen tensors;
+    UnsupportedArchitecture naming the tensor types that cannot run.
+    """
+    expected = {checkpoint.file_name(name): shape for name, shape in plan.required.items()}
+    ignored = {checkpoint.file_name(name) for name in plan.ignored}
+    faults = []
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    if missing:
+        faults.append(f"{_listing('tensor', missing)} missing")
+    unexpected = [
+        name
+        for name in checkpoint.tensors
+        if name not in expected
+        and name not in ignored
+        and not plan.is_ignored(name)
+        and not (checkpoint.is_gguf and name == ROPE_FACTORS)
+    ]
+    if unexpected:
+        faults.append(f"{_listing('tensor', unexpected)} unexpected")
+    if checkpoint.rope_factors is not None:
+        expected[ROPE_FACTORS] = (spec.head_dim // 2,)
+    present = [name for name in expected if name in checkpoint.tensors]
+    misshapen = [
+        f"{name} is {list(checkpoint.tensors[name].shape)}, not {list(expected[name])}"
+        for name in present
+        if checkpoint.tensors[name].shape != expected[name]
+    ]
+    if misshapen:
+        faults.append(f"{_listing('shape', misshapen)} wrong")
+    if faults:
+        raise BadModelFile(
+            f"{checkpoint.path}: the weights do not fit a {spec.model_type} of this configuration: "
+            + "; ".join(faults)
+        )
+    _check_types([checkpoint.tensors[name] for name in present], checkpoint.path)
+
+
+def _check_types(tensors: Iterable[CheckpointTensor], path: str) -> None:
+    refused = [f"{tensor.name} ({tensor.type_name})" for tensor in tensors if not _can_run(tensor)]
+    if refused:
+        raise UnsupportedArchitecture(
+            f"{path}: {_listing('tensor', refused)} of a type that cannot run here; supported: "
+            f"{type_names(RUNNABLE_TYPES)} (vectors: F32, F16, BF16)"
+        )
+
+
+def _can_run(tensor: CheckpointTensor) -> bool:
+    if tensor.ggml_type is None:
+        return False
+    return len(tensor.shape) > 1 or tensor.ggml_type.block_elements == 1
+
+
+def _listing(noun: str, items: list[str]) -> str:
+    """Return "3 tensors: a, b, c", with at most ten items written out."""
+    plural = noun if len(items) == 1 else f"{noun}s"
+    more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
+    shown = ", ".join(item[:160] for item in items[:_MAX_LISTED])
+    return f"{len(items)} {plural} ({shown}{more})"

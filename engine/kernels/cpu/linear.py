@@ -1,0 +1,120 @@
+"""Matrix products with weights that stay quantised.
+
+Used by `engine.layers.linear`. A weight is repacked once (integers exact, see packed.h); each call
+quantises the activation to int8 per 32 values and multiplies integers. A token's result is
+bit-identical whatever the other tokens, their number, the threads and the instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu import library
+from engine.kernels.cpu.arena import Arena
+
+# GGML's own numbers, as in packed.h.
+TYPE_NUMBERS: Final = {
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+}
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class QuantizedRows(Protocol):
+    """What `pack` needs of a `QuantizedTensor`: plain GGML rows (out, row_bytes) as uint8."""
+
+    @property
+    def ggml_type(self) -> _Named: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def packed(self) -> Tensor: ...
+
+
+class PackedLinear:
+    """A weight (out_features, in_features) in the kernels' layout, with its bias."""
+
+    __slots__ = ("_storage", "bias", "in_features", "matrix", "out_features", "type_name")
+
+    def __init__(
+        self, type_name: str, shape: tuple[int, int], storage: Tensor, bias: Tensor | None
+    ) -> None:
+        self.type_name = type_name
+        self.out_features, self.in_features = shape
+        self._storage = storage
+        self.bias = bias
+        self.matrix = library.Matrix(
+            TYPE_NUMBERS[type_name],
+            self.out_features,
+            self.in_features,
+            storage.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weight."""
+        return self._storage.numel()
+
+
+_ARENA: Final = Arena()
+
+
+def pack(weight: QuantizedRows | Tensor, bias: Tensor | None) -> PackedLinear | None:
+    """Repack `weight` for `linear`; None when there are no kernels, or none for its type.
+
+    The weight's own bytes are not needed afterwards.
+    """
+    if isinstance(weight, Tensor) or not library.available():
+        return None
+    number = TYPE_NUMBERS.get(weight.ggml_type.name)
+    if number is None or weight.packed.device.type != "cpu":
+        return None
+    rows, columns = weight.shape
+    native = library.load()
+    size = native.cortexd_packed_bytes(number, rows, columns)
+    if size < 0:
+        return None
+    source = weight.packed
+    assert source.dtype == torch.uint8, f"packed rows are {source.dtype}, not uint8"
+    assert source.stride(1) == 1, "the bytes of a packed row are not contiguous"
+    storage = _ARENA.allocate(size)
+    done = native.cortexd_pack(
+        number, source.data_ptr(), source.stride(0), rows, columns, storage.data_ptr()
+    )
+    assert done == 0, f"{weight.ggml_type.name} of {rows}x{columns} has a size but no packing"
+    float_bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+    return PackedLinear(weight.ggml_type.name, (rows, columns), storage, float_bias)
+
+
+def linear(packed: PackedLinear, x: Tensor) -> Tensor:
+    """Return x @ weight.T + bias: (num_tokens, in) float32 contiguous to (num_tokens, out)."""
+    num_tokens = x.shape[0]
+    assert x.dtype == torch.float32, f"x is {x.dtype}, not float32"
+    assert x.is_contiguous(), f"x has strides {x.stride()}, not contiguous ones"
+    assert x.shape == (num_tokens, packed.in_features), (
+        f"x is {tuple(x.shape)}, the weight takes {packed.in_features} features"
+    )
+    out = torch.empty(num_tokens, packed.out_features)
+    if num_tokens == 0:
+        return out
+    done = library.load().cortexd_linear(
+        ctypes.byref(packed.matrix), x.data_ptr(), num_tokens, out.data_ptr()
+    )
+    if done != 0:
+        raise MemoryError(f"no memory to quantise {num_tokens} x {packed.in_features} activations")
+    return out

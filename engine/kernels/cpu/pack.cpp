@@ -1,0 +1,208 @@
+// Repacking: unpack one 32-block of one row to plain integers and scales, then place them.
+#include "pack.h"
+
+#include <cstring>
+
+#include "pool.h"
+
+namespace cortexd {
+namespace {
+
+constexpr int64_t kSuperBlock = 256;
+
+// One 32-block of one row: stored (unsigned) integers and raw scale bytes.
+struct Block {
+    uint8_t value[kBlock];
+    uint16_t scale;     // f16 of the block, or d of its super-block
+    uint16_t minimum;   // f16 of the block, or dmin of its super-block
+    uint8_t factor[2];  // super-blocks: scale and minimum, or the two half scales
+};
+
+void low_then_high_nibbles(const uint8_t* nibbles, uint8_t* value) {
+    for (int j = 0; j < 16; ++j) {
+        value[j] = nibbles[j] & 15;
+        value[j + 16] = nibbles[j] >> 4;
+    }
+}
+
+void add_fifth_bits(const uint8_t* bits, uint8_t* value) {
+    uint32_t word;
+    std::memcpy(&word, bits, 4);
+    for (int j = 0; j < kBlock; ++j) value[j] |= ((word >> j) & 1) << 4;
+}
+
+// The 6-bit scale and minimum of 32-block `j` of a Q4_K or Q5_K super-block.
+void k_factors(const uint8_t* packed, int j, uint8_t* factor) {
+    if (j < 4) {
+        factor[0] = packed[j] & 63;
+        factor[1] = packed[j + 4] & 63;
+    } else {
+        factor[0] = (packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4);
+        factor[1] = (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4);
+    }
+}
+
+void read_block(LayoutQ4_0, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b * 18;
+    std::memcpy(&block.scale, p, 2);
+    low_then_high_nibbles(p + 2, block.value);
+}
+
+void read_block(LayoutQ4_1, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b * 20;
+    std::memcpy(&block.scale, p, 2);
+    std::memcpy(&block.minimum, p + 2, 2);
+    low_then_high_nibbles(p + 4, block.value);
+}
+
+void read_block(LayoutQ5_0, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b * 22;
+    std::memcpy(&block.scale, p, 2);
+    low_then_high_nibbles(p + 6, block.value);
+    add_fifth_bits(p + 2, block.value);
+}
+
+void read_block(LayoutQ5_1, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b * 24;
+    std::memcpy(&block.scale, p, 2);
+    std::memcpy(&block.minimum, p + 2, 2);
+    low_then_high_nibbles(p + 8, block.value);
+    add_fifth_bits(p + 4, block.value);
+}
+
+void read_block(LayoutQ8_0, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b * 34;
+    std::memcpy(&block.scale, p, 2);
+    for (int j = 0; j < kBlock; ++j) block.value[j] = p[2 + j] ^ 0x80;  // -128..127 as 0..255
+}
+
+// Q4_K, Q5_K: nibbles of 64 elements share 32 bytes, low nibbles first.
+void read_k_nibbles(const uint8_t* nibbles, int j, uint8_t* value) {
+    const uint8_t* bytes = nibbles + j / 2 * 32;
+    for (int i = 0; i < kBlock; ++i) value[i] = j % 2 == 0 ? bytes[i] & 15 : bytes[i] >> 4;
+}
+
+void read_block(LayoutQ4_K, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b / 8 * 144;
+    const int j = static_cast<int>(b % 8);
+    std::memcpy(&block.scale, p, 2);
+    std::memcpy(&block.minimum, p + 2, 2);
+    k_factors(p + 4, j, block.factor);
+    read_k_nibbles(p + 16, j, block.value);
+}
+
+void read_block(LayoutQ5_K, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b / 8 * 176;
+    const int j = static_cast<int>(b % 8);
+    std::memcpy(&block.scale, p, 2);
+    std::memcpy(&block.minimum, p + 2, 2);
+    k_factors(p + 4, j, block.factor);
+    read_k_nibbles(p + 48, j, block.value);
+    for (int i = 0; i < kBlock; ++i) block.value[i] |= ((p[16 + i] >> j) & 1) << 4;
+}
+
+// Q6_K: two halves of 128; in each, 32-block q takes its low bits from 64 bytes (nibble q / 2)
+// and its high two bits from 32 bytes (bits 2q, 2q + 1).
+void read_block(LayoutQ6_K, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b / 8 * 210;
+    const int half = static_cast<int>(b % 8) / 4;
+    const int q = static_cast<int>(b % 4);
+    const uint8_t* low = p + half * 64 + q % 2 * 32;
+    const uint8_t* high = p + 128 + half * 32;
+    for (int i = 0; i < kBlock; ++i) {
+        const int nibble = q < 2 ? low[i] & 15 : low[i] >> 4;
+        block.value[i] = static_cast<uint8_t>(nibble | ((high[i] >> (2 * q)) & 3) << 4);
+    }
+    std::memcpy(block.factor, p + 192 + b % 8 * 2, 2);
+    std::memcpy(&block.scale, p + 208, 2);
+}
+
+template <class L>
+void place_payload(const uint8_t* value, int64_t r, uint8_t* payload) {
+    for (int quad = 0; quad < 8; ++quad) {
+        for (int j = 0; j < 4; ++j) {
+            const uint8_t v = value[quad * 4 + j];
+            const int64_t lane = r * 4 + j;
+            if (L::kBits == 8) {
+                payload[quad * 64 + lane] = v;
+                continue;
+            }
+            payload[quad % 4 * 64 + lane] |= static_cast<uint8_t>((v & 15) << (quad / 4 * 4));
+            if (L::kBits == 5) payload[256 + lane] |= static_cast<uint8_t>((v >> 4) << quad);
+            if (L::kBits == 6) {
+                payload[256 + quad / 4 * 64 + lane] |=
+                    static_cast<uint8_t>((v >> 4) << (quad % 4 * 2));
+            }
+        }
+    }
+}
+
+template <class L>
+void place_meta(const Block& block, int64_t b, int64_t r, uint8_t* meta) {
+    if (L::kSuperBlocks) {
+        uint8_t* super = meta + b / 8 * 320;
+        std::memcpy(super + r * 2, &block.scale, 2);
+        if (L::kHasMin) std::memcpy(super + 32 + r * 2, &block.minimum, 2);
+        super[64 + b % 8 * 32 + r] = block.factor[0];
+        super[64 + b % 8 * 32 + 16 + r] = block.factor[1];
+        return;
+    }
+    uint8_t* record = meta + b * (L::kHasMin ? 64 : 32);
+    std::memcpy(record + r * 2, &block.scale, 2);
+    if (L::kHasMin) std::memcpy(record + 32 + r * 2, &block.minimum, 2);
+}
+
+template <class L>
+void pack_group(const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t blocks,
+                uint8_t* group) {
+    std::memset(group, 0, static_cast<size_t>(L::group_bytes(blocks)));
+    uint8_t* payload = group + L::meta_bytes(blocks);
+    for (int64_t b = 0; b < blocks; ++b) {
+        for (int64_t r = 0; r < rows; ++r) {
+            Block block{};
+            read_block(L{}, source + r * row_bytes, b, block);
+            place_meta<L>(block, b, r, group);
+            place_payload<L>(block.value, r, payload + b * L::kPayload);
+        }
+    }
+}
+
+template <class L>
+bool fits(int64_t rows, int64_t columns) {
+    return rows > 0 && columns > 0 && columns % (L::kSuperBlocks ? kSuperBlock : kBlock) == 0;
+}
+
+int64_t num_groups(int64_t rows) { return (rows + kRows - 1) / kRows; }
+
+}  // namespace
+
+int64_t packed_bytes(Type type, int64_t rows, int64_t columns) {
+    int64_t bytes = -1;
+    visit_layout(type, [&](auto layout) {
+        using L = decltype(layout);
+        if (fits<L>(rows, columns)) bytes = num_groups(rows) * L::group_bytes(columns / kBlock);
+    });
+    return bytes;
+}
+
+bool pack(Type type, const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t columns,
+          uint8_t* destination) {
+    bool done = false;
+    visit_layout(type, [&](auto layout) {
+        using L = decltype(layout);
+        if (!fits<L>(rows, columns)) return;
+        const int64_t blocks = columns / kBlock;
+        parallel_for(num_groups(rows), 4, [&](int64_t begin, int64_t end) {
+            for (int64_t g = begin; g < end; ++g) {
+                const int64_t left = rows - g * kRows;
+                pack_group<L>(source + g * kRows * row_bytes, row_bytes,
+                              left < kRows ? left : kRows, blocks,
+                              destination + g * L::group_bytes(blocks));
+            }
+        });
+        done = true;
+    });
+    return done;
+}
+
+}  // namespace cortexd

@@ -1,0 +1,176 @@
+// 16 lanes as two halves of 8 with AVX2 and F16C (no dot-product instruction needed).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "packed.h"
+
+namespace cortexd {
+namespace {
+
+struct Avx2 {
+    static constexpr int kTileTokens = 2;  // 16 registers hold no more
+    // Whether dot() of 8-bit weights already subtracts the 128 that storage adds.
+    static constexpr bool kSignedBytes = true;
+    struct F {
+        __m256 half[2];
+    };
+    struct I {
+        __m256i half[2];
+    };
+
+    static F zero() { return set1(0.0f); }
+    static F set1(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
+    static F load(const float* from) {
+        return {{_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}};
+    }
+    static void store(float* to, const F& value) {
+        _mm256_storeu_ps(to, value.half[0]);
+        _mm256_storeu_ps(to + 8, value.half[1]);
+    }
+    static F add(const F& a, const F& b) {
+        return {{_mm256_add_ps(a.half[0], b.half[0]), _mm256_add_ps(a.half[1], b.half[1])}};
+    }
+    static F subtract(const F& a, const F& b) {
+        return {{_mm256_sub_ps(a.half[0], b.half[0]), _mm256_sub_ps(a.half[1], b.half[1])}};
+    }
+    static F multiply(const F& a, const F& b) {
+        return {{_mm256_mul_ps(a.half[0], b.half[0]), _mm256_mul_ps(a.half[1], b.half[1])}};
+    }
+    static F to_float(const I& value) {
+        return {{_mm256_cvtepi32_ps(value.half[0]), _mm256_cvtepi32_ps(value.half[1])}};
+    }
+    static __m128i load_16_bytes(const uint8_t* from) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    }
+    static F load_u8(const uint8_t* from) {
+        const __m128i bytes = load_16_bytes(from);
+        return to_float({{_mm256_cvtepu8_epi32(bytes),
+                          _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))}});
+    }
+    static F load_i8(const uint8_t* from) {
+        const __m128i bytes = load_16_bytes(from);
+        return to_float({{_mm256_cvtepi8_epi32(bytes),
+                          _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))}});
+    }
+    static F load_half(const uint8_t* from) {
+        return {{_mm256_cvtph_ps(load_16_bytes(from)), _mm256_cvtph_ps(load_16_bytes(from + 16))}};
+    }
+
+    static __m256i load_line(const uint8_t* line) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line));
+    }
+    // The stored integers of one quad for 8 rows (32 bytes; `part` 0 or 1 picks the rows).
+    template <class L>
+    static __m256i stored(const uint8_t* payload, int quad, int part) {
+        const int64_t offset = part * 32;
+        if constexpr (L::kBits == 8) return load_line(payload + quad * 64 + offset);
+        const __m256i line = load_line(payload + quad % 4 * 64 + offset);
+        const __m256i nibble = quad < 4 ? line : _mm256_srli_epi16(line, 4);
+        __m256i value = _mm256_and_si256(nibble, _mm256_set1_epi8(15));
+        if constexpr (L::kBits == 5) {
+            const __m256i bits = load_line(payload + 256 + offset);
+            const __m256i shifted =
+                quad <= 4 ? _mm256_slli_epi16(bits, 4 - quad) : _mm256_srli_epi16(bits, quad - 4);
+            value = _mm256_or_si256(value, _mm256_and_si256(shifted, _mm256_set1_epi8(0x10)));
+        }
+        if constexpr (L::kBits == 6) {
+            const int shift = quad % 4 * 2;
+            const __m256i bits = load_line(payload + 256 + quad / 4 * 64 + offset);
+            const __m256i shifted = shift <= 4 ? _mm256_slli_epi16(bits, 4 - shift)
+                                               : _mm256_srli_epi16(bits, shift - 4);
+            value = _mm256_or_si256(value, _mm256_and_si256(shifted, _mm256_set1_epi8(0x30)));
+        }
+        return value;
+    }
+    // Products of unsigned weights and signed activations, summed in pairs to 16 bits. 8-bit
+    // weights could overflow there, so their sign moves to the activation: 2 * 128 * 127 fits.
+    template <class L>
+    static __m256i pair_products(__m256i weights, __m256i x) {
+        if constexpr (L::kBits == 8) {
+            const __m256i is_signed = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+            return _mm256_maddubs_epi16(_mm256_abs_epi8(is_signed), _mm256_sign_epi8(x, is_signed));
+        }
+        return _mm256_maddubs_epi16(weights, x);
+    }
+    // Quads whose 16-bit pair sums may be added up before they overflow: 4 * 2 * 31 * 127 fits.
+    template <class L>
+    static constexpr int kQuadsPerSum = L::kBits <= 5 ? 4 : (L::kBits == 6 ? 2 : 1);
+
+    static __m256i broadcast_quad(const int8_t* x) {
+        int32_t quad;
+        std::memcpy(&quad, x, 4);
+        return _mm256_set1_epi32(quad);
+    }
+    template <class L, int Tokens>
+    static void dot(const uint8_t* payload, const int8_t* x, int64_t stride, I (&low)[Tokens],
+                    I (&high)[Tokens]) {
+        const __m256i ones = _mm256_set1_epi16(1);
+        constexpr int kStep = kQuadsPerSum<L>;
+        for (int part = 0; part < 2; ++part) {
+            for (int quad = 0; quad < 8; quad += kStep) {
+                __m256i pairs[Tokens];
+                for (int m = 0; m < Tokens; ++m) pairs[m] = _mm256_setzero_si256();
+                for (int i = quad; i < quad + kStep; ++i) {
+                    const __m256i weights = stored<L>(payload, i, part);
+                    for (int m = 0; m < Tokens; ++m) {
+                        const __m256i q = broadcast_quad(x + m * stride + i * 4);
+                        pairs[m] = _mm256_add_epi16(pairs[m], pair_products<L>(weights, q));
+                    }
+                }
+                for (int m = 0; m < Tokens; ++m) {
+                    __m256i& sum = quad < 4 ? low[m].half[part] : high[m].half[part];
+                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs[m], ones));
+                }
+            }
+        }
+    }
+    static I broadcast_shifted(const int32_t* value, int shift) {
+        const __m256i shifted = _mm256_slli_epi32(_mm256_set1_epi32(*value), shift);
+        return {{shifted, shifted}};
+    }
+    static I zero_int() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+    static I add(const I& a, const I& b) {
+        return {{_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])}};
+    }
+
+    static uint32_t largest_magnitude(const float* x) {
+        const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+        __m256i largest = _mm256_setzero_si256();
+        for (int i = 0; i < 32; i += 8) {
+            const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + i));
+            largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, mask));
+        }
+        __m128i four = _mm_max_epu32(_mm256_castsi256_si128(largest),
+                                     _mm256_extracti128_si256(largest, 1));
+        four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+        four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1));
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+    }
+    static int32_t sum_lanes(__m256i value) {
+        __m128i four = _mm_add_epi32(_mm256_castsi256_si128(value),
+                                     _mm256_extracti128_si256(value, 1));
+        four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+        return _mm_cvtsi128_si32(four);
+    }
+    static void quantize(const float* x, float inverse, int8_t* q, int32_t* sums) {
+        const __m256 scale = _mm256_set1_ps(inverse);
+        for (int half = 0; half < 2; ++half) {
+            const float* from = x + half * 16;
+            const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from), scale));
+            const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 8), scale));
+            const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+            const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words),
+                                                  _mm256_extracti128_si256(words, 1));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + half * 16), bytes);
+            sums[half] = sum_lanes(_mm256_add_epi32(a, b));
+        }
+    }
+};
+
+}  // namespace
+}  // namespace cortexd

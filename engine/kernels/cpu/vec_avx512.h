@@ -1,0 +1,120 @@
+// 16 lanes with AVX-512 (F, BW, DQ, VL) and VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "packed.h"
+
+namespace cortexd {
+namespace {
+
+struct Avx512 {
+    // 8 tokens: 16 integer and 8 float accumulators and the weights fill the 32 registers.
+    static constexpr int kTileTokens = 8;
+    // Whether dot() of 8-bit weights already subtracts the 128 that storage adds.
+    static constexpr bool kSignedBytes = false;
+    using F = __m512;
+    using I = __m512i;
+
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float value) { return _mm512_set1_ps(value); }
+    static F load(const float* from) { return _mm512_loadu_ps(from); }
+    static void store(float* to, F value) { _mm512_storeu_ps(to, value); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F to_float(I value) { return _mm512_cvtepi32_ps(value); }
+    static __m128i load_16_bytes(const uint8_t* from) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    }
+    static F load_u8(const uint8_t* from) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16_bytes(from)));
+    }
+    static F load_i8(const uint8_t* from) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(from)));
+    }
+    static F load_half(const uint8_t* from) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+
+    static I broadcast_quad(const int8_t* x) {
+        int32_t quad;
+        std::memcpy(&quad, x, 4);
+        return _mm512_set1_epi32(quad);
+    }
+    // Bit 4 (5-bit types) or bits 4-5 (6-bit types) of the stored integers of a quad.
+    template <class L, int Quad>
+    static I high_bits(const uint8_t* payload) {
+        if constexpr (L::kBits == 5) {
+            const I line = _mm512_loadu_si512(payload + 256);
+            const I shifted = Quad <= 4 ? _mm512_slli_epi16(line, 4 - (Quad <= 4 ? Quad : 4))
+                                        : _mm512_srli_epi16(line, Quad > 4 ? Quad - 4 : 0);
+            return _mm512_and_si512(shifted, _mm512_set1_epi8(0x10));
+        } else {
+            constexpr int kShift = Quad % 4 * 2;
+            const I line = _mm512_loadu_si512(payload + 256 + Quad / 4 * 64);
+            const I shifted = kShift <= 4 ? _mm512_slli_epi16(line, 4 - (kShift <= 4 ? kShift : 4))
+                                          : _mm512_srli_epi16(line, kShift > 4 ? kShift - 4 : 0);
+            return _mm512_and_si512(shifted, _mm512_set1_epi8(0x30));
+        }
+    }
+    template <class L, int Quad, int Tokens>
+    static void dot_line(const uint8_t* payload, const int8_t* x, int64_t stride,
+                         I (&low)[Tokens], I (&high)[Tokens]) {
+        // Quad and Quad + 4: the two nibbles of one line, or two lines of 8-bit integers.
+        I first, second;
+        if constexpr (L::kBits == 8) {
+            first = _mm512_loadu_si512(payload + Quad * 64);
+            second = _mm512_loadu_si512(payload + (Quad + 4) * 64);
+        } else {
+            const I mask = _mm512_set1_epi8(15);
+            const I line = _mm512_loadu_si512(payload + Quad * 64);
+            first = _mm512_and_si512(line, mask);
+            second = _mm512_and_si512(_mm512_srli_epi16(line, 4), mask);
+            if constexpr (L::kBits > 4) {
+                first = _mm512_or_si512(first, high_bits<L, Quad>(payload));
+                second = _mm512_or_si512(second, high_bits<L, Quad + 4>(payload));
+            }
+        }
+        for (int m = 0; m < Tokens; ++m) {
+            const int8_t* q = x + m * stride + Quad * 4;
+            low[m] = _mm512_dpbusd_epi32(low[m], first, broadcast_quad(q));
+            high[m] = _mm512_dpbusd_epi32(high[m], second, broadcast_quad(q + 16));
+        }
+    }
+    template <class L, int Tokens>
+    static void dot(const uint8_t* payload, const int8_t* x, int64_t stride, I (&low)[Tokens],
+                    I (&high)[Tokens]) {
+        dot_line<L, 0>(payload, x, stride, low, high);
+        dot_line<L, 1>(payload, x, stride, low, high);
+        dot_line<L, 2>(payload, x, stride, low, high);
+        dot_line<L, 3>(payload, x, stride, low, high);
+    }
+    static I broadcast_shifted(const int32_t* value, int shift) {
+        return _mm512_slli_epi32(_mm512_set1_epi32(*value), static_cast<unsigned>(shift));
+    }
+    static I zero_int() { return _mm512_setzero_si512(); }
+    static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+
+    static uint32_t largest_magnitude(const float* x) {
+        const I mask = _mm512_set1_epi32(0x7fffffff);
+        const I a = _mm512_and_si512(_mm512_loadu_si512(x), mask);
+        const I b = _mm512_and_si512(_mm512_loadu_si512(x + 16), mask);
+        return _mm512_reduce_max_epu32(_mm512_max_epu32(a, b));
+    }
+    static void quantize(const float* x, float inverse, int8_t* q, int32_t* sums) {
+        const F scale = _mm512_set1_ps(inverse);
+        for (int half = 0; half < 2; ++half) {
+            const I value = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + half * 16), scale));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + half * 16),
+                             _mm512_cvtepi32_epi8(value));
+            sums[half] = _mm512_reduce_add_epi32(value);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace cortexd

@@ -1,0 +1,149 @@
+// 16 lanes in plain C++: the fallback on any CPU, and the definition of what the others compute.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "packed.h"
+
+namespace cortexd {
+namespace {
+
+struct Portable {
+    static constexpr int kTileTokens = 2;
+    // Whether dot() of 8-bit weights already subtracts the 128 that storage adds.
+    static constexpr bool kSignedBytes = false;
+    struct F {
+        float lane[16];
+    };
+    struct I {
+        int32_t lane[16];
+    };
+
+    template <class Function>
+    static F map(Function function) {
+        F out;
+        for (int i = 0; i < 16; ++i) out.lane[i] = function(i);
+        return out;
+    }
+
+    static F zero() { return set1(0.0f); }
+    static F set1(float value) {
+        return map([&](int) { return value; });
+    }
+    static F load(const float* from) {
+        return map([&](int i) { return from[i]; });
+    }
+    static void store(float* to, const F& value) { std::memcpy(to, value.lane, sizeof(F)); }
+    static F add(const F& a, const F& b) {
+        return map([&](int i) { return a.lane[i] + b.lane[i]; });
+    }
+    static F subtract(const F& a, const F& b) {
+        return map([&](int i) { return a.lane[i] - b.lane[i]; });
+    }
+    static F multiply(const F& a, const F& b) {
+        return map([&](int i) { return a.lane[i] * b.lane[i]; });
+    }
+    static F to_float(const I& value) {
+        return map([&](int i) { return static_cast<float>(value.lane[i]); });
+    }
+    static F load_u8(const uint8_t* from) {
+        return map([&](int i) { return static_cast<float>(from[i]); });
+    }
+    static F load_i8(const uint8_t* from) {
+        return map([&](int i) { return static_cast<float>(static_cast<int8_t>(from[i])); });
+    }
+
+    static float half_to_float(uint16_t half) {
+        const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+        const uint32_t magnitude = half & 0x7fff;
+        float value;
+        if (magnitude >= 0x7c00) {  // infinity, NaN
+            const uint32_t bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+            std::memcpy(&value, &bits, 4);
+            return value;
+        }
+        if (magnitude < 0x400) {  // zero, subnormal: magnitude * 2^-24 is exact
+            value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+            return sign != 0 ? -value : value;
+        }
+        const uint32_t bits = sign | ((magnitude << 13) + (uint32_t{112} << 23));
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+    static F load_half(const uint8_t* from) {
+        return map([&](int i) {
+            uint16_t half;
+            std::memcpy(&half, from + i * 2, 2);
+            return half_to_float(half);
+        });
+    }
+
+    // The stored integers of quad `quad` of one row, as the payload line layout says.
+    template <class L>
+    static int stored(const uint8_t* payload, int quad, int lane) {
+        if constexpr (L::kBits == 8) return payload[quad * 64 + lane];
+        int value = payload[quad % 4 * 64 + lane] >> (quad / 4 * 4) & 15;
+        if constexpr (L::kBits == 5) value |= (payload[256 + lane] >> quad & 1) << 4;
+        if constexpr (L::kBits == 6) {
+            value |= (payload[256 + quad / 4 * 64 + lane] >> (quad % 4 * 2) & 3) << 4;
+        }
+        return value;
+    }
+
+    // Adds the dot products of one 32-block: quads 0-3 to `low`, 4-7 to `high`.
+    template <class L, int Tokens>
+    static void dot(const uint8_t* payload, const int8_t* x, int64_t stride, I (&low)[Tokens],
+                    I (&high)[Tokens]) {
+        for (int quad = 0; quad < 8; ++quad) {
+            int line[64];
+            for (int lane = 0; lane < 64; ++lane) line[lane] = stored<L>(payload, quad, lane);
+            for (int m = 0; m < Tokens; ++m) {
+                const int8_t* q = x + m * stride + quad * 4;
+                I& sum = quad < 4 ? low[m] : high[m];
+                for (int r = 0; r < 16; ++r) {
+                    sum.lane[r] += line[r * 4] * q[0] + line[r * 4 + 1] * q[1] +
+                                   line[r * 4 + 2] * q[2] + line[r * 4 + 3] * q[3];
+                }
+            }
+        }
+    }
+    static I broadcast_shifted(const int32_t* value, int shift) {
+        I out;
+        for (int i = 0; i < 16; ++i) out.lane[i] = *value * (1 << shift);
+        return out;
+    }
+    static I zero_int() { return I{}; }
+    static I add(const I& a, const I& b) {
+        I out;
+        for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] + b.lane[i];
+        return out;
+    }
+
+    // Largest |x| of 32 values as bits: comparing bits lets NaN win over infinity over numbers.
+    static uint32_t largest_magnitude(const float* x) {
+        uint32_t largest = 0;
+        for (int i = 0; i < kBlock; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, x + i, 4);
+            bits &= 0x7fffffff;
+            largest = bits > largest ? bits : largest;
+        }
+        return largest;
+    }
+    // q = round-half-even(x * inverse) for 32 values; returns the sums of both halves.
+    static void quantize(const float* x, float inverse, int8_t* q, int32_t* sums) {
+        constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits
+        sums[0] = sums[1] = 0;
+        for (int i = 0; i < kBlock; ++i) {
+            const float rounded = (x[i] * inverse + kRound) - kRound;
+            const int value = static_cast<int>(rounded);
+            q[i] = static_cast<int8_t>(value);
+            sums[i / 16] += value;
+        }
+    }
+};
+
+}  // namespace
+}  // namespace cortexd

@@ -1,0 +1,279 @@
+"""Weights of one model, from mapped files into the layers, under canonical names.
+
+Plan first, copy second: opening checks every name, shape and type against the architecture's plan
+(nothing copied yet); then the model's constructor asks for its layers one by one. Quantised tensors
+stay quantised; dense ones take the compute dtype. A tensor is copied (or packed) once, straight
+from the mapping, so the peak is the model plus one tensor. Called by `Engine.load` on one rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from cortexd.models import ModelFiles, ModelSpec
+from engine.formats.checkpoint import Checkpoint, CheckpointTensor, check_plan
+from engine.formats.ggml import GGMLType
+from engine.layers.embedding import Embedding, tied_embedding
+from engine.layers.linear import Backend, Linear, Weight, pack_native
+from engine.models.registry import REGISTRY
+from engine.quant.tensor import QuantizedTensor, concatenate_rows
+from engine.tensor_plan import HEAD
+
+Layer = TypeVar("Layer", Linear, Embedding)
+ProgressCallback = Callable[[int, int], None]  # bytes done, bytes in all
+
+_TORCH_DTYPES: Final = {
+    GGMLType.F32: torch.float32,
+    GGMLType.F16: torch.float16,
+    GGMLType.BF16: torch.bfloat16,
+}
+
+
+class Weights:
+    """The checked tensors of a checkpoint, handed out as layers on `device` in `dtype`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        entry = REGISTRY[spec.model_type]
+        plan = entry.plan(spec)
+        check_plan(checkpoint, plan, spec)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.backend: Backend = backend
+        self.memory_bytes = 0  # of all layers handed out so far
+        self._checkpoint = checkpoint
+        self._spec = spec
+        self._checked = plan.required
+        self._unused = dict.fromkeys(plan.required)
+        self._permuted_heads = (
+            {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
+            if checkpoint.is_gguf and entry.has_permuted_rope_rows
+            else {}
+        )
+        self._progress = progress
+        self._done_bytes = 0
+        self._total_bytes = sum(checkpoint[name].num_bytes for name in plan.required)
+
+    @classmethod
+    def open(
+        cls,
+        files: ModelFiles,
+        spec: ModelSpec,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+        progress: ProgressCallback | None = None,
+    ) -> Weights:
+        """Open the files and check the whole plan; no weight byte is read.
+
+        Raises: BadModelFile listing missing, unexpected or misshapen tensors;
+        UnsupportedArchitecture naming tensor types that cannot run.
+        """
+        checkpoint = Checkpoint.open(files)
+        try:
+            return cls(
+                checkpoint, spec, device=device, dtype=dtype, backend=backend, progress=progress
+            )
+        except BaseException:
+            checkpoint.close()
+            raise
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors of the plan, as stored."""
+        return self._total_bytes
+
+    def linear(
+        self, name: str, out_features: int, in_features: int, bias_name: str | None = None
+    ) -> Linear:
+        """Return the layer of the matrix `name` (out_features, in_features)."""
+        return self._track(self._linear([name], [out_features], in_features, [bias_name]))
+
+    def merged_linear(
+        self,
+        names: Sequence[str],
+        out_features: Sequence[int],
+        in_features: int,
+        bias_names: Sequence[str | None] | None = None,
+    ) -> Linear:
+        """Return one layer over several matrices with the same input, outputs concatenated.
+
+        Matrices of one stored type become one matrix; of different types, parts of one layer.
+        """
+        biases = list(bias_names or [None] * len(names))
+        kinds = {self._checkpoint[name].ggml_type for name in names}
+        if len(kinds) == 1 and all((b is None) == (biases[0] is None) for b in biases):
+            return self._track(self._linear(names, out_features, in_features, biases))
+        parts = [
+            self._linear([name], [rows], in_features, [bias])
+            for name, rows, bias in zip(names, out_features, biases, strict=True)
+        ]
+        return self._track(Linear.concatenated(parts))
+
+    def embedding(self, name: str, rows: int, columns: int) -> Embedding:
+        """Return the token embedding of the matrix `name` (rows, columns).
+
+        For a tied model its `as_linear()` is the head.
+        """
+        mapped = self._matrix(name, rows, columns)
+        embedding = None
+        is_tied = self._spec.tie_word_embeddings
+        if is_tied and self.device.type == "cpu":
+            embedding = tied_embedding(mapped, dtype=self.dtype, backend=self.backend)
+        if embedding is None:
+            # Rows that are only looked up are converted then: half the memory of bf16 as float32.
+            owned = self._own(mapped, self.dtype if is_tied else None)
+            embedding = Embedding(owned, dtype=self.dtype)
+        return self._track(embedding)
+
+    def head(self, embedding: Embedding) -> Linear:
+        """Return the output head: the embedding's matrix when tied, lm_head otherwise."""
+        if self._spec.tie_word_embeddings:
+            return embedding.as_linear()
+        return self.linear(HEAD, self._spec.vocab_size, self._spec.hidden_size)
+
+    def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the vector `name` (size,) on the device, in `dtype` (default: compute dtype)."""
+        tensor = self._take(name)
+        assert tensor.shape == (size,), f"{name}: planned {tensor.shape}, asked for ({size},)"
+        values = self._unpermuted(name, _dense(tensor))
+        owned = torch.empty(size, dtype=dtype or self.dtype, device=self.device).copy_(values)
+        self.memory_bytes += owned.numel() * owned.element_size()
+        return owned
+
+    def rope_factors(self) -> Tensor | None:
+        """Return the divisors (head_dim / 2,) float32 of the rope frequencies, where given.
+
+        Only GGUF files of models with llama3 rope scaling carry them; the spec's own rope type is
+        then "default".
+        """
+        tensor = self._checkpoint.rope_factors
+        return None if tensor is None else _dense(tensor).to(self.device, torch.float32, copy=True)
+
+    def check_all_used(self) -> None:
+        """Check that the model asked for every planned tensor; a fault here is the model's."""
+        assert not self._unused, f"never asked for: {list(self._unused)[:10]}"
+
+    def close(self) -> None:
+        """Let go of the files. Layers stay valid; mapped pages leave this process."""
+        self._checkpoint.release_pages()
+        self._checkpoint.close()
+
+    def _linear(
+        self,
+        names: Sequence[str],
+        out_features: Sequence[int],
+        in_features: int,
+        bias_names: Sequence[str | None],
+    ) -> Linear:
+        matrices = [
+            self._matrix(name, rows, in_features)
+            for name, rows in zip(names, out_features, strict=True)
+        ]
+        biases = [
+            self.vector(bias, rows)
+            for bias, rows in zip(bias_names, out_features, strict=True)
+            if bias is not None
+        ]
+        bias = torch.cat(biases) if biases else None
+        weight = _stack(matrices)
+        packed = pack_native(weight, bias, self.backend) if self.device.type == "cpu" else None
+        if packed is not None:
+            return Linear.from_products([packed], in_features)
+        owned = (
+            weight
+            if len(matrices) > 1 and self._is_in_place(weight)
+            else self._own(weight, self.dtype)
+        )
+        return Linear(owned, bias, dtype=self.dtype, backend="reference")
+
+    def _take(self, name: str) -> CheckpointTensor:
+        """Return the planned tensor, count it as used and report progress."""
+        assert name in self._checked, f"{name} is not in the plan of {self._spec.model_type}"
+        tensor = self._checkpoint[name]
+        if self._unused.pop(name, False) is None:
+            self._done_bytes += tensor.num_bytes
+            if self._progress is not None:
+                self._progress(self._done_bytes, self._total_bytes)
+        return tensor
+
+    def _matrix(self, name: str, rows: int, columns: int) -> Weight:
+        """Return the matrix as stored: a view of the mapping, except for un-permuted rows."""
+        tensor = self._take(name)
+        shape = (rows, columns)
+        assert tensor.shape == shape, f"{name}: planned {tensor.shape}, asked for {shape}"
+        if tensor.ggml_type in _TORCH_DTYPES:
+            return self._unpermuted(name, _dense(tensor))
+        assert tensor.ggml_type is not None, f"{name}: {tensor.type_name} passed the plan"
+        packed = self._unpermuted(name, _bytes(tensor).view(rows, -1))
+        return QuantizedTensor(tensor.ggml_type, shape, packed)
+
+    def _unpermuted(self, name: str, rows: Tensor) -> Tensor:
+        """Undo the GGUF converter's reordering of query and key rows (llama only).
+
+        It stores row (half s, index j) of each head at 2j + s; whole rows move, so packed rows
+        are as good as numbers.
+        """
+        num_heads = self._permuted_heads.get(name.split(".")[-2])
+        if num_heads is None:
+            return rows
+        pairs = rows.view(num_heads, self._spec.head_dim // 2, 2, -1)
+        return pairs.transpose(1, 2).reshape(rows.shape)
+
+    def _own(self, weight: Weight, dtype: torch.dtype | None) -> Weight:
+        """Return a copy on the device: quantised as it is, dense in `dtype` (None: as stored)."""
+        if isinstance(weight, QuantizedTensor):
+            packed = weight.packed.to(self.device, copy=True)
+            return QuantizedTensor(weight.ggml_type, weight.shape, packed)
+        return weight.to(self.device, dtype or weight.dtype, copy=True)
+
+    def _is_in_place(self, weight: Weight) -> bool:
+        """Tell whether a freshly made weight needs neither a move nor a conversion."""
+        if weight.device != self.device:
+            return False
+        return isinstance(weight, QuantizedTensor) or weight.dtype == self.dtype
+
+    def _track(self, layer: Layer) -> Layer:
+        self.memory_bytes += layer.num_bytes
+        return layer
+
+
+def _bytes(tensor: CheckpointTensor) -> Tensor:
+    """Return the stored bytes as uint8, mapped."""
+    with warnings.catch_warnings():
+        # The mapping is read-only and so is every use of this tensor.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(tensor.view(), dtype=torch.uint8)
+
+
+def _dense(tensor: CheckpointTensor) -> Tensor:
+    """Return the stored numbers in their own dtype, mapped."""
+    assert tensor.ggml_type in _TORCH_DTYPES, f"{tensor.name} is {tensor.type_name}"
+    raw, dtype = _bytes(tensor), _TORCH_DTYPES[tensor.ggml_type]
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()  # a safetensors header of odd length
+    return raw.view(dtype).view(tensor.shape)
+
+
+def _stack(matrices: Sequence[Weight]) -> Weight:
+    """Put matrices of one stored type on top of each other."""
+    if len(matrices) == 1:
+        return matrices[0]
+    quantized = [m for m in matrices if isinstance(m, QuantizedTensor)]
+    if quantized:
+        return concatenate_rows(quantized)
+    return torch.cat([m for m in matrices if isinstance(m, Tensor)])

@@ -1,0 +1,164 @@
+"""The pre-norm decoder that llama and qwen3 share: what differs is whether Q and K are normed.
+
+Built by the model classes from `Weights`, run by the engine. The hidden state is a flat run of
+tokens (num_tokens, hidden_size); the residual stream is added to in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cortexd.models import ModelSpec
+from engine.batch import StepBatch
+from engine.kv_cache import KVCache
+from engine.layers.attention import paged_attention
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import HeadRMSNorm, RMSNorm
+from engine.layers.rope import RotaryEmbedding
+from engine.loader import Weights
+from engine.tensor_plan import EMBEDDING, FINAL_NORM
+
+Projection = Callable[[Tensor], Tensor]
+RotaryTables = tuple[Tensor, Tensor]
+
+
+class SelfAttention:
+    """Projections, optional head norms, rotation, cache write, attention."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layer: int,
+        *,
+        qkv: Projection,
+        output: Projection,
+        qk_norm: HeadRMSNorm | None,
+        rope: RotaryEmbedding,
+    ) -> None:
+        self.qkv = qkv
+        self.output = output
+        self.qk_norm = qk_norm
+        self.rope = rope
+        self.layer = layer
+        self.scale = spec.head_dim**-0.5
+        self._num_heads = spec.num_attention_heads
+        self._num_rotated = spec.num_attention_heads + spec.num_key_value_heads
+        self._shape = (-1, self._num_rotated + spec.num_key_value_heads, spec.head_dim)
+
+    def __call__(
+        self, hidden: Tensor, batch: StepBatch, cache: KVCache, tables: RotaryTables
+    ) -> Tensor:
+        """Return (num_tokens, hidden_size)."""
+        heads = self.qkv(hidden).view(self._shape)  # Q heads, K heads, V heads
+        rotated = heads[:, : self._num_rotated]
+        if self.qk_norm is not None:
+            rotated.copy_(self.qk_norm(rotated))
+        self.rope.rotate_(rotated, tables)
+        cache.slots(self.layer).index_copy_(0, batch.slots, heads[:, self._num_heads :])
+        query = heads[:, : self._num_heads]
+        return self.output(paged_attention(query, cache, self.layer, batch, self.scale))
+
+
+class DecoderLayer:
+    """Attention and feed-forward, each on its own normed copy of the residual stream."""
+
+    def __init__(
+        self, input_norm: RMSNorm, attention: SelfAttention, mlp_norm: RMSNorm, mlp: GatedMLP
+    ) -> None:
+        self.input_norm = input_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def __call__(
+        self, hidden: Tensor, batch: StepBatch, cache: KVCache, tables: RotaryTables
+    ) -> None:
+        """Add this layer's result to `hidden` (num_tokens, hidden_size) in place."""
+        hidden.add_(self.attention(self.input_norm(hidden), batch, cache, tables))
+        hidden.add_(self.mlp(self.mlp_norm(hidden)))
+
+
+class Decoder:
+    """Embedding, layers, final norm, head. `has_qk_norm` as the subclass says."""
+
+    has_qk_norm = False
+
+    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+        self.spec = spec
+        self.embedding = weights.embedding(EMBEDDING, spec.vocab_size, spec.hidden_size)
+        self.rope = RotaryEmbedding(
+            spec.rope, spec.head_dim, weights.dtype, weights.device, weights.rope_factors()
+        )
+        self.layers = [self._build_layer(weights, index) for index in range(spec.num_hidden_layers)]
+        self.norm = self._build_norm(weights, FINAL_NORM)
+        self.head: Projection = weights.head(self.embedding)
+
+    def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
+        """Return the logits (num_logit_rows, vocab_size); K and V of all tokens go to the cache."""
+        hidden = self.embedding(batch.token_ids)
+        tables = self.rope.tables(batch.positions)
+        for layer in self.layers:
+            layer(hidden, batch, cache, tables)
+        if len(batch.logit_rows) == 0:
+            return hidden.new_empty(0, self.spec.vocab_size)
+        return self.head(self.norm(hidden.index_select(0, batch.logit_rows)))
+
+    def _build_layer(self, weights: Weights, index: int) -> DecoderLayer:
+        prefix = f"model.layers.{index}."
+        return DecoderLayer(
+            self._build_norm(weights, prefix + "input_layernorm.weight"),
+            self._build_attention(weights, prefix + "self_attn.", index),
+            self._build_norm(weights, prefix + "post_attention_layernorm.weight"),
+            self._build_mlp(weights, prefix + "mlp."),
+        )
+
+    def _build_norm(self, weights: Weights, name: str) -> RMSNorm:
+        return RMSNorm(weights.vector(name, self.spec.hidden_size), self.spec.rms_norm_eps)
+
+    def _build_attention(self, weights: Weights, prefix: str, index: int) -> SelfAttention:
+        spec = self.spec
+        query_size = spec.num_attention_heads * spec.head_dim
+        kv_size = spec.num_key_value_heads * spec.head_dim
+        names = [f"{prefix}{part}_proj" for part in "qkv"]
+        biases = [f"{name}.bias" for name in names] if spec.attention_bias else None
+        qkv = weights.merged_linear(
+            [f"{name}.weight" for name in names],
+            [query_size, kv_size, kv_size],
+            spec.hidden_size,
+            biases,
+        )
+        output = weights.linear(
+            f"{prefix}o_proj.weight",
+            spec.hidden_size,
+            query_size,
+            f"{prefix}o_proj.bias" if spec.attention_bias else None,
+        )
+        qk_norm = self._build_qk_norm(weights, prefix) if self.has_qk_norm else None
+        return SelfAttention(spec, index, qkv=qkv, output=output, qk_norm=qk_norm, rope=self.rope)
+
+    def _build_qk_norm(self, weights: Weights, prefix: str) -> HeadRMSNorm:
+        spec = self.spec
+        query = weights.vector(f"{prefix}q_norm.weight", spec.head_dim)
+        key = weights.vector(f"{prefix}k_norm.weight", spec.head_dim)
+        per_head = [query] * spec.num_attention_heads + [key] * spec.num_key_value_heads
+        return HeadRMSNorm(torch.stack(per_head), spec.rms_norm_eps)
+
+    def _build_mlp(self, weights: Weights, prefix: str) -> GatedMLP:
+        spec = self.spec
+        names = [f"{prefix}gate_proj", f"{prefix}up_proj"]
+        gate_up = weights.merged_linear(
+            [f"{name}.weight" for name in names],
+            [spec.intermediate_size] * 2,
+            spec.hidden_size,
+            [f"{name}.bias" for name in names] if spec.mlp_bias else None,
+        )
+        down = weights.linear(
+            f"{prefix}down_proj.weight",
+            spec.hidden_size,
+            spec.intermediate_size,
+            f"{prefix}down_proj.bias" if spec.mlp_bias else None,
+        )
+        return GatedMLP(gate_up, down)

@@ -1,0 +1,72 @@
+"""The check of a model before any process is started or weight byte read.
+
+Called by the store with freshly resolved files. Reads config.json or the GGUF header, and the
+headers of all weight files; answers the ModelSpec or an error that names the file and the fault.
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from cortexd.errors import BadModelFile
+from cortexd.models import ModelFiles, ModelSpec
+from engine.formats.checkpoint import Checkpoint, check_plan
+from engine.formats.gguf import GGUFFile
+from engine.models.registry import REGISTRY
+from engine.spec import spec_from_config, spec_from_gguf
+
+MAX_CONFIG_BYTES: Final = 16 * 1024 * 1024
+
+
+def inspect(files: ModelFiles) -> ModelSpec:
+    """Return what the model is, having checked that every tensor it needs is there and fits.
+
+    Raises: UnsupportedArchitecture, BadModelFile.
+    """
+    spec = read_spec(files)
+    checkpoint = Checkpoint.open(files)
+    try:
+        check_plan(checkpoint, REGISTRY[spec.model_type].plan(spec), spec)
+    finally:
+        checkpoint.close()
+    return spec
+
+
+def read_spec(files: ModelFiles) -> ModelSpec:
+    """Return the spec from the model's own description, without looking at its tensors."""
+    if files.format == "gguf":
+        gguf = GGUFFile.open(files.weights[0])
+        try:
+            return spec_from_gguf(gguf)
+        finally:
+            gguf.close()
+    if files.config is None:
+        raise BadModelFile(
+            f'model "{files.model_id}" has no config.json beside its safetensors files'
+        )
+    generation_config = None
+    if files.generation_config is not None:
+        generation_config = read_json_object(files.generation_config)
+    return spec_from_config(read_json_object(files.config), generation_config, file=files.config)
+
+
+def read_json_object(path: str) -> dict[str, Any]:
+    """Return a small JSON file that holds an object. Raises BadModelFile."""
+    try:
+        if (size := Path(path).stat().st_size) > MAX_CONFIG_BYTES:
+            raise BadModelFile(f"{path}: {size} bytes; at most {MAX_CONFIG_BYTES} are accepted")
+        text = Path(path).read_text("utf-8")
+    except OSError as error:
+        raise BadModelFile(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadModelFile(f"{path}: not UTF-8 text") from None
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadModelFile(f"{path}: not valid JSON: {str(error)[:120]}") from None
+    if not isinstance(document, dict):
+        raise BadModelFile(f"{path}: a JSON {type(document).__name__}, not an object")
+    return document

@@ -1,0 +1,210 @@
+"""From logits to tokens: penalties, temperature, truncation, the draw, log-probabilities.
+
+Called by the engine once per step with the logits of the rows that end in a new token. Every row is
+computed by itself, so its token depends on its own logits, settings, seed and position only. Order:
+logit bias and minimum length, repetition, frequency and presence penalties, temperature, top-k,
+top-p, min-p. A row whose logits are not finite yields no token, and the others are unharmed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from cortexd.messages.inference import Submit
+from engine.philox import uniform
+from engine.sequence import Sequence
+
+# A top-p set is looked for among so many of the most likely tokens before the whole vocabulary is
+# sorted: a sort of 50k float32 takes about ten times as long as this selection.
+MAX_TOP_P_CANDIDATES: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One row's result; `token_id` is None when the row's logits held NaN or infinity."""
+
+    token_id: int | None
+    logprob: float | None = None
+    top_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _TokenCounts:
+    """What the penalties of one sequence need; both (vocab_size,)."""
+
+    output: Tensor  # int32: how often each token was generated
+    seen: Tensor  # bool: in the prompt or the output
+    num_tokens: int  # of the sequence, counted so far
+
+
+class Sampler:
+    """Holds the token counts of the sequences that ask for penalties."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._counts: dict[Sequence, _TokenCounts] = {}
+
+    def release(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence."""
+        self._counts.pop(sequence, None)
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+        """Return one token per row of `logits` (num_rows, vocab_size), any float dtype."""
+        logits = logits.float()
+        # A sum is finite only if all its terms are: one pass instead of three.
+        sums = logits.sum(-1)
+        if all(_is_plain_greedy(sequence) for sequence in sequences):
+            ids_and_sums = torch.stack([logits.argmax(-1).double(), sums.double()]).tolist()
+            return [
+                SampledToken(int(token_id) if _is_finite(total) else None)
+                for token_id, total in zip(*ids_and_sums, strict=True)
+            ]
+        return [
+            self._sample_row(row, sequence) if _is_finite(total) else SampledToken(None)
+            for row, sequence, total in zip(logits, sequences, sums.tolist(), strict=True)
+        ]
+
+    def _sample_row(self, raw: Tensor, sequence: Sequence) -> SampledToken:
+        submit = sequence.submit
+        logits = self._penalise(raw, sequence)
+        if submit.temperature == 0:
+            token_id = int(logits.argmax())
+        else:
+            number = uniform(sequence.seed, len(sequence.token_ids))
+            token_id = _draw(logits / submit.temperature, submit, number)
+        if submit.num_logprobs < 0:
+            return SampledToken(token_id)
+        return _with_logprobs(raw, token_id, submit.num_logprobs)
+
+    def _penalise(self, raw: Tensor, sequence: Sequence) -> Tensor:
+        """Return the logits with bias, minimum length and penalties; `raw` stays as it is."""
+        submit = sequence.submit
+        logits = raw
+        if submit.logit_bias:
+            ids = torch.tensor(list(submit.logit_bias), device=raw.device)
+            bias = torch.tensor(list(submit.logit_bias.values()), device=raw.device)
+            logits = logits.index_add(0, ids, bias)
+        if sequence.num_output_tokens < submit.min_tokens and sequence.stop_token_ids:
+            ids = torch.tensor(sorted(sequence.stop_token_ids), device=raw.device)
+            logits = logits.index_fill(0, ids, float("-inf"))
+        if _has_penalties(submit):
+            counts = self._count(sequence, raw.device)
+            logits = apply_penalties(logits, counts.output, counts.seen, submit)
+        return logits
+
+    def _count(self, sequence: Sequence, device: torch.device) -> _TokenCounts:
+        """Return the sequence's counts, brought up to date."""
+        counts = self._counts.get(sequence)
+        if counts is None:
+            counts = _TokenCounts(
+                torch.zeros(self.vocab_size, dtype=torch.int32, device=device),
+                torch.zeros(self.vocab_size, dtype=torch.bool, device=device),
+                sequence.num_prompt_tokens,
+            )
+            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+            counts.seen[torch.tensor(prompt, device=device)] = True
+            self._counts[sequence] = counts
+        for token_id in sequence.token_ids[counts.num_tokens :]:
+            counts.output[token_id] += 1
+            counts.seen[token_id] = True
+        counts.num_tokens = len(sequence.token_ids)
+        return counts
+
+
+def apply_penalties(logits: Tensor, output: Tensor, seen: Tensor, submit: Submit) -> Tensor:
+    """Return penalised logits: repetition over prompt and output, the others over the output.
+
+    All (vocab_size,): logits float32, output counts int32, seen bool.
+    """
+    if submit.repetition_penalty != 1.0:
+        factor = submit.repetition_penalty
+        weakened = torch.where(logits > 0, logits / factor, logits * factor)
+        logits = torch.where(seen, weakened, logits)
+    if submit.frequency_penalty or submit.presence_penalty:
+        logits = logits - submit.frequency_penalty * output
+        logits = logits - submit.presence_penalty * (output > 0)
+    return logits
+
+
+def _draw(logits: Tensor, submit: Submit, number: float) -> int:
+    """Draw one id from tempered logits (vocab_size,) with a uniform number in [0, 1)."""
+    probabilities, ids = truncate(logits, submit.top_k, submit.top_p, submit.min_p)
+    # float64: over 150k terms a float32 running sum is off by more than rare tokens weigh.
+    cumulative = probabilities.cumsum(0, dtype=torch.float64)
+    index = int(torch.searchsorted(cumulative, cumulative[-1] * number, right=True))
+    index = min(index, len(cumulative) - 1)
+    return index if ids is None else int(ids[index])
+
+
+def truncate(
+    logits: Tensor, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return the probabilities that may be drawn from (not renormalised) and their ids.
+
+    Ids are None when the probabilities are those of the whole vocabulary, in its order; else both
+    are sorted, the most likely first.
+    """
+    vocab_size = logits.shape[0]
+    has_top_k = 0 < top_k < vocab_size
+    if not has_top_k and top_p >= 1.0:
+        probabilities = logits.softmax(0)
+        if min_p > 0.0:
+            probabilities = probabilities * (probabilities >= min_p * probabilities.max())
+        return probabilities, None
+    if has_top_k:
+        values, ids = logits.topk(top_k)
+        probabilities = values.softmax(0)
+    else:
+        probabilities, ids = _most_likely(logits.softmax(0), top_p)
+    if top_p < 1.0:
+        # A token stays while the mass before it is less than top_p: the first one always does.
+        before = probabilities.cumsum(0) - probabilities
+        probabilities = probabilities[: max(1, int((before < top_p).sum()))]
+    if min_p > 0.0:
+        probabilities = probabilities[: int((probabilities >= min_p * probabilities[0]).sum())]
+    return probabilities, ids[: len(probabilities)]
+
+
+def _most_likely(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Return sorted probabilities and ids that hold at least `mass`, or all of them."""
+    if len(probabilities) > MAX_TOP_P_CANDIDATES:
+        values, ids = probabilities.topk(MAX_TOP_P_CANDIDATES)
+        if float(values.sum()) > mass:
+            return values, ids
+    values, ids = probabilities.sort(descending=True, stable=True)
+    return values, ids
+
+
+def _with_logprobs(raw: Tensor, token_id: int, count: int) -> SampledToken:
+    """Attach log-probabilities of the model's own distribution, before any setting."""
+    logprobs = raw.log_softmax(0)
+    if count == 0:
+        return SampledToken(token_id, float(logprobs[token_id]))
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return SampledToken(token_id, float(logprobs[token_id]), ids.tolist(), values.tolist())
+
+
+def _has_penalties(submit: Submit) -> bool:
+    return bool(
+        submit.repetition_penalty != 1.0 or submit.frequency_penalty or submit.presence_penalty
+    )
+
+
+def _is_plain_greedy(sequence: Sequence) -> bool:
+    submit = sequence.submit
+    return (
+        submit.temperature == 0
+        and submit.num_logprobs < 0
+        and not submit.logit_bias
+        and sequence.num_output_tokens >= submit.min_tokens
+        and not _has_penalties(submit)
+    )
+
+
+def _is_finite(total: float) -> bool:
+    return total - total == 0.0

@@ -1,0 +1,229 @@
+"""Continuous batching: which tokens of which sequences the next step computes.
+
+Called by the engine: `submit`, then `plan` / `complete` once per step, `finish` when a sequence
+ends. Owns the waiting queue, the running list and, through the block pool, all block tables. Pure
+Python and deterministic: a tensor-parallel leader can send a plan to its workers as it is.
+
+A step holds one token of every decoding sequence, then prefill chunks, oldest first, within the
+token budget; waiting sequences are admitted first in, first out. When blocks run out, the newest
+running sequence gives its blocks back, keeps its tokens, and waits at the head of the queue to be
+computed again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+from cortexd import errors
+from cortexd.settings import Engine as EngineSettings
+from engine.block_pool import NULL_BLOCK, BlockPool
+from engine.sequence import Sequence, SequenceState
+
+# Prefill chunks are not cut smaller than this when memory is short: smaller ones save nothing.
+MIN_PREFILL_CHUNK: Final = 16
+# Clean steps after which a chunk limit halved by an out-of-memory is doubled again.
+STEPS_TO_REGROW: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """Tokens start..start+num_tokens-1 of a sequence; `samples` when its last one is among them."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The rows of one step: decode rows first, `num_decodes` of them, then prefill rows."""
+
+    rows: list[PlannedRow] = field(default_factory=list)
+    num_decodes: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+class Scheduler:
+    """See the module's text. `context` is the most tokens one sequence may have."""
+
+    def __init__(
+        self, settings: EngineSettings, pool: BlockPool, block_size: int, context: int
+    ) -> None:
+        assert pool.num_usable * block_size >= context, "one full-length sequence must fit"
+        self.pool = pool
+        self.block_size = block_size
+        self.context = context
+        self.token_budget = settings.max_num_batched_tokens
+        # Every decoding sequence must fit into one step, so seats never outnumber the budget.
+        self.max_running = min(settings.max_num_seqs, self.token_budget)
+        self.max_queue_depth = settings.max_queue_depth
+        self.max_prefill_chunk = min(settings.max_prefill_chunk, self.token_budget)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+        self._chunk_limit = self.max_prefill_chunk
+        self._clean_steps = 0
+
+    def __repr__(self) -> str:
+        return f"<Scheduler: {len(self.running)} running, {len(self.waiting)} waiting, {self.pool}>"
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence runs or waits."""
+        return bool(self.running or self.waiting)
+
+    def check_queue(self) -> None:
+        """Raise `Overloaded` when one more sequence would stand beyond the queue's bound."""
+        num_queued = len(self.waiting) - (self.max_running - len(self.running))
+        if num_queued >= self.max_queue_depth:
+            raise errors.Overloaded(
+                f"the engine's queue holds {num_queued} requests, the most it may "
+                f"(engine.max_queue_depth = {self.max_queue_depth}); retry later",
+                retry_after_s=1.0,
+            )
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence whose prompt fits the context. Raises: Overloaded."""
+        assert len(sequence.token_ids) < self.context, "the engine checks the prompt's length"
+        self.check_queue()
+        self.waiting.append(sequence)
+
+    def plan(self) -> StepPlan:
+        """Choose the next step's rows and give them their blocks."""
+        decodes, prefills, budget = self._plan_running()
+        while budget and self._can_admit():
+            sequence = self.waiting.popleft()
+            sequence.state = SequenceState.RUNNING
+            self.running.append(sequence)
+            row = self._plan_chunk(sequence, budget)
+            if row is None:
+                break
+            prefills.append(row)
+            budget -= row.num_tokens
+        return StepPlan(decodes + prefills, len(decodes))
+
+    def complete(self, plan: StepPlan) -> None:
+        """Count the plan's tokens as computed; call it before sampled tokens are appended."""
+        for row in plan.rows:
+            row.sequence.num_computed = row.start + row.num_tokens
+        self._clean_steps += 1
+        if self._clean_steps >= STEPS_TO_REGROW:
+            self._clean_steps = 0
+            self._chunk_limit = min(self._chunk_limit * 2, self.max_prefill_chunk)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Remove a sequence, wherever it stands, and release its blocks."""
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            return
+        sequence.state = SequenceState.FINISHED
+        self._release_blocks(sequence)
+
+    def reduce(self, plan: StepPlan) -> Sequence | None:
+        """Make the next plan smaller, since this one ran out of memory and nothing of it counts.
+
+        Chunks are halved down to a minimum, then the newest sequence is preempted. Returns the
+        sequence that cannot be helped when it was alone and at the minimum.
+        """
+        self._clean_steps = 0
+        longest = max(row.num_tokens for row in plan.rows)
+        if longest > MIN_PREFILL_CHUNK:
+            self._chunk_limit = max(MIN_PREFILL_CHUNK, min(longest, self._chunk_limit) // 2)
+        elif len(self.running) > 1:
+            self._preempt(self.running[-1])
+        else:
+            return plan.rows[0].sequence
+        return None
+
+    def _plan_running(self) -> tuple[list[PlannedRow], list[PlannedRow], int]:
+        """Return decode rows, prefill rows and the budget that is left.
+
+        Oldest first, so that blocks are only ever taken from sequences not planned yet: the oldest
+        one always moves on, whatever the others do.
+        """
+        num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
+        budget = self.token_budget - num_decodes
+        if num_decodes:
+            # Decoding sequences wait for the whole step: bound what prefill adds to it.
+            budget = min(budget, self._chunk_limit)
+        decodes: list[PlannedRow] = []
+        prefills: list[PlannedRow] = []
+        for sequence in list(self.running):
+            if sequence.state is not SequenceState.RUNNING:
+                continue  # preempted by an older one in this very loop
+            if sequence.num_uncomputed == 1:
+                if self._take_blocks(sequence, 1):
+                    decodes.append(PlannedRow(sequence, sequence.num_computed, 1, samples=True))
+                else:
+                    self._preempt(sequence)
+            elif budget and (row := self._plan_chunk(sequence, budget)):
+                prefills.append(row)
+                budget -= row.num_tokens
+        return decodes, prefills, budget
+
+    def _plan_chunk(self, sequence: Sequence, budget: int) -> PlannedRow | None:
+        """Return the sequence's next prefill row, None when it has to wait for blocks."""
+        num_tokens = min(sequence.num_uncomputed, self._chunk_limit, budget)
+        num_tokens = self._take_blocks(sequence, num_tokens)
+        if num_tokens == 0:
+            return None
+        samples = num_tokens == sequence.num_uncomputed
+        return PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
+
+    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        """Give the sequence blocks for `num_tokens` more; return for how many there was room.
+
+        Newer sequences are preempted as far as needed.
+        """
+        held = len(sequence.block_table)
+        missing = self._blocks_for(sequence.num_computed + num_tokens) - held
+        while missing > self.pool.num_free and self.running[-1] is not sequence:
+            self._preempt(self.running[-1])
+        missing = min(missing, self.pool.num_free)
+        if missing > 0:
+            last = sequence.block_table[-1] if held else NULL_BLOCK
+            sequence.block_table += self.pool.allocate(missing, after=last)
+        room = len(sequence.block_table) * self.block_size - sequence.num_computed
+        return min(num_tokens, room)
+
+    def _can_admit(self) -> bool:
+        if not self.waiting or len(self.running) >= self.max_running:
+            return False
+        # Without room for all its tokens it would only be preempted again.
+        needed = self._blocks_for(len(self.waiting[0].token_ids) + 1)
+        return not self.running or self._unclaimed_blocks() >= needed
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release_blocks(sequence)
+        sequence.state = SequenceState.WAITING
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        # Last block first: the head of a prompt is the part that others may share, keep it longest.
+        self.pool.release(sequence.block_table[::-1])
+        sequence.block_table = []
+
+    def _unclaimed_blocks(self) -> int:
+        """Free blocks less those that running prompts still need."""
+        claimed = sum(
+            max(0, self._blocks_for(len(sequence.token_ids) + 1) - len(sequence.block_table))
+            for sequence in self.running
+        )
+        return self.pool.num_free - claimed
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)

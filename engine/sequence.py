@@ -1,0 +1,62 @@
+"""One sequence: its tokens, how far they are computed, and the blocks that hold their KV.
+
+The scheduler owns the instances; the engine appends sampled tokens. Pure Python, no tensors.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from cortexd.messages.inference import Submit
+
+
+class SequenceState(enum.Enum):
+    """Where the scheduler keeps a sequence."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens 0..num_computed-1 have their KV in `block_table`; the rest is to be computed.
+
+    `token_ids` is the prompt followed by the output. A sequence decodes when exactly its last token
+    is not computed and prefills otherwise; after a preemption its output is prefilled again.
+    """
+
+    owner: str
+    submit: Submit
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_tokens: int  # clamped to the context
+    stop_token_ids: frozenset[int]  # empty when end tokens are ignored
+    seed: int
+    state: SequenceState = SequenceState.WAITING
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Sequence {self.owner}:{self.sequence_id} {self.state.value}, "
+            f"{self.num_computed}/{len(self.token_ids)} computed, {len(self.block_table)} blocks>"
+        )
+
+    @property
+    def sequence_id(self) -> int:
+        """The owner's own number of this sequence."""
+        return self.submit.sequence_id
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that the next passes must compute."""
+        return len(self.token_ids) - self.num_computed

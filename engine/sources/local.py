@@ -1,0 +1,53 @@
+"""Models that lie on this machine: a .gguf file, or a directory.
+
+Nothing is copied and nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cortexd.errors import InvalidValue, ModelSourceError
+from cortexd.models import ModelFiles
+from engine.sources.checkpoint_files import collect_directory, model_files
+from engine.sources.quant_choice import choose_gguf
+
+
+def resolve_path(path: Path, quant: str | None, model_id: str) -> ModelFiles:
+    """Return the model at `path`.
+
+    Raises: ModelSourceError when there is nothing to load, InvalidValue when it is not clear what.
+    """
+    try:
+        if path.is_dir():
+            return collect_directory(
+                path.resolve(), quant, model_id=model_id, source="path", revision="local"
+            )
+        if not path.is_file():
+            raise ModelSourceError(f'model "{model_id}": {path} does not exist')
+        if not os.access(path, os.R_OK):
+            raise ModelSourceError(f'model "{model_id}": {path} may not be read by this user')
+    except OSError as error:
+        raise ModelSourceError(f'model "{model_id}": {path}: {error.strerror}') from error
+    return _resolve_file(path.resolve(), quant, model_id)
+
+
+def _resolve_file(path: Path, quant: str | None, model_id: str) -> ModelFiles:
+    if path.suffix.lower() != ".gguf":
+        raise InvalidValue(
+            f'model "{model_id}": {path.name} is not a .gguf file; for safetensors give the '
+            "directory that holds them and config.json",
+            param="model_id",
+        )
+    choice = choose_gguf([path.name], quant, model_id)
+    return model_files(
+        path.parent,
+        set(),
+        [path.name],
+        quant=choice.quant,
+        file_format="gguf",
+        model_id=model_id,
+        source="path",
+        revision="local",
+    )

@@ -1,0 +1,90 @@
+"""From a `Submit` message to a sequence: every number is checked, limits are applied.
+
+The front validates for its clients' sake; the engine checks again because a bad id or a NaN here
+would harm other sequences of the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from typing import Final
+
+from cortexd import errors
+from cortexd.messages.inference import Submit
+from cortexd.models import ModelLimits, ModelSpec
+from engine.sequence import Sequence
+from engine.token_ids import unpack_token_ids
+
+_INFINITY: Final = math.inf
+# Field, lowest and highest value, whether the lowest itself is allowed.
+_RANGES: Final = (
+    ("temperature", 0.0, _INFINITY, True),
+    ("top_p", 0.0, 1.0, False),
+    ("min_p", 0.0, 1.0, True),
+    ("repetition_penalty", 0.0, _INFINITY, False),
+    ("presence_penalty", -_INFINITY, _INFINITY, False),
+    ("frequency_penalty", -_INFINITY, _INFINITY, False),
+    ("top_k", -1, _INFINITY, True),
+    ("max_tokens", 1, _INFINITY, True),
+    ("min_tokens", 0, _INFINITY, True),
+    ("num_logprobs", -1, _INFINITY, True),
+)
+
+
+def make_sequence(owner: str, submit: Submit, spec: ModelSpec, limits: ModelLimits) -> Sequence:
+    """Return a new sequence. Raises: InvalidValue, ContextLengthExceeded."""
+    prompt = unpack_token_ids(submit.prompt_token_ids, "prompt")
+    if not prompt:
+        raise errors.InvalidValue("the prompt has no tokens; send at least one", param="prompt")
+    _check_ids(prompt, spec.vocab_size, "prompt")
+    # One token must be left for the answer.
+    if len(prompt) >= limits.context:
+        raise errors.ContextLengthExceeded(
+            f"this model's maximum context length is {limits.context} tokens, but the prompt has "
+            f"{len(prompt)} tokens and at least 1 is needed for the answer; shorten the prompt",
+            param="prompt",
+            prompt_len=len(prompt),
+            max=limits.context,
+        )
+    _check_sampling(submit, spec.vocab_size)
+    named = unpack_token_ids(submit.stop_token_ids, "stop")
+    _check_ids(named, spec.vocab_size, "stop_token_ids")
+    stop_token_ids = frozenset(named).union(
+        token_id for token_id in spec.eos_token_ids if 0 <= token_id < spec.vocab_size
+    )
+    return Sequence(
+        owner=owner,
+        submit=submit,
+        token_ids=prompt,
+        num_prompt_tokens=len(prompt),
+        max_tokens=min(submit.max_tokens, limits.output, limits.context - len(prompt)),
+        stop_token_ids=frozenset() if submit.ignore_eos else stop_token_ids,
+        seed=secrets.randbits(64) if submit.seed is None else submit.seed % 2**64,
+    )
+
+
+def _check_sampling(submit: Submit, vocab_size: int) -> None:
+    for name, low, high, is_low_allowed in _RANGES:
+        value = getattr(submit, name)
+        is_in_range = low < value <= high or (is_low_allowed and value == low)
+        if not is_in_range or math.isinf(value):
+            least = "at least" if is_low_allowed else "above"
+            most = "finite" if high == _INFINITY else f"at most {high}"
+            bounds = most if low == -_INFINITY else f"{least} {low} and {most}"
+            raise errors.InvalidValue(f"{name} is {value}; it must be {bounds}", param=name)
+    _check_ids(list(submit.logit_bias), vocab_size, "logit_bias")
+    for token_id, bias in submit.logit_bias.items():
+        if not math.isfinite(bias):
+            raise errors.InvalidValue(
+                f"logit_bias of token {token_id} is {bias}; it must be finite", param="logit_bias"
+            )
+
+
+def _check_ids(token_ids: list[int], vocab_size: int, name: str) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise errors.InvalidValue(
+                f"{name} holds token id {token_id}; this model's ids are 0 to {vocab_size - 1}",
+                param=name,
+            )

@@ -1,0 +1,146 @@
+"""Render a conversation with the template that came with the model, as Hugging Face does.
+
+`ChatTemplate` holds the sources of one model's templates, compiles each once, on first use, and
+may be used from several threads. A template is foreign code: whatever it raises becomes an
+`InvalidRequest` with the template's own message, and `template_sandbox` bounds what it can cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Final
+
+import jinja2
+
+from cortexd.errors import CortexError, InvalidRequest
+from engine.text.chat_messages import Message, prepare_messages
+from engine.text.template_bounds import check_length
+from engine.text.template_sandbox import TemplateEnvironment, start_deadline
+
+_PROBE: Final = "cortexd probe text"
+_RESERVED_KWARGS: Final = frozenset({"messages", "tools"})
+
+
+class ChatTemplate:
+    """The chat templates of one model.
+
+    `sources` maps a name to a Jinja source: "default", and perhaps "tool_use", which is taken when
+    a request has tools. `variables` are `bos_token` and its like.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, str], variables: Mapping[str, str], model_id: str
+    ) -> None:
+        self._sources = dict(sources)
+        self._variables = dict(variables)
+        self._model_id = model_id
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    def render(
+        self,
+        messages: list[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the prompt text, control tokens spelled out.
+
+        Raises: InvalidRequest when there is no template, or it refuses the conversation.
+        """
+        if not self._sources:
+            raise InvalidRequest(
+                f'model "{self._model_id}" has no chat template; use /v1/completions with a '
+                "prompt in the model's own format",
+                param="messages",
+            )
+        kwargs = dict(template_kwargs or {})
+        reserved = _RESERVED_KWARGS & kwargs.keys()
+        if reserved:
+            raise InvalidRequest(
+                f"chat_template_kwargs: {sorted(reserved)[0]!r} cannot be set here",
+                param="chat_template_kwargs",
+            )
+        has_parts = any(isinstance(message.get("content"), list) for message in messages)
+        accepts_parts = has_parts and self._accepts_parts
+        prepared = prepare_messages(messages, accepts_parts=accepts_parts)
+        return self._run(
+            {
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **self._variables,
+                **kwargs,
+                "messages": prepared,
+                "tools": tools or None,
+            }
+        )
+
+    @cached_property
+    def _accepts_parts(self) -> bool:
+        """Whether the template writes the text of content given as a list of parts.
+
+        Templates for strings either fail on a list, drop it or print it as Python would; all three
+        show when it is tried.
+        """
+        part = {"type": "text", "text": _PROBE}
+        try:
+            text = self._run(
+                {
+                    "messages": [{"role": "user", "content": [part]}],
+                    "tools": None,
+                    "add_generation_prompt": False,
+                    **self._variables,
+                }
+            )
+        except InvalidRequest:
+            return False
+        return _PROBE in text and "'type'" not in text and '"type"' not in text
+
+    def text_after_answer(self) -> str:
+        """Return what the template writes after an assistant's answer, "" when it cannot tell.
+
+        Its first control token is the one with which the model ends its turn.
+        """
+        messages = [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": _PROBE},
+        ]
+        try:
+            text = self.render(messages, add_generation_prompt=False)
+        except CortexError:
+            return ""
+        return text.rpartition(_PROBE)[2] if _PROBE in text else ""
+
+    def _run(self, variables: dict[str, Any]) -> str:
+        name = "tool_use" if variables["tools"] and "tool_use" in self._sources else "default"
+        try:
+            start_deadline()
+            pieces: list[str] = []
+            length = 0
+            for piece in self._compile(name).generate(variables):
+                length += len(piece)
+                check_length(length)
+                pieces.append(piece)
+            return "".join(pieces)
+        except jinja2.TemplateSyntaxError as error:
+            raise self._failure(f"{error.message} (line {error.lineno})") from error
+        except jinja2.TemplateError as error:
+            raise self._failure(error.message or type(error).__name__) from error
+        except Exception as error:  # foreign code may raise anything, RecursionError included
+            raise self._failure(f"{type(error).__name__}: {error}") from error
+
+    def _compile(self, name: str) -> jinja2.Template:
+        template = self._compiled.get(name)
+        if template is None:
+            source = self._sources.get(name) or next(iter(self._sources.values()))
+            template = TemplateEnvironment().compile_template(source)
+            self._compiled[name] = template
+        return template
+
+    def _failure(self, cause: str) -> InvalidRequest:
+        return InvalidRequest(
+            f'the chat template of model "{self._model_id}" cannot render this conversation: '
+            f"{cause}",
+            param="messages",
+        )

@@ -1,0 +1,268 @@
+"""A double of the bus with a router, a poller and a leader behind it, driven by the test.
+
+The leader answers each `Submit` with `reply`, one token a step; `pause_after` stops it after so
+many tokens (and sets `paused`) until `resume`. Everything sent is kept in `sent`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Callable
+
+from cortexd.errors import (
+    ActorDown,
+    CortexError,
+    EngineRestarting,
+    ErrorInfo,
+    ModelLoading,
+    ModelNotFound,
+)
+from cortexd.messages import (
+    Cancel,
+    EndRequest,
+    HostReport,
+    ListModels,
+    LoadModel,
+    LoadReport,
+    ModelList,
+    Ok,
+    QueryHost,
+    RequestFinished,
+    Route,
+    Routed,
+    Submit,
+    TokenBatch,
+    UnloadModelNow,
+)
+from cortexd.messages.control import Message
+from cortexd.messages.fleet import DeviceReport
+from cortexd.messages.inference import SequenceDelta
+from cortexd.models import ModelFiles, ModelLimits, ModelSpec, ModelStatus, RopeSpec
+from tests.doubles.text import EOS, VOCAB_SIZE
+
+MODEL = "org/tiny-model"
+ALIAS = "tiny"
+LEADER = "tiny/0"
+CONTEXT = 128
+
+FILES = ModelFiles(
+    model_id=MODEL, source="path", revision="r1", format="gguf", weights=("/models/tiny.gguf",)
+)
+SPEC = ModelSpec(
+    model_type="llama",
+    architecture="llama",
+    vocab_size=VOCAB_SIZE,
+    hidden_size=8,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=CONTEXT,
+    rope=RopeSpec(),
+)
+
+
+class Fleet:
+    """The other actors, as one front sees them."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Message]] = []
+        self.reply: bytes = b"Hello, world!"
+        self.replies: list[bytes] = []  # taken first, one per Submit
+        self.finish_reason = "stop"
+        self.delta_error: CortexError | None = None
+        self.num_cached_tokens = 0
+        self.pause_after: int | None = None
+        self.paused = asyncio.Event()
+        self.load_error: CortexError | None = None
+        self.host_answers = True
+        self.incarnations: dict[str, int | None] = {"router": 1, LEADER: 1, "poller": 1}
+        self.epoch = 1
+        self.on_batch: Callable[[TokenBatch], None] = lambda batch: None
+        self._resume = asyncio.Event()
+        self._loaded = asyncio.Event()
+        self._loaded.set()
+        self._changed = asyncio.Event()
+        self._running: dict[int, asyncio.Task[None]] = {}
+
+    # The bus
+
+    def tell(self, name: str, body: Message) -> None:
+        """Keep the message; a leader acts on Submit and Cancel."""
+        if name in self.incarnations and self.incarnations[name] is None:
+            raise ActorDown(f"{name} is down")
+        self.sent.append((name, body))
+        self._changed.set()
+        if isinstance(body, Submit):
+            self._running[body.sequence_id] = asyncio.ensure_future(self._generate(body))
+        if isinstance(body, Cancel) and body.sequence_id in self._running:
+            self._running.pop(body.sequence_id).cancel()
+
+    async def ask(self, name: str, body: Message, *, deadline_s: float) -> Message:
+        """Answer as router and poller do."""
+        self.sent.append((name, body))
+        if self.incarnations.get(name) is None:
+            raise ActorDown(f"{name} is down")
+        if isinstance(body, Route):
+            return await self._route(body)
+        if isinstance(body, QueryHost) and not self.host_answers:
+            raise ActorDown("poller did not answer")
+        return self._answer(body)
+
+    def incarnation_of(self, name: str) -> int | None:
+        """Return the incarnation of an actor that is up."""
+        return self.incarnations.get(name)
+
+    # What tests do to it
+
+    def begin_loading(self) -> None:
+        """Make the model cold."""
+        self._loaded.clear()
+
+    def finish_loading(self) -> None:
+        """Let waiting routes go."""
+        self._loaded.set()
+
+    def resume(self) -> None:
+        """Let the leader go on for good."""
+        self.pause_after = None
+        self._resume.set()
+
+    def kill_leader(self) -> EngineRestarting:
+        """End the leader's incarnation; the caller tells the front, as the root would."""
+        for task in self._running.values():
+            task.cancel()
+        self._running.clear()
+        self.incarnations[LEADER] = None
+        self.paused.clear()
+        return EngineRestarting("the engine of this model ended (killed); try again")
+
+    def revive_leader(self) -> None:
+        """Bring the group back under a new epoch."""
+        self.epoch += 1
+        self.incarnations[LEADER] = self.epoch
+
+    def all_sent(self, kind: type[Message]) -> list[Message]:
+        """Return the messages of one type, in order."""
+        return [body for _, body in self.sent if isinstance(body, kind)]
+
+    async def wait_for(self, kind: type[Message], count: int = 1) -> list[Message]:
+        """Wait until so many messages of one type were told."""
+        async with asyncio.timeout(5):
+            while len(self.all_sent(kind)) < count:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.all_sent(kind)
+
+    @property
+    def submits(self) -> list[Submit]:
+        """Return what the leader was asked to run."""
+        return [body for _, body in self.sent if isinstance(body, Submit)]
+
+    @property
+    def finished(self) -> list[RequestFinished]:
+        """Return the records metrics got."""
+        return [body for _, body in self.sent if isinstance(body, RequestFinished)]
+
+    def open_leases(self) -> set[str]:
+        """Return leases that were asked for and not ended."""
+        opened = {body.request_id for _, body in self.sent if isinstance(body, Route)}
+        return opened - {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
+
+    @property
+    def num_running(self) -> int:
+        """Return how many sequences the leader still runs."""
+        return len(self._running)
+
+    # The actors
+
+    async def _route(self, body: Route) -> Routed:
+        if body.model not in {MODEL, ALIAS}:
+            raise ModelNotFound(f'model "{body.model}" is not known here', param="model")
+        if self.load_error is not None:
+            raise self.load_error
+        is_cold = not self._loaded.is_set()
+        if is_cold and not body.wait:
+            raise ModelLoading("loading", retry_after_s=7.2, progress=0.5)
+        await self._loaded.wait()
+        return Routed(
+            MODEL,
+            LEADER,
+            self.incarnations[LEADER] or 0,
+            self.epoch,
+            FILES,
+            SPEC,
+            ModelLimits(context=CONTEXT, output=CONTEXT),
+            is_cold,
+        )
+
+    def _answer(self, body: Message) -> Message:
+        if isinstance(body, ListModels):
+            state = "loaded" if self._loaded.is_set() else "loading"
+            limits = ModelLimits(context=CONTEXT, output=CONTEXT)
+            status = ModelStatus(
+                model_id=MODEL, state=state, limits=limits, memory_bytes=5 * 2**20, loaded_at=1.7e9
+            )
+            return ModelList([status], {ALIAS: MODEL})
+        if isinstance(body, QueryHost):
+            device = DeviceReport(0, "test cpu", "cpu", 8 * 2**30, 2 * 2**30, 12.5)
+            load = LoadReport(MODEL, 2, 1, 3, 10, 100.0, 20.0, 0, 5, 6, 7)
+            return HostReport("host", "Linux", "6.1", None, [device], [load])
+        if isinstance(body, LoadModel | UnloadModelNow):
+            if self.load_error is not None:
+                raise self.load_error
+            return Ok()
+        raise AssertionError(f"nobody answers {body}")
+
+    async def _generate(self, submit: Submit) -> None:
+        prompt = array("i", submit.prompt_token_ids)
+        tokens = list(self.replies.pop(0) if self.replies else self.reply)
+        reason = self.finish_reason
+        if len(tokens) >= submit.max_tokens:
+            tokens, reason = tokens[: submit.max_tokens], "length"
+        if self.delta_error is not None:
+            self._send(submit, [], error=self.delta_error.to_info(), finish_reason="error")
+            return
+        self._send(submit, [], num_prefilled=len(prompt))
+        for position, token in enumerate(tokens):
+            await self._pause_at(position)
+            self._send(submit, [token], num_prefilled=len(prompt))
+            await asyncio.sleep(0)
+        await self._pause_at(len(tokens))
+        self._running.pop(submit.sequence_id, None)
+        self._send(submit, [], finish_reason=reason)
+
+    async def _pause_at(self, position: int) -> None:
+        if position == self.pause_after:
+            self.paused.set()
+            await self._resume.wait()
+
+    def _send(
+        self,
+        submit: Submit,
+        tokens: list[int],
+        *,
+        num_prefilled: int = 0,
+        finish_reason: str | None = None,
+        error: ErrorInfo | None = None,
+    ) -> None:
+        wanted = submit.num_logprobs
+        delta = SequenceDelta(
+            submit.sequence_id,
+            tokens,
+            finish_reason=finish_reason,
+            logprobs=[-0.5] * len(tokens) if wanted >= 0 else [],
+            top_ids=[[ord("a") + rank for rank in range(wanted)] for _ in tokens],
+            top_logprobs=[[-0.5 - rank for rank in range(wanted)] for _ in tokens],
+            num_prompt_tokens=len(array("i", submit.prompt_token_ids)),
+            num_cached_tokens=self.num_cached_tokens,
+            num_prefilled_tokens=num_prefilled,
+            error=error,
+        )
+        self.on_batch(TokenBatch(self.epoch, 1, [delta]))
+
+
+assert EOS < VOCAB_SIZE, "the end token is part of the vocabulary"

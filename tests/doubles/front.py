@@ -1,0 +1,149 @@
+"""Serves a real front (its HTTP server, minus the actor runtime) on a free port for a test."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+import uvloop
+
+from actors.front.sequences import SequenceTable
+from actors.front.server import Server
+from actors.front.services import Services
+from actors.front.text_models import TextModels
+from cortexd.errors import CortexError
+from cortexd.settings import Gateway, Settings
+from tests.doubles.fleet import LEADER, MODEL, Fleet
+from tests.doubles.text import ByteTextModel
+
+TEST_LIMIT_S = 20
+
+
+def async_test(function: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run an async test on uvloop, as production does, within a deadline."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        async def within_limit() -> None:
+            async with asyncio.timeout(TEST_LIMIT_S):
+                await function(*args, **kwargs)
+
+        uvloop.run(within_limit())
+
+    return run
+
+
+@dataclass(slots=True)
+class ServedFront:
+    """A front under test: where it listens, the fleet behind it, a client."""
+
+    fleet: Fleet
+    services: Services
+    server: Server
+    text_model: ByteTextModel
+    port: int
+    neuron_port: int
+    http: aiohttp.ClientSession
+
+    @property
+    def url(self) -> str:
+        """Return the API listener's base URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def neuron_url(self) -> str:
+        """Return the neuron listener's base URL."""
+        return f"http://127.0.0.1:{self.neuron_port}"
+
+    def kill_leader(self) -> None:
+        """Kill the leader and tell the front, as the root does."""
+        incarnation = self.fleet.incarnation_of(LEADER)
+        assert incarnation is not None, "the leader lives"
+        error: CortexError = self.fleet.kill_leader()
+        self.services.sequences.fail_leader(LEADER, incarnation, error)
+
+    async def post(self, path: str, body: Any, **kwargs: Any) -> tuple[int, Any, Any]:
+        """Return status, decoded JSON body and headers."""
+        data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        async with self.http.post(self.url + path, data=data, **kwargs) as response:
+            return response.status, msgspec.json.decode(await response.read()), response.headers
+
+    async def get(self, path: str, *, neuron: bool = False) -> tuple[int, Any]:
+        """Return status and decoded JSON body."""
+        base = self.neuron_url if neuron else self.url
+        async with self.http.get(base + path) as response:
+            return response.status, msgspec.json.decode(await response.read())
+
+    async def chat(self, content: str = "Hi", **fields: Any) -> tuple[int, Any, Any]:
+        """Ask for a chat completion."""
+        return await self.post("/v1/chat/completions", chat_body(content, **fields))
+
+    async def stream(self, path: str, body: Any) -> list[Any]:
+        """Return the events of a stream; "[DONE]" and ": ping" comments stand as strings."""
+        data = msgspec.json.encode(body)
+        async with self.http.post(self.url + path, data=data) as response:
+            assert response.status == 200, await response.text()
+            return parse_events(await response.read())
+
+
+def chat_body(content: str = "Hi", **fields: Any) -> dict[str, Any]:
+    """Return a chat request's body."""
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
+
+
+def parse_events(data: bytes) -> list[Any]:
+    """Return what a stream said, line by line."""
+    events: list[Any] = []
+    for line in data.decode().splitlines():
+        if line.startswith(":"):
+            events.append(line)
+        elif line.startswith("data: "):
+            text = line.removeprefix("data: ")
+            events.append(text if text == "[DONE]" else msgspec.json.decode(text))
+        else:
+            assert line == "", f"not a line of a stream: {line!r}"
+    return events
+
+
+def _listener() -> socket.socket:
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    listener.setblocking(False)
+    return listener
+
+
+@asynccontextmanager
+async def served_front(**gateway: Any) -> AsyncIterator[ServedFront]:
+    """Serve until the block ends; then nothing of any request may be left."""
+    fleet = Fleet()
+    text_model = ByteTextModel()
+    services = Services(
+        settings=Settings(gateway=Gateway(**gateway)),
+        bus=fleet,
+        log=logging.getLogger("front"),
+        sequences=SequenceTable(),
+        text_models=TextModels(loader=lambda files: text_model),  # type: ignore[arg-type,return-value]
+    )
+    fleet.on_batch = services.sequences.dispatch
+    listeners = {"api": _listener(), "neuron": _listener()}
+    api_port, neuron_port = (listener.getsockname()[1] for listener in listeners.values())
+    server = Server(services)
+    await server.start(listeners)
+    async with aiohttp.ClientSession() as http:
+        front = ServedFront(fleet, services, server, text_model, api_port, neuron_port, http)
+        try:
+            yield front
+        finally:
+            await server.close()
+    assert len(services.sequences) == 0, "sequences are left"
+    assert fleet.open_leases() == set(), "leases are left"
+    assert services.num_active == 0, "requests are left"

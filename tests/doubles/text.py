@@ -1,0 +1,69 @@
+"""A text model of 256 byte tokens and an end token, with the interface of the real one."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cortexd.errors import InvalidRequest
+
+EOS = 256
+VOCAB_SIZE = 257
+
+
+class ByteDetokenizer:
+    """Decode bytes to text, whole characters only."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Return the characters that are whole now."""
+        return self._decoder.decode(bytes(ids))
+
+    def flush(self) -> str:
+        """Return what is left."""
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteTextModel:
+    """Token id = byte; the chat template is "role: content" lines."""
+
+    eos_token_ids = (EOS,)
+
+    def __init__(self, default_sampling: dict[str, Any] | None = None) -> None:
+        self.default_sampling = default_sampling or {}
+        self.rendered: list[list[dict[str, Any]]] = []
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """Return one line per message; a message "refuse" is refused as a template may."""
+        self.rendered.append(messages)
+        if any(message.get("content") == "refuse" for message in messages):
+            raise InvalidRequest("the chat template refused: as asked", param="messages")
+        lines = [f"{message['role']}: {message.get('content')}" for message in messages]
+        if tools:
+            lines.append(f"tools: {len(tools)}")
+        return "\n".join([*lines, "assistant: "])
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the bytes."""
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text."""
+        return bytes(ids).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the token's byte."""
+        return bytes([token_id])
+
+    def detokenizer(self, *, continues_text: bool = False) -> ByteDetokenizer:
+        """Return a fresh detokenizer."""
+        return ByteDetokenizer()

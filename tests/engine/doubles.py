@@ -1,0 +1,38 @@
+"""Sequences and submissions as the engine's tests want them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cortexd.messages.inference import Submit
+from engine.sequence import Sequence
+from engine.token_ids import pack_token_ids
+
+
+def make_submit(prompt: list[int], sequence_id: int = 1, **fields: Any) -> Submit:
+    """Return a greedy submission of 8 tokens unless `fields` say otherwise."""
+    fields = {"max_tokens": 8, "temperature": 0.0, **fields}
+    if isinstance(stop := fields.get("stop_token_ids"), list):
+        fields["stop_token_ids"] = pack_token_ids(stop)
+    return Submit(
+        request_id=f"request-{sequence_id}",
+        sequence_id=sequence_id,
+        prompt_token_ids=pack_token_ids(prompt),
+        **fields,
+    )
+
+
+def make_sequence(
+    prompt: list[int], output: list[int] | None = None, *, seed: int = 0, **fields: Any
+) -> Sequence:
+    """Return a sequence that has generated `output` so far."""
+    submit = make_submit(prompt, **fields)
+    return Sequence(
+        owner="front.0",
+        submit=submit,
+        token_ids=prompt + (output or []),
+        num_prompt_tokens=len(prompt),
+        max_tokens=submit.max_tokens,
+        stop_token_ids=frozenset(),
+        seed=seed,
+    )

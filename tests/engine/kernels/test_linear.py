@@ -1,0 +1,111 @@
+"""Packed matrix products against dequantised weights and against their exact definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels import cpu
+from engine.kernels.cpu import PackedLinear, reference
+from tests.engine.kernels.quantized import TYPES, Rows, exact_parts, random_rows
+
+SHAPES = {"Q4_K": (37, 512), "Q5_K": (37, 512), "Q6_K": (37, 512)}
+ODD_SHAPE = (37, 288)  # rows not in sixteens, columns not in sixty-fours
+
+
+def packed_of(rows: Rows, bias: Tensor | None = None) -> PackedLinear:
+    packed = cpu.pack(rows, bias)
+    assert packed is not None
+    return packed
+
+
+def tokens(num_tokens: int, size: int, seed: int = 1) -> Tensor:
+    return torch.randn(num_tokens, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_linear_is_within_one_percent_of_dequantised_weights(name: str, isa: str) -> None:
+    rows = random_rows(name, *SHAPES.get(name, ODD_SHAPE))
+    bias = tokens(1, rows.shape[0])[0]
+    x = tokens(11, rows.shape[1])
+    expected = x @ rows.dequantize().T + bias
+    got = cpu.linear(packed_of(rows, bias), x)
+    assert (got - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_linear_has_the_bits_of_its_definition(name: str, isa: str) -> None:
+    rows = random_rows(name, *SHAPES.get(name, ODD_SHAPE))
+    x = tokens(7, rows.shape[1]) * torch.logspace(-20, 3, 7)[:, None]
+    expected = reference.linear(*exact_parts(rows), x)
+    assert torch.equal(cpu.linear(packed_of(rows), x), expected)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_linear_row_is_the_same_alone_and_in_any_batch(name: str, isa: str) -> None:
+    rows = random_rows(name, *SHAPES.get(name, ODD_SHAPE))
+    packed = packed_of(rows)
+    x = tokens(40, rows.shape[1])
+    whole = cpu.linear(packed, x)
+    for num_tokens in range(1, 41):
+        assert torch.equal(cpu.linear(packed, x[:num_tokens]), whole[:num_tokens])
+    alone = torch.cat([cpu.linear(packed, x[m : m + 1]) for m in range(40)])
+    assert torch.equal(alone, whole)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_linear_does_not_depend_on_the_number_of_threads(num_threads: int) -> None:
+    rows = random_rows("Q4_1", 1000, 576)
+    packed = packed_of(rows)
+    x = tokens(9, 576)
+    two = cpu.linear(packed, x)
+    cpu.set_num_threads(num_threads)
+    assert cpu.num_threads() == num_threads
+    assert torch.equal(cpu.linear(packed, x), two)
+
+
+def test_linear_of_no_tokens_is_empty() -> None:
+    packed = packed_of(random_rows("Q8_0", 16, 64))
+    assert cpu.linear(packed, torch.empty(0, 64)).shape == (0, 16)
+
+
+def test_linear_of_zeros_and_of_tiny_values_is_the_bias() -> None:
+    bias = torch.arange(16.0)
+    packed = packed_of(random_rows("Q4_1", 16, 64), bias)
+    x = torch.stack([torch.zeros(64), torch.full((64,), 1e-38)])
+    assert torch.equal(cpu.linear(packed, x), bias.expand(2, 16))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_linear_poisoned_token_stays_alone_and_visible(poison: float, isa: str) -> None:
+    packed = packed_of(random_rows("Q4_0", 32, 96))
+    x = tokens(3, 96)
+    clean = cpu.linear(packed, x)
+    x[1, 40] = poison
+    out = cpu.linear(packed, x)
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+def test_linear_uses_the_extreme_integers_exactly(isa: str) -> None:
+    # -128 weights times 127 activations: the largest sums the integer paths can meet.
+    rows = random_rows("Q8_0", 16, 64)
+    rows.packed.reshape(16, 2, 34)[:, :, 2:] = 0x80
+    x = torch.ones(1, 64)
+    assert torch.equal(cpu.linear(packed_of(rows), x), reference.linear(*exact_parts(rows), x))
+
+
+def test_pack_declines_what_it_has_no_kernel_for() -> None:
+    rows = random_rows("Q8_0", 16, 64)
+    rows.ggml_type.name = "IQ1_S"
+    assert cpu.pack(rows, None) is None
+    assert cpu.pack(random_rows("Q8_0", 16, 64), None) is not None
+
+
+def test_pack_reads_rows_that_are_not_adjacent() -> None:
+    rows = random_rows("Q4_1", 40, 64)
+    x = tokens(2, 64)
+    every_second = Rows(rows.ggml_type, (20, 64), rows.packed[::2])
+    expected = cpu.linear(packed_of(rows), x)[:, ::2]
+    assert torch.equal(cpu.linear(packed_of(every_second), x), expected)

@@ -1,0 +1,240 @@
+"""The scheduler, without torch: single decisions, and properties under random traffic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cortexd import errors
+from cortexd.settings import Engine as EngineSettings
+from engine.block_pool import BlockPool
+from engine.scheduler import MIN_PREFILL_CHUNK, Scheduler, StepPlan
+from engine.sequence import Sequence, SequenceState
+from tests.engine.doubles import make_sequence
+
+BLOCK_SIZE = 8
+
+
+def make_scheduler(num_blocks: int = 64, context: int = 256, **fields: Any) -> Scheduler:
+    """Return a scheduler over a pool of `num_blocks` usable blocks of eight tokens."""
+    fields = {"max_num_batched_tokens": 32, "max_prefill_chunk": 16, "max_num_seqs": 4, **fields}
+    return Scheduler(EngineSettings(**fields), BlockPool(num_blocks + 1), BLOCK_SIZE, context)
+
+
+def run_step(scheduler: Scheduler) -> StepPlan:
+    """Plan and complete a step in which each sampling row yields one token."""
+    plan = scheduler.plan()
+    scheduler.complete(plan)
+    for row in plan.rows:
+        if row.samples:
+            row.sequence.token_ids.append(7)
+            if row.sequence.num_output_tokens >= row.sequence.max_tokens:
+                scheduler.finish(row.sequence)
+    return plan
+
+
+def shape(plan: StepPlan) -> list[tuple[int, int, int]]:
+    """Return (sequence id, start, number of tokens) of each row."""
+    return [(row.sequence.sequence_id, row.start, row.num_tokens) for row in plan.rows]
+
+
+def test_plan_long_prompt_is_cut_into_chunks_and_samples_with_the_last() -> None:
+    """A prompt of 40 takes chunks of 16, 16 and 8; only the last one samples."""
+    scheduler = make_scheduler()
+    scheduler.submit(make_sequence([1] * 40))
+    plans = [run_step(scheduler) for _ in range(4)]
+    assert [shape(plan) for plan in plans] == [
+        [(1, 0, 16)],
+        [(1, 16, 16)],
+        [(1, 32, 8)],
+        [(1, 40, 1)],
+    ]
+    assert [plan.rows[0].samples for plan in plans] == [False, False, True, True]
+
+
+def test_plan_decodes_come_first_and_bound_the_prefill() -> None:
+    """A sequence joins while others decode; prefill beside decodes is one chunk at most."""
+    scheduler = make_scheduler()
+    scheduler.submit(make_sequence([1] * 4, sequence_id=1))
+    run_step(scheduler)
+    scheduler.submit(make_sequence([1] * 30, sequence_id=2))
+    scheduler.submit(make_sequence([1] * 30, sequence_id=3))
+    plan = run_step(scheduler)
+    assert shape(plan) == [(1, 4, 1), (2, 0, 16)]
+    assert plan.num_decodes == 1
+
+
+def test_plan_without_decodes_fills_the_budget_with_several_prompts() -> None:
+    """An idle engine prefills several prompts in one step."""
+    scheduler = make_scheduler()
+    for sequence_id in (1, 2, 3):
+        scheduler.submit(make_sequence([1] * 12, sequence_id=sequence_id))
+    assert shape(run_step(scheduler)) == [(1, 0, 12), (2, 0, 12), (3, 0, 8)]
+
+
+def test_submit_beyond_seats_and_queue_raises_overloaded() -> None:
+    """Seats do not count as queue places; one more than both is refused."""
+    scheduler = make_scheduler(max_num_seqs=2, max_queue_depth=3)
+    for sequence_id in range(5):
+        scheduler.submit(make_sequence([1], sequence_id=sequence_id))
+    with pytest.raises(errors.Overloaded, match="max_queue_depth = 3") as caught:
+        scheduler.submit(make_sequence([1], sequence_id=9))
+    assert caught.value.retriable
+
+
+def test_plan_out_of_blocks_preempts_the_newest_which_keeps_its_tokens() -> None:
+    """The newest gives way, waits at the head of the queue and is computed again."""
+    scheduler = make_scheduler(num_blocks=5, context=40)
+    old, new, later = (make_sequence([1] * 15, max_tokens=20, sequence_id=i) for i in (1, 2, 3))
+    for sequence in (old, new, later):
+        scheduler.submit(sequence)
+    while new.num_preemptions == 0:
+        run_step(scheduler)
+    assert old.num_preemptions == 0
+    assert new.state is SequenceState.WAITING
+    assert (new.num_computed, new.block_table) == (0, [])
+    assert new.num_output_tokens > 0
+    assert list(scheduler.waiting) == [new, later]
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert [len(s.token_ids) for s in (old, new, later)] == [35, 35, 35]
+    assert scheduler.pool.num_used == 0
+
+
+def test_finish_frees_all_blocks_wherever_the_sequence_stands() -> None:
+    """Running, waiting and finished sequences can all be finished."""
+    scheduler = make_scheduler(max_num_seqs=1)
+    running, waiting = make_sequence([1] * 20), make_sequence([1] * 20)
+    scheduler.submit(running)
+    scheduler.submit(waiting)
+    run_step(scheduler)
+    for sequence in (running, waiting, running):
+        scheduler.finish(sequence)
+    assert scheduler.pool.num_used == 0
+    assert not scheduler.has_work
+
+
+def test_reduce_halves_chunks_then_preempts_then_gives_a_sequence_up() -> None:
+    """Out of memory: smaller chunks, fewer sequences, and at last one failure."""
+    scheduler = make_scheduler(max_prefill_chunk=64, max_num_batched_tokens=128)
+    first, second = make_sequence([1] * 100), make_sequence([1] * 100)
+    scheduler.submit(first)
+    scheduler.submit(second)
+    assert scheduler.reduce(scheduler.plan()) is None
+    plan = scheduler.plan()
+    assert max(row.num_tokens for row in plan.rows) == 32
+    assert scheduler.reduce(plan) is None
+    plan = scheduler.plan()
+    assert max(row.num_tokens for row in plan.rows) == MIN_PREFILL_CHUNK
+    assert scheduler.reduce(plan) is None
+    assert second.state is SequenceState.WAITING
+    scheduler.finish(second)
+    assert scheduler.reduce(scheduler.plan()) is first
+
+
+def test_complete_many_clean_steps_restores_the_chunk_limit() -> None:
+    """A chunk limit cut by an out-of-memory grows back."""
+    scheduler = make_scheduler(max_prefill_chunk=32, num_blocks=128, context=1024)
+    sequence = make_sequence([1] * 40, max_tokens=70)
+    scheduler.submit(sequence)
+    scheduler.reduce(scheduler.plan())
+    for _ in range(66):
+        run_step(scheduler)
+    scheduler.finish(sequence)
+    scheduler.submit(make_sequence([1] * 40))
+    assert shape(run_step(scheduler)) == [(1, 0, 32)]
+
+
+def test_repr_tells_the_load() -> None:
+    """The status string names what runs, waits and is held."""
+    scheduler = make_scheduler(max_num_seqs=1)
+    scheduler.submit(make_sequence([1] * 9))
+    scheduler.submit(make_sequence([1] * 9))
+    run_step(scheduler)
+    assert repr(scheduler) == "<Scheduler: 1 running, 1 waiting, <BlockPool: 2 used, 62 free>>"
+
+
+arrivals = st.lists(
+    st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=20
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    arrivals=arrivals,
+    num_blocks=st.integers(13, 40),
+    budget=st.integers(16, 48),
+    chunk=st.integers(16, 64),
+    seats=st.integers(1, 8),
+    cancels=st.lists(st.tuples(st.integers(0, 19), st.integers(0, 60)), max_size=6),
+    reductions=st.sets(st.integers(0, 60), max_size=3),
+)
+def test_random_traffic_keeps_all_promises(
+    *,
+    arrivals: list[tuple[int, int, int]],
+    num_blocks: int,
+    budget: int,
+    chunk: int,
+    seats: int,
+    cancels: list[tuple[int, int]],
+    reductions: set[int],
+) -> None:
+    """No leak, no block with two holders, budget kept, everything ends, in order of arrival."""
+    scheduler = make_scheduler(
+        num_blocks,
+        context=100,
+        max_num_batched_tokens=budget,
+        max_prefill_chunk=chunk,
+        max_num_seqs=seats,
+    )
+    todo = [
+        (delay, make_sequence([1] * prompt, max_tokens=output, sequence_id=index))
+        for index, (prompt, output, delay) in enumerate(arrivals)
+    ]
+    everything = [sequence for _, sequence in todo]
+    cancelled: set[Sequence] = set()
+    first_steps: list[int] = []
+    step = 0
+    while todo or scheduler.has_work:
+        while todo and todo[0][0] <= step % 4:
+            scheduler.submit(todo.pop(0)[1])
+        for index, at in cancels:
+            if at == step and index < len(everything):
+                sequence = everything[index]
+                if sequence.state is not SequenceState.FINISHED and scheduler.has_work:
+                    if any(sequence is waiting for _, waiting in todo):
+                        continue
+                    scheduler.finish(sequence)
+                    cancelled.add(sequence)
+        if scheduler.has_work:
+            if step in reductions:
+                victim = scheduler.reduce(scheduler.plan())
+                if victim is not None:
+                    scheduler.finish(victim)
+                    cancelled.add(victim)
+            else:
+                _check_plan(scheduler, run_step(scheduler), first_steps)
+        step += 1
+        assert step < 6000, "starvation"
+    assert scheduler.pool.num_used == 0
+    for (_, output, _), sequence in zip(arrivals, everything, strict=True):
+        assert sequence in cancelled or sequence.num_output_tokens == output
+    assert first_steps == sorted(first_steps)
+
+
+def _check_plan(scheduler: Scheduler, plan: StepPlan, first_steps: list[int]) -> None:
+    assert plan.rows, "work, but nothing planned"
+    assert plan.num_tokens <= scheduler.token_budget
+    assert len(scheduler.running) <= scheduler.max_running
+    assert len({row.sequence for row in plan.rows}) == len(plan.rows)
+    assert all(row.num_tokens == 1 for row in plan.rows[: plan.num_decodes])
+    held = [block for sequence in scheduler.running for block in sequence.block_table]
+    assert len(held) == len(set(held)) == scheduler.pool.num_used
+    for sequence in scheduler.running:
+        assert sequence.num_computed <= len(sequence.block_table) * BLOCK_SIZE
+    for row in plan.rows:
+        if row.start == 0 and row.sequence.num_preemptions == 0:
+            first_steps.append(row.sequence.sequence_id)
