@@ -86,6 +86,8 @@ def test_error_classes_have_their_exit_codes() -> None:
         errors.NotFound: 4,
         errors.InvalidValue: 2,
         errors.Cancelled: 130,
+        errors.NotRunning: 3,
+        errors.AlreadyRunning: 5,
         errors.Overloaded: 5,
         errors.InsufficientMemory: 5,
         errors.DeadlineExceeded: 124,
