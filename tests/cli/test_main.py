@@ -37,7 +37,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     [
         [],
         ["nonsense"],
-        ["logs", "-n", "0"],
+        ["logs", "-n", "513"],
         ["logs", "-n", "x"],
         ["load", "a/b", "--devices", "0,x"],
         ["load", "a/b", "--tp", "²"],
