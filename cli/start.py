@@ -87,6 +87,7 @@ def demo_curl(api_url: str) -> str:
     body = {
         "model": DEMO_ALIAS,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
     }
     return (
         f"curl {api_url}/v1/chat/completions -H 'Content-Type: application/json' "
