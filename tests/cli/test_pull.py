@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +103,26 @@ def test_progress_lines_come_per_stage_and_period(capsys: pytest.CaptureFixture[
         "m: verifying 0 % of 10 B",
         "m: verifying 90 % of 10 B",
     ]
+
+
+def test_progress_on_a_terminal_is_a_bar(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal the progress is drawn on standard error and gone at the end."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    daemon.answers["model.pull"] = {"op_id": "op-1", "accepted": True}
+    data: dict[str, object] = {"stage": "downloading", "done_bytes": 1, "total_bytes": 2}
+    daemon.event_list = [
+        {"event": "progress", "op_id": "op-1", "data": data},
+        {"event": "done", "op_id": "op-1", "data": {"size_bytes": 2, "weights": ["/c/m"]}},
+    ]
+    assert main(["pull", "a/b"]) == 0
+    assert "a/b" in terminal.getvalue()
+    assert capsys.readouterr().out == "a/b: 2 B, /c/m\n"
