@@ -85,10 +85,9 @@ class Poller(AsyncActor):
             for peer in self.peers.all()
             if peer.group and peer.rank == 0 and peer.state == "ready"
         ]
-        devices, *_ = await asyncio.gather(
-            asyncio.to_thread(self._probe.read),
-            *(self._query(name, group) for name, group in leaders),
-        )
+        reading = asyncio.create_task(asyncio.to_thread(self._probe.read))
+        await asyncio.gather(*(self._query(name, group) for name, group in leaders))
+        devices = await reading
         alive = {name for name, _ in leaders}
         self._loads = {name: load for name, load in self._loads.items() if name in alive}
         report = self._report

@@ -12,6 +12,7 @@ import asyncio
 import difflib
 import math
 import time
+from collections.abc import Awaitable
 
 import msgspec
 from cortexd.messages.envelope import Envelope
@@ -122,16 +123,16 @@ class Router(AsyncActor):
         for task in self._background:
             task.cancel()
 
-    def spawn(self, coroutine: object) -> asyncio.Task[None]:
-        """Run a coroutine in the background; its failure is logged."""
-        task: asyncio.Task[None] = asyncio.ensure_future(self._guard(coroutine))  # type: ignore[arg-type]
+    def spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        """Run work in the background; its failure is logged."""
+        task = asyncio.create_task(self._guard(work))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
 
-    async def _guard(self, coroutine: object) -> None:
+    async def _guard(self, work: Awaitable[None]) -> None:
         try:
-            await coroutine  # type: ignore[misc]
+            await work
         except CortexError as error:
             event(self.log, "router.background_failed", 30, error=error.message)
         except Exception:

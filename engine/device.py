@@ -14,6 +14,7 @@ import torch
 from cortexd import errors
 from cortexd.models import ModelSpec
 from cortexd.settings import Engine as EngineSettings
+from engine.kernels import cpu as native
 
 DTYPES: Final = {
     "float32": torch.float32,
@@ -54,8 +55,21 @@ def choose_dtype(
 
 
 def set_num_threads(settings: EngineSettings) -> None:
-    """Let torch use as many threads as the settings say, or as this process may run on."""
-    torch.set_num_threads(settings.num_threads or len(os.sched_getaffinity(0)))
+    """Let torch and the native kernels use as many threads as the settings say.
+
+    0 is as many as this process may run on.
+    """
+    count = settings.num_threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    if native.available():
+        native.set_num_threads(count)
+
+
+def backend_name(settings: EngineSettings, device: torch.device) -> str:
+    """Return which implementation of the operations runs, as users name it."""
+    if settings.backend == "auto" and device.type == "cpu" and native.available():
+        return "native"
+    return "reference"
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -25,13 +25,12 @@ from engine.block_pool import BlockPool
 from engine.kv_cache import KVCache, choose_size
 from engine.loader import Weights
 from engine.models.registry import load_class
+from engine.outbox import Outbox
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import PlannedRow, Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.submission import make_sequence
 from engine.throughput import MovingRate
-
-Deltas = dict[str, list[SequenceDelta]]
 
 
 class Model(Protocol):
@@ -54,12 +53,10 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         weight_bytes: int = 0,
-        backend_name: str = "reference",
     ) -> None:
         """Size the cache from what memory is left; `model` is on `device` already."""
-        element_size = dtype.itemsize
         free = devices.free_memory_bytes(device)
-        size = choose_size(settings, spec, element_size, free, device.type)
+        size = choose_size(settings, spec, dtype.itemsize, free, device.type)
         self.model = model
         self.spec = spec
         self.cache = KVCache(spec, size, settings.block_size, dtype, device)
@@ -71,10 +68,10 @@ class Engine:
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self.backend_name = backend_name
+        self.backend_name = devices.backend_name(settings, device)
         self._device = device
         self._sequences: dict[tuple[str, int], Sequence] = {}
-        self._pending: Deltas = {}
+        self._outbox = Outbox()
         self._prefill_rate = MovingRate()
         self._decode_rate = MovingRate()
         self._num_prompt_tokens = 0
@@ -127,7 +124,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to deliver."""
-        return self.scheduler.has_work or bool(self._pending)
+        return self.scheduler.has_work or bool(self._outbox)
 
     def submit(self, owner: str, submit: Submit) -> None:
         """Queue one sequence. Raises: InvalidValue, ContextLengthExceeded, Overloaded."""
@@ -146,35 +143,33 @@ class Engine:
         sequence = self._sequences.get((owner, sequence_id))
         if sequence is not None:
             self._finish(sequence)
-            _add(self._pending, sequence, finish_reason="cancelled")
+            self._outbox.add_end(sequence, "cancelled")
 
     def cancel_owner(self, owner: str) -> None:
         """Free all sequences of an owner that is gone; nothing is delivered to it any more."""
         for sequence in [s for s in self._sequences.values() if s.owner == owner]:
             self._finish(sequence)
-        self._pending.pop(owner, None)
+        self._outbox.drop_owner(owner)
 
     @torch.inference_mode()
-    def step(self) -> Deltas:
-        """Run one step; return what it added, by owner.
+    def step(self) -> dict[str, list[SequenceDelta]]:
+        """Run one step; return what it and cancellations before it have to tell, by owner.
 
         Raises: RuntimeError when the device or the model's code fails; the engine is then unusable.
         """
-        deltas, self._pending = self._pending, {}
-        if not self.scheduler.has_work:
-            return deltas
-        started = time.perf_counter()
-        plan = self.scheduler.plan()
-        assert plan.rows, f"{self.scheduler} has work and planned none of it"
-        sampled = self._execute(plan)
-        if sampled is None:
-            self._shrink(plan, deltas)
-            return deltas
-        self.scheduler.complete(plan)
-        for row in plan.rows:
-            self._deliver(row, sampled, deltas)
-        self._count(plan, time.perf_counter() - started)
-        return deltas
+        if self.scheduler.has_work:
+            started = time.perf_counter()
+            plan = self.scheduler.plan()
+            assert plan.rows, f"{self.scheduler} has work and planned none of it"
+            sampled = self._execute(plan)
+            if sampled is None:
+                self._shrink(plan)
+            else:
+                self.scheduler.complete(plan)
+                for row in plan.rows:
+                    self._deliver(row, sampled)
+                self._count(plan, time.perf_counter() - started)
+        return self._outbox.take()
 
     def report(self, model_id: str) -> LoadReport:
         """Return the load figures."""
@@ -197,7 +192,7 @@ class Engine:
         """Drop all sequences; the process's end frees the memory."""
         for sequence in list(self._sequences.values()):
             self._finish(sequence)
-        self._pending.clear()
+        self._outbox.take()
 
     def _execute(self, plan: StepPlan) -> Iterator[SampledToken] | None:
         """Return the sampled tokens in row order, or None when memory ran out."""
@@ -213,25 +208,20 @@ class Engine:
         devices.release_cached_memory(self._device)
         return None
 
-    def _shrink(self, plan: StepPlan, deltas: Deltas) -> None:
+    def _shrink(self, plan: StepPlan) -> None:
         sequence = self.scheduler.reduce(plan)
         if sequence is not None:
             error = errors.InsufficientMemory(
                 f"request {sequence.submit.request_id} does not fit into the device's memory, "
-                "even alone and with the smallest step"
+                "even alone and with the smallest step; shorten the prompt"
             )
-            self._fail(sequence, error, deltas)
+            self._fail(sequence, error)
 
-    def _deliver(self, row: PlannedRow, sampled: Iterator[SampledToken], deltas: Deltas) -> None:
+    def _deliver(self, row: PlannedRow, sampled: Iterator[SampledToken]) -> None:
         sequence = row.sequence
         if not row.samples:
             if sequence.num_output_tokens == 0:
-                _add(
-                    deltas,
-                    sequence,
-                    num_prompt_tokens=sequence.num_prompt_tokens,
-                    num_prefilled_tokens=sequence.num_computed,
-                )
+                self._outbox.add_progress(sequence)
             return
         token = next(sampled)
         if token.token_id is None:
@@ -239,37 +229,21 @@ class Engine:
                 f"request {sequence.submit.request_id}: the model's logits held NaN or infinity "
                 f"at token {len(sequence.token_ids)}; only this request failed"
             )
-            self._fail(sequence, error, deltas)
+            self._fail(sequence, error)
         elif token.token_id in sequence.stop_token_ids:
             self._finish(sequence)
-            _add(deltas, sequence, finish_reason="stop", **_usage(sequence))
+            self._outbox.add_end(sequence, "stop")
         else:
-            self._append(sequence, token, token.token_id, deltas)
+            sequence.token_ids.append(token.token_id)
+            self._num_generated_tokens += 1
+            is_last = sequence.num_output_tokens >= sequence.max_tokens
+            if is_last:
+                self._finish(sequence)
+            self._outbox.add_token(sequence, token, "length" if is_last else None)
 
-    def _append(
-        self, sequence: Sequence, token: SampledToken, token_id: int, deltas: Deltas
-    ) -> None:
-        usage = _usage(sequence)
-        sequence.token_ids.append(token_id)
-        self._num_generated_tokens += 1
-        is_done = sequence.num_output_tokens >= sequence.max_tokens
-        if is_done:
-            self._finish(sequence)
-        has_logprobs = token.logprob is not None
-        delta = SequenceDelta(
-            sequence.sequence_id,
-            [token_id],
-            finish_reason="length" if is_done else None,
-            logprobs=[token.logprob] if token.logprob is not None else [],
-            top_ids=[token.top_ids] if has_logprobs else [],
-            top_logprobs=[token.top_logprobs] if has_logprobs else [],
-            **usage,
-        )
-        deltas.setdefault(sequence.owner, []).append(delta)
-
-    def _fail(self, sequence: Sequence, error: errors.CortexError, deltas: Deltas) -> None:
+    def _fail(self, sequence: Sequence, error: errors.CortexError) -> None:
         self._finish(sequence)
-        _add(deltas, sequence, finish_reason="error", error=error.to_info())
+        self._outbox.add_end(sequence, "error", error)
 
     def _finish(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
@@ -280,19 +254,3 @@ class Engine:
         self._steps += 1
         self._decode_rate.add(plan.num_decodes, elapsed_s)
         self._prefill_rate.add(plan.num_tokens - plan.num_decodes, elapsed_s)
-
-
-def _usage(sequence: Sequence) -> dict[str, int]:
-    """Return the token counts that go with a sequence's first sampled token."""
-    if sequence.num_output_tokens:
-        return {}
-    return {
-        "num_prompt_tokens": sequence.num_prompt_tokens,
-        "num_cached_tokens": sequence.num_cached_tokens,
-    }
-
-
-def _add(deltas: Deltas, sequence: Sequence, **fields: object) -> None:
-    """Add a delta without tokens."""
-    delta = SequenceDelta(sequence.sequence_id, [], **fields)
-    deltas.setdefault(sequence.owner, []).append(delta)

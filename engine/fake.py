@@ -62,6 +62,7 @@ class FakeEngine:
     def __init__(self, context: int = 8192) -> None:
         self.limits = ModelLimits(context=context, output=context)
         self._sequences: dict[tuple[str, int], _FakeSequence] = {}
+        self._cancelled: dict[str, list[SequenceDelta]] = {}
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._steps = 0
@@ -82,7 +83,7 @@ class FakeEngine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would deliver anything."""
-        return bool(self._sequences)
+        return bool(self._sequences or self._cancelled)
 
     def submit(self, owner: str, submit: Submit) -> None:
         """Queue one sequence. Raises: InvalidValue, ContextLengthExceeded."""
@@ -100,18 +101,21 @@ class FakeEngine:
         self._num_prompt_tokens += len(prompt)
 
     def cancel(self, owner: str, sequence_id: int) -> None:
-        """Drop one sequence; an unknown one is ignored."""
-        self._sequences.pop((owner, sequence_id), None)
+        """Drop one sequence; the next step says "cancelled". An unknown one is ignored."""
+        if self._sequences.pop((owner, sequence_id), None) is not None:
+            delta = SequenceDelta(sequence_id, [], finish_reason="cancelled")
+            self._cancelled.setdefault(owner, []).append(delta)
 
     def cancel_owner(self, owner: str) -> None:
         """Drop all sequences of one owner."""
         for key in [key for key in self._sequences if key[0] == owner]:
             del self._sequences[key]
+        self._cancelled.pop(owner, None)
 
     def step(self) -> dict[str, list[SequenceDelta]]:
         """Emit one token of every sequence, by owner."""
         self._steps += 1
-        deltas: dict[str, list[SequenceDelta]] = {}
+        deltas, self._cancelled = self._cancelled, {}
         for key, sequence in list(self._sequences.items()):
             _make_trouble(sequence)
             delta = self._advance(sequence)
@@ -139,6 +143,7 @@ class FakeEngine:
     def close(self) -> None:
         """Drop everything."""
         self._sequences.clear()
+        self._cancelled.clear()
 
     def _advance(self, sequence: _FakeSequence) -> SequenceDelta:
         sequence_id = sequence.submit.sequence_id

@@ -8,30 +8,25 @@ from the mapping, so the peak is the model plus one tensor. Called by `Engine.lo
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from cortexd.errors import BadModelFile
 from cortexd.models import ModelFiles, ModelSpec
-from engine.formats.checkpoint import Checkpoint, CheckpointTensor, check_plan
-from engine.formats.ggml import GGMLType
+from engine.formats.checkpoint import Checkpoint, CheckpointTensor
+from engine.formats.checkpoint_check import check_plan
 from engine.layers.embedding import Embedding, tied_embedding
 from engine.layers.linear import Backend, Linear, Weight, pack_native
 from engine.models.registry import REGISTRY
-from engine.quant.tensor import QuantizedTensor, concatenate_rows
+from engine.quant.tensor import QuantizedTensor
 from engine.tensor_plan import HEAD
+from engine.tensor_views import TORCH_DTYPES, bytes_view, dense_view, stack_rows
 
 Layer = TypeVar("Layer", Linear, Embedding)
 ProgressCallback = Callable[[int, int], None]  # bytes done, bytes in all
-
-_TORCH_DTYPES: Final = {
-    GGMLType.F32: torch.float32,
-    GGMLType.F16: torch.float16,
-    GGMLType.BF16: torch.bfloat16,
-}
 
 
 class Weights:
@@ -150,7 +145,7 @@ class Weights:
         """Return the vector `name` (size,) on the device, in `dtype` (default: compute dtype)."""
         tensor = self._take(name)
         assert tensor.shape == (size,), f"{name}: planned {tensor.shape}, asked for ({size},)"
-        values = self._unpermuted(name, _dense(tensor))
+        values = self._unpermuted(name, dense_view(tensor))
         owned = torch.empty(size, dtype=dtype or self.dtype, device=self.device).copy_(values)
         self.memory_bytes += owned.numel() * owned.element_size()
         return owned
@@ -159,10 +154,15 @@ class Weights:
         """Return the divisors (head_dim / 2,) float32 of the rope frequencies, where given.
 
         Only GGUF files of models with llama3 rope scaling carry them; the spec's own rope type is
-        then "default".
+        then "default". Raises: BadModelFile when one is not positive and finite.
         """
         tensor = self._checkpoint.rope_factors
-        return None if tensor is None else _dense(tensor).to(self.device, torch.float32, copy=True)
+        if tensor is None:
+            return None
+        factors = dense_view(tensor).to(torch.float32, copy=True)
+        if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+            raise BadModelFile(f"{tensor.file.path}: {tensor.name} must be positive and finite")
+        return factors.to(self.device)
 
     def check_all_used(self) -> None:
         """Check that the model asked for every planned tensor; a fault here is the model's."""
@@ -190,7 +190,7 @@ class Weights:
             if bias is not None
         ]
         bias = torch.cat(biases) if biases else None
-        weight = _stack(matrices)
+        weight = stack_rows(matrices)
         packed = pack_native(weight, bias, self.backend) if self.device.type == "cpu" else None
         if packed is not None:
             return Linear.from_products([packed], in_features)
@@ -216,10 +216,10 @@ class Weights:
         tensor = self._take(name)
         shape = (rows, columns)
         assert tensor.shape == shape, f"{name}: planned {tensor.shape}, asked for {shape}"
-        if tensor.ggml_type in _TORCH_DTYPES:
-            return self._unpermuted(name, _dense(tensor))
+        if tensor.ggml_type in TORCH_DTYPES:
+            return self._unpermuted(name, dense_view(tensor))
         assert tensor.ggml_type is not None, f"{name}: {tensor.type_name} passed the plan"
-        packed = self._unpermuted(name, _bytes(tensor).view(rows, -1))
+        packed = self._unpermuted(name, bytes_view(tensor).view(rows, -1))
         return QuantizedTensor(tensor.ggml_type, shape, packed)
 
     def _unpermuted(self, name: str, rows: Tensor) -> Tensor:
@@ -250,30 +250,3 @@ class Weights:
     def _track(self, layer: Layer) -> Layer:
         self.memory_bytes += layer.num_bytes
         return layer
-
-
-def _bytes(tensor: CheckpointTensor) -> Tensor:
-    """Return the stored bytes as uint8, mapped."""
-    with warnings.catch_warnings():
-        # The mapping is read-only and so is every use of this tensor.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(tensor.view(), dtype=torch.uint8)
-
-
-def _dense(tensor: CheckpointTensor) -> Tensor:
-    """Return the stored numbers in their own dtype, mapped."""
-    assert tensor.ggml_type in _TORCH_DTYPES, f"{tensor.name} is {tensor.type_name}"
-    raw, dtype = _bytes(tensor), _TORCH_DTYPES[tensor.ggml_type]
-    if raw.data_ptr() % dtype.itemsize:
-        raw = raw.clone()  # a safetensors header of odd length
-    return raw.view(dtype).view(tensor.shape)
-
-
-def _stack(matrices: Sequence[Weight]) -> Weight:
-    """Put matrices of one stored type on top of each other."""
-    if len(matrices) == 1:
-        return matrices[0]
-    quantized = [m for m in matrices if isinstance(m, QuantizedTensor)]
-    if quantized:
-        return concatenate_rows(quantized)
-    return torch.cat([m for m in matrices if isinstance(m, Tensor)])

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from cortexd.errors import BadModelFile
 from cortexd.models import ModelFiles, ModelSpec
-from engine.formats.checkpoint import Checkpoint, check_plan
+from engine.formats.checkpoint import Checkpoint
+from engine.formats.checkpoint_check import check_plan
 from engine.formats.gguf import GGUFFile
 from engine.models.registry import REGISTRY
 from engine.spec import spec_from_config, spec_from_gguf
@@ -47,10 +48,13 @@ def read_spec(files: ModelFiles) -> ModelSpec:
         raise BadModelFile(
             f'model "{files.model_id}" has no config.json beside its safetensors files'
         )
-    generation_config = None
-    if files.generation_config is not None:
-        generation_config = read_json_object(files.generation_config)
-    return spec_from_config(read_json_object(files.config), generation_config, file=files.config)
+    generation_file = files.generation_config
+    return spec_from_config(
+        read_json_object(files.config),
+        None if generation_file is None else read_json_object(generation_file),
+        file=files.config,
+        generation_file=generation_file or "",
+    )
 
 
 def read_json_object(path: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from engine.sequence import Sequence, SequenceState
 
 # Prefill chunks are not cut smaller than this when memory is short: smaller ones save nothing.
 MIN_PREFILL_CHUNK: Final = 16
-# Clean steps after which a chunk limit halved by an out-of-memory is doubled again.
+# Clean steps after which limits that were halved by an out-of-memory are doubled again.
 STEPS_TO_REGROW: Final = 64
 
 
@@ -69,6 +69,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self._chunk_limit = self.max_prefill_chunk
+        self._seat_limit = self.max_running
         self._clean_steps = 0
 
     def __repr__(self) -> str:
@@ -98,15 +99,14 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """Choose the next step's rows and give them their blocks."""
         decodes, prefills, budget = self._plan_running()
-        while budget and self._can_admit():
+        while self._can_admit():
+            num_tokens = self._chunk_size(self.waiting[0], budget, is_first=not prefills)
+            if num_tokens == 0:
+                break
             sequence = self.waiting.popleft()
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
-            row = self._plan_chunk(sequence, budget)
-            if row is None:
-                break
-            prefills.append(row)
-            budget -= row.num_tokens
+            budget -= self._plan_chunk(prefills, sequence, num_tokens)
         return StepPlan(decodes + prefills, len(decodes))
 
     def complete(self, plan: StepPlan) -> None:
@@ -117,6 +117,7 @@ class Scheduler:
         if self._clean_steps >= STEPS_TO_REGROW:
             self._clean_steps = 0
             self._chunk_limit = min(self._chunk_limit * 2, self.max_prefill_chunk)
+            self._seat_limit = min(self._seat_limit * 2, self.max_running)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence, wherever it stands, and release its blocks."""
@@ -130,17 +131,19 @@ class Scheduler:
         self._release_blocks(sequence)
 
     def reduce(self, plan: StepPlan) -> Sequence | None:
-        """Make the next plan smaller, since this one ran out of memory and nothing of it counts.
+        """Make the next plans smaller, since this one ran out of memory and nothing of it counts.
 
-        Chunks are halved down to a minimum, then the newest sequence is preempted. Returns the
-        sequence that cannot be helped when it was alone and at the minimum.
+        Chunks are halved down to a minimum, then the newer half of the sequences is preempted.
+        Returns the sequence that cannot be helped when it was alone and at the minimum.
         """
         self._clean_steps = 0
         longest = max(row.num_tokens for row in plan.rows)
         if longest > MIN_PREFILL_CHUNK:
-            self._chunk_limit = max(MIN_PREFILL_CHUNK, min(longest, self._chunk_limit) // 2)
+            self._chunk_limit = max(MIN_PREFILL_CHUNK, longest // 2)
         elif len(self.running) > 1:
-            self._preempt(self.running[-1])
+            self._seat_limit = len(self.running) // 2
+            while len(self.running) > self._seat_limit:
+                self._preempt(self.running[-1])
         else:
             return plan.rows[0].sequence
         return None
@@ -166,19 +169,30 @@ class Scheduler:
                     decodes.append(PlannedRow(sequence, sequence.num_computed, 1, samples=True))
                 else:
                     self._preempt(sequence)
-            elif budget and (row := self._plan_chunk(sequence, budget)):
-                prefills.append(row)
-                budget -= row.num_tokens
+            else:
+                num_tokens = self._chunk_size(sequence, budget, is_first=not prefills)
+                # When an older one's chunk does not fit, no newer one overtakes it.
+                budget -= self._plan_chunk(prefills, sequence, num_tokens) or budget
         return decodes, prefills, budget
 
-    def _plan_chunk(self, sequence: Sequence, budget: int) -> PlannedRow | None:
-        """Return the sequence's next prefill row, None when it has to wait for blocks."""
-        num_tokens = min(sequence.num_uncomputed, self._chunk_limit, budget)
+    def _chunk_size(self, sequence: Sequence, budget: int, *, is_first: bool) -> int:
+        """Return the tokens of the sequence's next chunk; 0 when it does not fit this step.
+
+        Only a step's first chunk is cut to the budget: else the cuts, and with them the last bits
+        of a prompt's KV, would depend on what else happens to run.
+        """
+        num_tokens = min(sequence.num_uncomputed, self._chunk_limit)
+        if num_tokens <= budget:
+            return num_tokens
+        return budget if is_first else 0
+
+    def _plan_chunk(self, prefills: list[PlannedRow], sequence: Sequence, num_tokens: int) -> int:
+        """Add a prefill row of at most `num_tokens`; return for how many there were blocks."""
         num_tokens = self._take_blocks(sequence, num_tokens)
-        if num_tokens == 0:
-            return None
-        samples = num_tokens == sequence.num_uncomputed
-        return PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
+        if num_tokens:
+            samples = num_tokens == sequence.num_uncomputed
+            prefills.append(PlannedRow(sequence, sequence.num_computed, num_tokens, samples))
+        return num_tokens
 
     def _take_blocks(self, sequence: Sequence, num_tokens: int) -> int:
         """Give the sequence blocks for `num_tokens` more; return for how many there was room.
@@ -197,7 +211,7 @@ class Scheduler:
         return min(num_tokens, room)
 
     def _can_admit(self) -> bool:
-        if not self.waiting or len(self.running) >= self.max_running:
+        if not self.waiting or len(self.running) >= self._seat_limit:
             return False
         # Without room for all its tokens it would only be preempted again.
         needed = self._blocks_for(len(self.waiting[0].token_ids) + 1)

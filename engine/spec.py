@@ -35,6 +35,7 @@ def spec_from_config(
     generation_config: Mapping[str, Any] | None = None,
     *,
     file: str = "config.json",
+    generation_file: str = "generation_config.json",
 ) -> ModelSpec:
     """Return the spec of a Hugging Face configuration.
 
@@ -62,7 +63,7 @@ def spec_from_config(
     if "eos_token_id" not in config:
         eos = [i for i in entry.default_eos_token_ids if i < vocab_size]
     if generation_config is not None:
-        generation = Fields(generation_config, "generation_config.json")
+        generation = Fields(generation_config, generation_file)
         eos += generation.token_ids("eos_token_id", vocab_size)
     bos = fields.token_ids("bos_token_id", vocab_size)
     return ModelSpec(
@@ -189,6 +190,11 @@ def spec_from_gguf(gguf: GGUFFile) -> ModelSpec:
     head_dim = _gguf_head_dim(fields, prefix, hidden_size, num_heads)
     rope = rope_from_gguf(fields, prefix, head_dim, default_theta=entry.gguf_rope_theta)
     check_rotary_dim(gguf.path, head_dim, rope)
+    if entry.has_permuted_rope_rows and rope.partial_rotary_factor != 1.0:
+        raise UnsupportedArchitecture(
+            f"{gguf.path}: {prefix}rope.dimension_count must be the head size {head_dim}; partly "
+            f"rotated heads are not supported for {model_type}"
+        )
     vocab_size = _gguf_vocab_size(gguf)
     return ModelSpec(
         model_type=model_type,

@@ -7,18 +7,17 @@ only. Every fault of a file is a BadModelFile naming that file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 from cortexd.errors import BadModelFile, UnsupportedArchitecture
-from cortexd.models import ModelFiles, ModelSpec
-from engine.formats.ggml import RUNNABLE_TYPES, GGMLType, type_names
+from cortexd.models import ModelFiles
+from engine.formats.ggml import RUNNABLE_TYPES, GGMLType
 from engine.formats.gguf import GGUFFile
 from engine.formats.gguf_names import ROPE_FACTORS, gguf_name
 from engine.formats.safetensors import SafetensorsFile, read_index
-from engine.tensor_plan import TensorPlan
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 _MAX_LISTED: Final = 10
@@ -131,7 +130,7 @@ def _runnable(ggml_type: GGMLType) -> GGMLType | None:
 
 
 def _open_safetensors(files: ModelFiles, stack: contextlib.ExitStack) -> Checkpoint:
-    _check_shards_present(files.weights)
+    index, shard_of = _read_index_of(files.weights)
     shards: list[_OpenFile] = []
     tensors: dict[str, CheckpointTensor] = {}
     for path in files.weights:
@@ -146,100 +145,38 @@ def _open_safetensors(files: ModelFiles, stack: contextlib.ExitStack) -> Checkpo
             tensors[t.name] = CheckpointTensor(
                 t.name, t.shape, t.dtype, _SAFETENSORS_TYPES.get(t.dtype), t.num_bytes, shard
             )
-    _check_index(files.weights, tensors)
-    return Checkpoint("safetensors", shards, tensors)
-
-
-def _check_shards_present(weights: tuple[str, ...]) -> None:
-    """Check that every shard the index names is among the files. Raises BadModelFile."""
-    index = Path(weights[0]).parent / INDEX_FILE
-    if (len(weights) == 1 and not _is_shard_name(weights[0])) or not index.is_file():
-        return
-    present = {Path(path).name for path in weights}
-    missing = sorted(set(read_index(index).values()) - present)
-    if missing:
-        raise BadModelFile(
-            f"{index}: {_listing('shard', missing)} named by the index and not there; "
-            "download the model again"
-        )
-
-
-def _check_index(weights: tuple[str, ...], tensors: Mapping[str, CheckpointTensor]) -> None:
-    """Check that the tensors are where the index says. Raises BadModelFile."""
-    index = Path(weights[0]).parent / INDEX_FILE
-    if (len(weights) == 1 and not _is_shard_name(weights[0])) or not index.is_file():
-        return
     absent = [
-        f"{name} (in {shard})"
-        for name, shard in read_index(index).items()
-        if name not in tensors or Path(tensors[name].file.path).name != shard
+        f"{name} (in {shard_name})"
+        for name, shard_name in shard_of.items()
+        if name not in tensors or Path(tensors[name].file.path).name != shard_name
     ]
     if absent:
         raise BadModelFile(
-            f"{index}: {_listing('tensor', absent)} named by the index and not in that shard"
+            f"{index}: {listing('tensor', absent)} named by the index and not in that shard"
         )
+    return Checkpoint("safetensors", shards, tensors)
 
 
-def _is_shard_name(path: str) -> bool:
-    return "-of-" in Path(path).name
+def _read_index_of(weights: tuple[str, ...]) -> tuple[Path, dict[str, str]]:
+    """Return the index beside the shards, and what it says; nothing for a lone file.
 
-
-def check_plan(checkpoint: Checkpoint, plan: TensorPlan, spec: ModelSpec) -> None:
-    """Check every name, shape and type of the checkpoint against the plan.
-
-    Raises: BadModelFile listing up to ten missing, unexpected or misshapen tensors;
-    UnsupportedArchitecture naming the tensor types that cannot run.
+    Raises BadModelFile when it names a shard that is not among the files.
     """
-    expected = {checkpoint.file_name(name): shape for name, shape in plan.required.items()}
-    ignored = {checkpoint.file_name(name) for name in plan.ignored}
-    faults = []
-    missing = [name for name in expected if name not in checkpoint.tensors]
+    index = Path(weights[0]).parent / INDEX_FILE
+    is_sharded = len(weights) > 1 or "-of-" in Path(weights[0]).name
+    if not is_sharded or not index.is_file():
+        return index, {}
+    shard_of = read_index(index)
+    missing = sorted(set(shard_of.values()) - {Path(path).name for path in weights})
     if missing:
-        faults.append(f"{_listing('tensor', missing)} missing")
-    unexpected = [
-        name
-        for name in checkpoint.tensors
-        if name not in expected
-        and name not in ignored
-        and not plan.is_ignored(name)
-        and not (checkpoint.is_gguf and name == ROPE_FACTORS)
-    ]
-    if unexpected:
-        faults.append(f"{_listing('tensor', unexpected)} unexpected")
-    if checkpoint.rope_factors is not None:
-        expected[ROPE_FACTORS] = (spec.head_dim // 2,)
-    present = [name for name in expected if name in checkpoint.tensors]
-    misshapen = [
-        f"{name} is {list(checkpoint.tensors[name].shape)}, not {list(expected[name])}"
-        for name in present
-        if checkpoint.tensors[name].shape != expected[name]
-    ]
-    if misshapen:
-        faults.append(f"{_listing('shape', misshapen)} wrong")
-    if faults:
         raise BadModelFile(
-            f"{checkpoint.path}: the weights do not fit a {spec.model_type} of this configuration: "
-            + "; ".join(faults)
+            f"{index}: {listing('shard', missing)} named by the index and not there; "
+            "download the model again"
         )
-    _check_types([checkpoint.tensors[name] for name in present], checkpoint.path)
+    return index, shard_of
 
 
-def _check_types(tensors: Iterable[CheckpointTensor], path: str) -> None:
-    refused = [f"{tensor.name} ({tensor.type_name})" for tensor in tensors if not _can_run(tensor)]
-    if refused:
-        raise UnsupportedArchitecture(
-            f"{path}: {_listing('tensor', refused)} of a type that cannot run here; supported: "
-            f"{type_names(RUNNABLE_TYPES)} (vectors: F32, F16, BF16)"
-        )
-
-
-def _can_run(tensor: CheckpointTensor) -> bool:
-    if tensor.ggml_type is None:
-        return False
-    return len(tensor.shape) > 1 or tensor.ggml_type.block_elements == 1
-
-
-def _listing(noun: str, items: list[str]) -> str:
+def listing(noun: str, items: list[str]) -> str:
     """Return "3 tensors: a, b, c", with at most ten items written out."""
     plural = noun if len(items) == 1 else f"{noun}s"
     more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""

@@ -95,7 +95,7 @@ def _yarn(spec: RopeSpec, inverse: Tensor, rotary_dim: int) -> tuple[Tensor, flo
     low = max(math.floor(dimension_of(spec.beta_fast)), 0)
     high = min(math.ceil(dimension_of(spec.beta_slow)), rotary_dim - 1)
     span = max(high - low, 0.001)  # equal bounds would divide by zero
-    ramp = ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
-    scaled = inverse / spec.factor * ramp + inverse * (1 - ramp)
+    kept = 1 - ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    scaled = inverse / spec.factor * (1 - kept) + inverse * kept
     default_scale = 0.1 * math.log(spec.factor) + 1.0 if spec.factor > 1 else 1.0
     return scaled, default_scale if spec.attention_factor is None else spec.attention_factor

@@ -61,6 +61,8 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype, rows: Tensor | slice | None = None) -> Tensor:
         """Return (num_selected, num_columns) in `dtype`; `rows` are int64 ids or a slice."""
         packed = self.packed if rows is None else self.packed[rows]
+        if packed.shape[0] == 0:
+            return torch.empty(0, self.shape[1], dtype=dtype, device=self.device)
         blocks = packed.reshape(-1, self.ggml_type.block_bytes)
         values = dequantize_blocks(self.ggml_type, blocks)
         return values.to(dtype).reshape(packed.shape[0], self.shape[1])

@@ -36,7 +36,7 @@ Oracle = LlamaForCausalLM | Qwen3ForCausalLM
 
 
 def make_oracle(kind: str, *, seed: int = 0, **fields: Any) -> Oracle:
-    """Return a tiny float32 transformers model; three query heads share a KV head, as in SmolLM2."""
+    """Return a tiny float32 model; three query heads share a KV head, as in SmolLM2."""
     fields = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 48,

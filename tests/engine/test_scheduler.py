@@ -68,11 +68,21 @@ def test_plan_decodes_come_first_and_bound_the_prefill() -> None:
 
 
 def test_plan_without_decodes_fills_the_budget_with_several_prompts() -> None:
-    """An idle engine prefills several prompts in one step."""
+    """An idle engine prefills several prompts in one step; whole chunks only, in order."""
     scheduler = make_scheduler()
-    for sequence_id in (1, 2, 3):
-        scheduler.submit(make_sequence([1] * 12, sequence_id=sequence_id))
-    assert shape(run_step(scheduler)) == [(1, 0, 12), (2, 0, 12), (3, 0, 8)]
+    for sequence_id, length in ((1, 12), (2, 12), (3, 12), (4, 2)):
+        scheduler.submit(make_sequence([1] * length, sequence_id=sequence_id))
+    assert shape(run_step(scheduler)) == [(1, 0, 12), (2, 0, 12)]
+    assert shape(run_step(scheduler)) == [(1, 12, 1), (2, 12, 1), (3, 0, 12), (4, 0, 2)]
+
+
+def test_plan_first_chunk_is_cut_when_no_step_could_hold_it_whole() -> None:
+    """A chunk larger than what decodes leave of the budget still moves on."""
+    scheduler = make_scheduler(max_num_batched_tokens=16, max_prefill_chunk=16)
+    scheduler.submit(make_sequence([1] * 4, sequence_id=1))
+    run_step(scheduler)
+    scheduler.submit(make_sequence([1] * 40, sequence_id=2))
+    assert shape(run_step(scheduler)) == [(1, 4, 1), (2, 0, 15)]
 
 
 def test_submit_beyond_seats_and_queue_raises_overloaded() -> None:

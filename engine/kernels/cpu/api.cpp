@@ -1,14 +1,32 @@
 // The plain C interface that library.py loads: pointers and sizes, no ownership, no exceptions.
+// Functions that need memory return 0, or -1 when there is none; -2 is a wrong argument.
 #include <cstdint>
+#include <new>
 
+#include "decoder.h"
 #include "kernels.h"
 #include "linear.h"
 #include "pack.h"
 #include "pool.h"
+#include "rope.h"
 
 #define CORTEXD_EXPORT extern "C" __attribute__((visibility("default")))
 
 using namespace cortexd;
+
+namespace {
+
+template <class Function>
+int guarded(const Function& function) {
+    try {
+        function();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+}  // namespace
 
 CORTEXD_EXPORT const char* cortexd_isa() { return kernels().name; }
 
@@ -29,8 +47,52 @@ CORTEXD_EXPORT int cortexd_pack(int32_t type, const uint8_t* source, int64_t row
 
 CORTEXD_EXPORT int cortexd_linear(const Matrix* matrix, const float* x, int64_t num_tokens,
                                   float* y) {
-    static thread_local ActivationBuffer buffer;
-    if (!buffer.quantize(x, matrix->columns, num_tokens, matrix->columns)) return -1;
-    multiply(*matrix, buffer.view(), num_tokens, y, matrix->rows);
-    return 0;
+    return guarded([&] {
+        static thread_local ActivationBuffer buffer;
+        buffer.quantize(num_tokens, matrix->columns,
+                        [&](int64_t m) { return x + m * matrix->columns; });
+        multiply(Projection{matrix, 1}, buffer.view(), num_tokens, y, false);
+    });
+}
+
+CORTEXD_EXPORT void cortexd_rms_norm(const float* x, const float* weight, float eps,
+                                     int64_t num_rows, int64_t size, float* y) {
+    parallel_for(num_rows, tokens_per_chunk(size), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            kernels().rms_norm(x + i * size, weight, eps, size, y + i * size);
+        }
+    });
+}
+
+// x (num_rows, 2 * size): gate, up.
+CORTEXD_EXPORT void cortexd_silu_mul(const float* x, int64_t num_rows, int64_t size, float* y) {
+    parallel_for(num_rows, tokens_per_chunk(size), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            kernels().silu_mul(x + i * 2 * size, x + i * 2 * size + size, size, y + i * size);
+        }
+    });
+}
+
+CORTEXD_EXPORT int cortexd_rope_and_kv_write(const AttentionShape* shape, float* qkv,
+                                             int64_t num_tokens, const int64_t* positions,
+                                             const float* inverse_frequencies, int64_t half,
+                                             float rope_scale, const float* head_norm, float eps,
+                                             const int64_t* slots, float* cache_layer) {
+    return guarded([&] {
+        static thread_local RotaryTables tables;
+        tables.fill(positions, num_tokens, inverse_frequencies, half, rope_scale);
+        rope_and_kv_write(*shape, qkv, num_tokens, tables, head_norm, eps, slots, cache_layer);
+    });
+}
+
+CORTEXD_EXPORT int cortexd_attend(const AttentionShape* shape, const float* query,
+                                  int64_t query_stride, const float* cache_layer,
+                                  const SequenceRow* rows, int64_t num_rows, float* out) {
+    return guarded(
+        [&] { attend(*shape, query, query_stride, cache_layer, rows, num_rows, out); });
+}
+
+CORTEXD_EXPORT int cortexd_decoder_step(const DecoderWeights* weights, const DecoderStep* step) {
+    if (!is_valid(*weights, *step)) return -2;
+    return guarded([&] { run_step(*weights, *step); });
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "attention.h"
 #include "packed.h"
 
 namespace cortexd {
@@ -12,10 +13,21 @@ struct Kernels {
     const char* name;
     // Quantises `blocks` 32-blocks that follow one another in `x`.
     void (*quantize)(const float* x, int64_t blocks, int8_t* values, BlockInfo* infos);
-    // y[m][r] = matrix row r . x[m] + bias[r] for the 16-row groups [begin, end) and all tokens;
+    // y[m][r] = [y[m][r] +] (matrix row r . x[m] + bias[r]) for the 16-row groups [begin, end) and all tokens;
     // y rows are `y_stride` floats apart.
     void (*multiply_groups)(const Matrix& matrix, const Activation& x, int64_t num_tokens,
-                            int64_t begin, int64_t end, float* y, int64_t y_stride);
+                            int64_t begin, int64_t end, float* y, int64_t y_stride,
+                            bool accumulate);
+    // One token; see elementwise_kernel.h.
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, float* y);
+    void (*silu_mul)(const float* gate, const float* up, int64_t size, float* out);
+    void (*rotate)(float* head, const float* cos, const float* sin, int64_t half);
+    // See attention_kernel.h.
+    bool (*attend_partition)(const AttentionShape& shape, const SequenceRow& row,
+                             const float* cache_layer, int64_t kv_head, const float* query,
+                             int64_t begin, int64_t end, float* partials);
+    void (*merge_partial)(const float* next, int64_t head_dim, float* state);
+    void (*finish_partial)(const float* state, int64_t head_dim, float* out);
 };
 
 extern const Kernels kPortableKernels;

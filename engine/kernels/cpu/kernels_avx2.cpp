@@ -1,10 +1,10 @@
 // The kernels for one instruction set; build.py compiles each such file with its own flags.
 #include "vec_avx2.h"
 
-#include "linear_kernel.h"
+#include "kernel_set.h"
 
 namespace cortexd {
 
-const Kernels kAvx2Kernels = {"avx2", quantize<Avx2>, multiply_groups<Avx2>};
+const Kernels kAvx2Kernels = kernel_set<Avx2>("avx2");
 
 }  // namespace cortexd

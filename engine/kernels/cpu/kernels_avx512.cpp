@@ -1,10 +1,10 @@
 // The kernels for one instruction set; build.py compiles each such file with its own flags.
 #include "vec_avx512.h"
 
-#include "linear_kernel.h"
+#include "kernel_set.h"
 
 namespace cortexd {
 
-const Kernels kAvx512Kernels = {"avx512", quantize<Avx512>, multiply_groups<Avx512>};
+const Kernels kAvx512Kernels = kernel_set<Avx512>("avx512");
 
 }  // namespace cortexd

@@ -20,24 +20,13 @@ ISA_ENV: Final = "CORTEXD_CPU_ISA"
 ISA_NAMES: Final = ("avx512", "avx2", "portable")
 
 
-class Matrix(ctypes.Structure):
-    """The C++ `Matrix`: a packed weight matrix with its bias."""
-
-    _fields_ = [
-        ("type", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-    ]
-
-
 class Unavailable(Exception):
     """There is no native library; the text says why in one line."""
 
 
 _POINTER: Final = ctypes.c_void_p
 _SIZE: Final = ctypes.c_int64
+_FLOAT: Final = ctypes.c_float
 _SIGNATURES: Final[dict[str, tuple[list[type], type | None]]] = {
     "cortexd_isa": ([], ctypes.c_char_p),
     "cortexd_force_isa": ([ctypes.c_char_p], ctypes.c_int),
@@ -46,6 +35,21 @@ _SIGNATURES: Final[dict[str, tuple[list[type], type | None]]] = {
     "cortexd_packed_bytes": ([ctypes.c_int32, _SIZE, _SIZE], _SIZE),
     "cortexd_pack": ([ctypes.c_int32, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER], ctypes.c_int),
     "cortexd_linear": ([_POINTER, _POINTER, _SIZE, _POINTER], ctypes.c_int),
+    "cortexd_rms_norm": ([_POINTER, _POINTER, _FLOAT, _SIZE, _SIZE, _POINTER], None),
+    "cortexd_silu_mul": ([_POINTER, _SIZE, _SIZE, _POINTER], None),
+    "cortexd_rope_and_kv_write": (
+        [
+            *(_POINTER, _POINTER, _SIZE, _POINTER),  # shape, qkv, num_tokens, positions
+            *(_POINTER, _SIZE, _FLOAT),  # inverse frequencies, half, scale
+            *(_POINTER, _FLOAT, _POINTER, _POINTER),  # head norm, eps, slots, cache layer
+        ],
+        ctypes.c_int,
+    ),
+    "cortexd_attend": (
+        [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER],
+        ctypes.c_int,
+    ),
+    "cortexd_decoder_step": ([_POINTER, _POINTER], ctypes.c_int),
 }
 
 

@@ -1,62 +1,46 @@
-// Matrix products: rows of tokens are quantised once, then groups of 16 weight rows are shared
-// out among the threads.
+// Matrix products: groups of 16 weight rows of all parts are shared out among the threads.
 #include "linear.h"
-
-#include <cstdlib>
-
-#include "kernels.h"
-#include "pool.h"
 
 namespace cortexd {
 namespace {
 
-// A chunk should be at least some microseconds of work, or claiming it costs more than it gives.
+// See kFloatsPerChunk.
 constexpr int64_t kMacsPerChunk = 60000;
-constexpr int64_t kFloatsPerChunk = 16384;
 
-int64_t at_least_one(int64_t value) { return value < 1 ? 1 : value; }
+int64_t num_groups(const Matrix& matrix) { return (matrix.rows + kRows - 1) / kRows; }
+
+// The part of [begin, end) that lies in [first, first + count), relative to first.
+struct Overlap {
+    int64_t begin;
+    int64_t end;
+
+    Overlap(int64_t from, int64_t to, int64_t first, int64_t count)
+        : begin(from > first ? from - first : 0), end(to - first < count ? to - first : count) {}
+};
 
 }  // namespace
 
-ActivationBuffer::~ActivationBuffer() {
-    std::free(values_);
-    std::free(infos_);
-}
-
-bool ActivationBuffer::quantize(const float* x, int64_t x_stride, int64_t num_tokens,
-                                int64_t columns) {
-    const int64_t blocks = columns / kBlock;
-    const int64_t needed = num_tokens * blocks;
-    if (needed > capacity_) {
-        std::free(values_);
-        std::free(infos_);
-        values_ = static_cast<int8_t*>(
-            std::aligned_alloc(64, static_cast<size_t>((needed * kBlock + 63) / 64 * 64)));
-        infos_ = static_cast<BlockInfo*>(std::aligned_alloc(
-            64, (static_cast<size_t>(needed) * sizeof(BlockInfo) + 63) / 64 * 64));
-        capacity_ = values_ != nullptr && infos_ != nullptr ? needed : 0;
-        if (capacity_ == 0) return false;
-    }
+void multiply(const Projection& projection, const Activation& x, int64_t num_tokens, float* y,
+              bool accumulate) {
     const Kernels& set = kernels();
-    parallel_for(num_tokens, at_least_one(kFloatsPerChunk / columns),
-                 [&](int64_t begin, int64_t end) {
-                     for (int64_t m = begin; m < end; ++m) {
-                         set.quantize(x + m * x_stride, blocks, values_ + m * columns,
-                                      infos_ + m * blocks);
-                     }
-                 });
-    return true;
-}
-
-void multiply(const Matrix& matrix, const Activation& x, int64_t num_tokens, float* y,
-              int64_t y_stride) {
-    const Kernels& set = kernels();
-    const int64_t groups = (matrix.rows + kRows - 1) / kRows;
-    const int64_t macs_per_group = kRows * matrix.columns * num_tokens;
-    parallel_for(groups, at_least_one(kMacsPerChunk / macs_per_group),
-                 [&](int64_t begin, int64_t end) {
-                     set.multiply_groups(matrix, x, num_tokens, begin, end, y, y_stride);
-                 });
+    const int64_t y_stride = projection.rows();
+    int64_t groups = 0;
+    for (int64_t i = 0; i < projection.num_parts; ++i) groups += num_groups(projection.parts[i]);
+    const int64_t macs_per_group = kRows * projection.parts[0].columns * num_tokens;
+    const int64_t grain = macs_per_group < kMacsPerChunk ? kMacsPerChunk / macs_per_group : 1;
+    parallel_for(groups, grain, [&](int64_t begin, int64_t end) {
+        int64_t first = 0, column = 0;
+        for (int64_t i = 0; i < projection.num_parts; ++i) {
+            const Matrix& matrix = projection.parts[i];
+            const Overlap range(begin, end, first, num_groups(matrix));
+            if (range.begin < range.end) {
+                set.multiply_groups(matrix, x, num_tokens, range.begin, range.end, y + column,
+                                    y_stride, accumulate);
+            }
+            first += num_groups(matrix);
+            column += matrix.rows;
+        }
+    });
 }
 
 }  // namespace cortexd

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.kernels.cpu import library
 from engine.kernels.cpu.arena import Arena
+from engine.kernels.cpu.structs import Matrix
 
 # GGML's own numbers, as in packed.h.
 TYPE_NUMBERS: Final = {
@@ -57,7 +58,7 @@ class PackedLinear:
         self.out_features, self.in_features = shape
         self._storage = storage
         self.bias = bias
-        self.matrix = library.Matrix(
+        self.matrix = Matrix(
             TYPE_NUMBERS[type_name],
             self.out_features,
             self.in_features,

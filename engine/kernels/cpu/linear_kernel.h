@@ -95,48 +95,58 @@ void multiply_tile(const uint8_t* group, int64_t blocks, const int8_t* values,
     }
 }
 
-template <class Isa>
-void store_rows(typename Isa::F sum, const float* bias, int64_t rows, float* y) {
-    if (rows == kRows) {
-        Isa::store(y, bias == nullptr ? sum : Isa::add(sum, Isa::load(bias)));
-        return;
+// What becomes of a finished sum: bias (or null), number of real rows, add to what is there.
+struct Output {
+    const float* bias;
+    int64_t rows;
+    float* y;
+    int64_t stride;
+    bool accumulate;
+
+    template <class Isa>
+    void store(typename Isa::F sum, int64_t token) const {
+        float* to = y + token * stride;
+        if (rows == kRows) {
+            if (bias != nullptr) sum = Isa::add(sum, Isa::load(bias));
+            Isa::store(to, accumulate ? Isa::add(Isa::load(to), sum) : sum);
+            return;
+        }
+        float lane[kRows];
+        Isa::store(lane, sum);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float value = bias == nullptr ? lane[r] : lane[r] + bias[r];
+            to[r] = accumulate ? to[r] + value : value;
+        }
     }
-    float lane[kRows];
-    Isa::store(lane, sum);
-    for (int64_t r = 0; r < rows; ++r) y[r] = bias == nullptr ? lane[r] : lane[r] + bias[r];
-}
+};
 
 // Tokens in tiles of at most `Tokens`, the rest in tiles of half that size.
 template <class Isa, class L, int Tokens>
 void multiply_group(const uint8_t* group, int64_t blocks, const Activation& x, int64_t first,
-                    int64_t num_tokens, const float* bias, int64_t rows, float* y,
-                    int64_t y_stride) {
+                    int64_t num_tokens, const Output& out) {
     for (; first + Tokens <= num_tokens; first += Tokens) {
         typename Isa::F sums[Tokens];
         multiply_tile<Isa, L, Tokens>(group, blocks, x.values + first * blocks * kBlock,
                                       x.infos + first * blocks, sums);
-        for (int m = 0; m < Tokens; ++m) {
-            store_rows<Isa>(sums[m], bias, rows, y + (first + m) * y_stride);
-        }
+        for (int m = 0; m < Tokens; ++m) out.template store<Isa>(sums[m], first + m);
     }
     if constexpr (Tokens > 1) {
-        multiply_group<Isa, L, Tokens / 2>(group, blocks, x, first, num_tokens, bias, rows, y,
-                                           y_stride);
+        multiply_group<Isa, L, Tokens / 2>(group, blocks, x, first, num_tokens, out);
     }
 }
 
 template <class Isa>
 void multiply_groups(const Matrix& matrix, const Activation& x, int64_t num_tokens, int64_t begin,
-                     int64_t end, float* y, int64_t y_stride) {
+                     int64_t end, float* y, int64_t y_stride, bool accumulate) {
     visit_layout(matrix.type, [&](auto layout) {
         using L = decltype(layout);
         const int64_t blocks = matrix.columns / kBlock;
         for (int64_t g = begin; g < end; ++g) {
             const int64_t left = matrix.rows - g * kRows;
-            multiply_group<Isa, L, Isa::kTileTokens>(
-                matrix.packed + g * L::group_bytes(blocks), blocks, x, 0, num_tokens,
-                matrix.bias == nullptr ? nullptr : matrix.bias + g * kRows,
-                left < kRows ? left : kRows, y + g * kRows, y_stride);
+            const Output out{matrix.bias == nullptr ? nullptr : matrix.bias + g * kRows,
+                             left < kRows ? left : kRows, y + g * kRows, y_stride, accumulate};
+            multiply_group<Isa, L, Isa::kTileTokens>(matrix.packed + g * L::group_bytes(blocks),
+                                                     blocks, x, 0, num_tokens, out);
         }
     });
 }

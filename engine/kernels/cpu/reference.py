@@ -6,10 +6,14 @@ to float32 rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from engine.kernels.cpu.ops import AttentionRow, Rotary
 
 BLOCK: Final = 32
 # Below it 127 / largest would overflow; such a block counts as zeros.
@@ -55,4 +59,67 @@ def linear(integers: Tensor, scales: Tensor, minima: Tensor | None, x: Tensor) -
         if minima is not None:
             term = term + minima[:, b] * (x_scale[:, b] * x_sum[:, b])[:, None]
         out = out + term
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up: (num_tokens, 2 * size) to (num_tokens, size)."""
+    gate, up = gate_up.chunk(2, -1)
+    return functional.silu(gate) * up
+
+
+def rope_and_kv_write(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cache_layer: Tensor,
+    rotary: Rotary,
+    *,
+    head_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """See `ops.rope_and_kv_write`."""
+    num_kv_heads = cache_layer.shape[2] // 2
+    heads = qkv[:, : qkv.shape[1] - num_kv_heads]
+    if head_norm is not None:
+        heads.copy_(functional.rms_norm(heads, (heads.shape[-1],), None, eps) * head_norm)
+    angles = torch.outer(positions.float(), rotary.inverse_frequencies)[:, None]
+    cos, sin = angles.cos() * rotary.scale, angles.sin() * rotary.scale
+    half = cos.shape[-1]
+    first, second = heads[..., :half].clone(), heads[..., half : 2 * half].clone()
+    heads[..., :half] = first * cos - second * sin
+    heads[..., half : 2 * half] = second * cos + first * sin
+    cache_layer.flatten(0, 1)[slots] = qkv[:, -2 * num_kv_heads :]
+
+
+def paged_attention(
+    query: Tensor, cache_layer: Tensor, rows: Sequence[AttentionRow], scale: float
+) -> Tensor:
+    """See `ops.paged_attention`."""
+    slots = cache_layer.flatten(0, 1)
+    block_size = cache_layer.shape[1]
+    num_kv_heads = cache_layer.shape[2] // 2
+    out = torch.empty(query.shape[0], query.shape[1] * query.shape[2])
+    for row in rows:
+        seen = torch.arange(row.kv_len)
+        if row.block_ids is None:
+            at = row.first_slot + seen
+        else:
+            at = row.block_ids[seen // block_size] * block_size + seen % block_size
+        group = query.shape[1] // num_kv_heads
+        key, value = slots[at].repeat_interleave(group, 1).transpose(0, 1).chunk(2)
+        positions = torch.arange(row.kv_len - (row.end - row.start), row.kv_len)
+        attended = functional.scaled_dot_product_attention(
+            query[row.start : row.end].transpose(0, 1),
+            key,
+            value,
+            attn_mask=seen <= positions[:, None],
+            scale=scale,
+        )
+        out[row.start : row.end] = attended.transpose(0, 1).flatten(1)
     return out

@@ -40,6 +40,39 @@ struct Avx2 {
     static F multiply(const F& a, const F& b) {
         return {{_mm256_mul_ps(a.half[0], b.half[0]), _mm256_mul_ps(a.half[1], b.half[1])}};
     }
+    static F fma(const F& a, const F& b, const F& c) {
+        return {{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]),
+                 _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
+    }
+    static F divide(const F& a, const F& b) {
+        return {{_mm256_div_ps(a.half[0], b.half[0]), _mm256_div_ps(a.half[1], b.half[1])}};
+    }
+    // The second operand where one is NaN.
+    static F max(const F& a, const F& b) {
+        return {{_mm256_max_ps(a.half[0], b.half[0]), _mm256_max_ps(a.half[1], b.half[1])}};
+    }
+    static F min(const F& a, const F& b) {
+        return {{_mm256_min_ps(a.half[0], b.half[0]), _mm256_min_ps(a.half[1], b.half[1])}};
+    }
+    static float reduce_add(const F& value) {
+        const __m256 eight = _mm256_add_ps(value.half[0], value.half[1]);
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    }
+    static float reduce_max(const F& value) {
+        const __m256 eight = _mm256_max_ps(value.half[0], value.half[1]);
+        __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    }
+    static __m256 power_of_two(__m256 biased) {
+        const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(biased), 23);
+        return _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(0x3f800000)));
+    }
+    static F power_of_two(const F& biased) {
+        return {{power_of_two(biased.half[0]), power_of_two(biased.half[1])}};
+    }
     static F to_float(const I& value) {
         return {{_mm256_cvtepi32_ps(value.half[0]), _mm256_cvtepi32_ps(value.half[1])}};
     }

@@ -26,6 +26,23 @@ struct Avx512 {
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
     static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F divide(F a, F b) { return _mm512_div_ps(a, b); }
+    // The second operand where one is NaN.
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static float reduce_add(F value) {
+        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(value),
+                                           _mm512_extractf32x8_ps(value, 1));
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    }
+    static float reduce_max(F value) { return _mm512_reduce_max_ps(value); }
+    static F power_of_two(F biased) {
+        const I bits = _mm512_slli_epi32(_mm512_castps_si512(biased), 23);
+        return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f800000)));
+    }
     static F to_float(I value) { return _mm512_cvtepi32_ps(value); }
     static __m128i load_16_bytes(const uint8_t* from) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));

@@ -45,6 +45,44 @@ struct Portable {
     static F multiply(const F& a, const F& b) {
         return map([&](int i) { return a.lane[i] * b.lane[i]; });
     }
+    // a * b + c; fused where the instruction set can, so only sums that may differ between
+    // instruction sets use it.
+    static F fma(const F& a, const F& b, const F& c) { return add(multiply(a, b), c); }
+    static F divide(const F& a, const F& b) {
+        return map([&](int i) { return a.lane[i] / b.lane[i]; });
+    }
+    // The second operand where one is NaN, so put what may be poisoned there.
+    static F max(const F& a, const F& b) {
+        return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    static F min(const F& a, const F& b) {
+        return map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    // Lanes are folded in halves: i with i + 8, then + 4, + 2, + 1.
+    static float reduce_add(F value) {
+        for (int width = 8; width > 0; width /= 2) {
+            for (int i = 0; i < width; ++i) value.lane[i] += value.lane[i + width];
+        }
+        return value.lane[0];
+    }
+    static float reduce_max(const F& value) {
+        float largest = value.lane[0];
+        for (int i = 1; i < 16; ++i) {
+            largest = largest > value.lane[i] ? largest : value.lane[i];
+        }
+        return largest;
+    }
+    // 2^n for floats of the form 1.5 * 2^23 + n.
+    static F power_of_two(const F& biased) {
+        return map([&](int i) {
+            uint32_t bits;
+            float out;
+            std::memcpy(&bits, &biased.lane[i], 4);
+            bits = (bits << 23) + 0x3f800000;
+            std::memcpy(&out, &bits, 4);
+            return out;
+        });
+    }
     static F to_float(const I& value) {
         return map([&](int i) { return static_cast<float>(value.lane[i]); });
     }

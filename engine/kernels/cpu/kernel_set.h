@@ -1,0 +1,26 @@
+// Fills the table of kernels for one instruction set.
+#pragma once
+
+#include "attention_kernel.h"
+#include "elementwise_kernel.h"
+#include "kernels.h"
+#include "linear_kernel.h"
+
+namespace cortexd {
+namespace {
+
+template <class Isa>
+constexpr Kernels kernel_set(const char* name) {
+    return {name,
+            quantize<Isa>,
+            multiply_groups<Isa>,
+            rms_norm<Isa>,
+            silu_mul<Isa>,
+            rotate<Isa>,
+            attend_partition<Isa>,
+            merge_partial<Isa>,
+            finish_partial<Isa>};
+}
+
+}  // namespace
+}  // namespace cortexd

@@ -1,0 +1,71 @@
+"""The choice of device and dtype, and the reading of torch's errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from cortexd import errors
+from cortexd.settings import Engine as EngineSettings
+from engine import device
+from tests.engine.test_submission import SPEC
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "stored", "is_gguf", "setting", "expected"),
+    [
+        (CPU, "bfloat16", True, "auto", torch.float32),
+        (CPU, "bfloat16", False, "auto", torch.bfloat16),
+        (CPU, "float16", False, "auto", torch.float32),
+        (CPU, "float32", False, "auto", torch.float32),
+        (CPU, "bfloat16", False, "float32", torch.float32),
+        (CUDA, "float32", False, "auto", torch.bfloat16),
+        (CUDA, "bfloat16", True, "float16", torch.float16),
+    ],
+)
+def test_choose_dtype_follows_device_and_file(
+    where: torch.device, stored: str, is_gguf: bool, setting: Any, expected: torch.dtype
+) -> None:
+    """What "auto" means, and that a setting overrides it."""
+    spec = msgspec.structs.replace(SPEC, torch_dtype=stored)
+    assert device.choose_dtype(EngineSettings(dtype=setting), where, spec, is_gguf) == expected
+
+
+def test_choose_device_refuses_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "auto" falls to the CPU, "cuda" does not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.choose_device(EngineSettings()) == CPU
+    with pytest.raises(errors.ConfigError, match="no CUDA device"):
+        device.choose_device(EngineSettings(device="cuda"))
+
+
+def test_choose_device_takes_the_gpu_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first CUDA device is the default where there is one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.choose_device(EngineSettings()) == CUDA
+    assert device.choose_device(EngineSettings(device="cpu")) == CPU
+
+
+def test_errors_are_told_apart() -> None:
+    """Memory can be made, a poisoned device cannot be healed, other faults are neither."""
+    host = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 99 bytes")
+    fatal = RuntimeError("CUDA error: an illegal memory access was encountered")
+    other = RuntimeError("shapes do not match")
+    for error in (host, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        assert device.is_out_of_memory(error)
+        assert not device.is_device_poisoned(error)
+    assert device.is_device_poisoned(fatal)
+    assert not device.is_out_of_memory(fatal)
+    assert not device.is_device_poisoned(other)
+    assert not device.is_device_poisoned(ValueError("CUDA error"))
+
+
+def test_free_memory_of_the_host_is_positive() -> None:
+    """The operating system's own figure."""
+    assert device.free_memory_bytes(CPU) > 0
