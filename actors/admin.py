@@ -14,13 +14,15 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from actors.events import Event
 from actors.group import Groups
 from actors.incarnation import Host, Incarnation
+from actors.logs import RING_LINES
 from actors.operations import (
     Document,
     EventKind,
@@ -30,7 +32,7 @@ from actors.operations import (
     error_document,
 )
 from actors.supervisor import Supervisor
-from actors.transport import AdminSocket
+from actors.transport import MAX_ADMIN_BYTES, AdminSocket
 from cortexd import __version__
 from cortexd.errors import (
     ActorDown,
@@ -40,6 +42,7 @@ from cortexd.errors import (
     InvalidValue,
     NotFound,
     Overloaded,
+    RequestTooLarge,
 )
 from cortexd.messages import ListModels, ModelList
 from cortexd.messages.admin import AdminCommand, AdminProgress, AdminReply
@@ -79,12 +82,12 @@ class _Name(msgspec.Struct, forbid_unknown_fields=True):
 
 class _LogsArgs(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
-    lines: int = 100
+    lines: Annotated[int, Meta(ge=0, le=RING_LINES)] = 100
     follow: bool = False
 
 
 class _EventsArgs(msgspec.Struct, forbid_unknown_fields=True):
-    since: int = 0
+    since: Annotated[int, Meta(ge=0)] = 0
     follow: bool = False
 
 
@@ -210,6 +213,10 @@ class Admin:
         try:
             if len(frames) != 2:
                 raise InvalidJson(f"a request is one frame, not {len(frames) - 1}")
+            if len(frames[1]) > MAX_ADMIN_BYTES:
+                raise RequestTooLarge(
+                    f"a request of {len(frames[1])} bytes; allowed: {MAX_ADMIN_BYTES}"
+                )
             client, request = _decode_request(frames)
             self._spawn(self._serve(client, request))
         except CortexError as error:

@@ -179,6 +179,7 @@ class ForkServer:
                 os.close(fd)
         self._capture(self.name, output_read_fd)
         self._ready = asyncio.get_running_loop().create_future()
+        self._ready.add_done_callback(_retrieve)  # nobody may be waiting
         asyncio.get_running_loop().add_reader(ready_fd, self._on_ready, ready_fd, self._ready)
 
     @staticmethod
@@ -199,3 +200,8 @@ class ForkServer:
             os.close(self._alive_fd)
         self._alive_fd = -1
         self._process = None
+
+
+def _retrieve(ready: asyncio.Future[None]) -> None:
+    if not ready.cancelled():
+        ready.exception()

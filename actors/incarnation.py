@@ -66,6 +66,7 @@ class Host:
     logs: LogHub
     events: EventLog
     on_request: Callable[[Envelope], None]
+    on_gone: Callable[[str, str], None]  # actor name, reason
     ready_actors: Callable[[], list[ActorInfo]]
 
 
@@ -91,6 +92,7 @@ class Incarnation:
         self.exit_code: int | None = None
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self._is_commanded = False
+        self._kill_wanted = asyncio.Event()
         self._is_condemned = False
         self._process: ChildProcess | None = None
         self._pipe: LogPipe | None = None
@@ -127,6 +129,7 @@ class Incarnation:
         self._is_commanded |= commanded
         self._is_condemned = True
         self.reason = self.reason or reason
+        self._kill_wanted.set()
         if self._process is not None:
             self._process.kill()
 
@@ -172,7 +175,9 @@ class Incarnation:
 
     async def _live(self) -> None:
         try:
-            await self._launch()
+            if not await self._launch():
+                self._finish(UNKNOWN_EXIT, "stopped before it was started")
+                return
         except (CortexError, OSError) as error:
             self._host.events.add(
                 "actor.launch_failed", logging.ERROR, actor=self.address.name, error=str(error)
@@ -184,9 +189,14 @@ class Incarnation:
         self._host.bus.drain()  # its last words may still wait
         self._finish(code, exit_text(code))
 
-    async def _launch(self) -> None:
-        """Create the process; its output is captured from its first byte."""
+    async def _launch(self) -> bool:
+        """Create the process; return False when a kill came first.
+
+        Its output is captured from its first byte.
+        """
         member = self._member
+        if not await self._launcher_is_ready():
+            return False
         read_fd, write_fd = os.pipe()
         self._pipe = self._host.logs.capture(member.spec.name, read_fd)
         try:
@@ -204,6 +214,19 @@ class Incarnation:
         )
         if self._is_condemned:
             self._process.kill()
+        return True
+
+    async def _launcher_is_ready(self) -> bool:
+        """Wait for the fork server's imports (seconds, for the engine's), unless killed first."""
+        preparing = asyncio.create_task(self._host.launcher.prepare(self._member.spec.preload))
+        killed = asyncio.create_task(self._kill_wanted.wait())
+        await asyncio.wait({preparing, killed}, return_when=asyncio.FIRST_COMPLETED)
+        killed.cancel()
+        if not preparing.done():
+            preparing.cancel()
+            return False
+        preparing.result()
+        return not self._is_condemned
 
     def _start_data(self, output_fd: int) -> ActorStart:
         member, host = self._member, self._host
@@ -396,6 +419,7 @@ class Incarnation:
             )
         )
         self._ready_at_s = None
+        self._host.on_gone(self.address.name, self.reason)
         adopted = self._host.launcher.kill_adopted()
         if adopted:
             self._host.events.add(

@@ -114,6 +114,7 @@ class LogHub:
         self._followers: set[Follower] = set()
         self._pending: list[bytes] = []
         self._pipes: set[LogPipe] = set()
+        self._is_closed = False
         self.path = folder / "cortexd.log"
         self._file = RotatingFile(
             self.path,
@@ -133,9 +134,11 @@ class LogHub:
             del self._rings[next(iter(self._rings))]
         self._num_lines += 1
         ring.append((self._num_lines, line))
-        if not self._pending:
+        if not self._pending and not self._is_closed:
             asyncio.get_running_loop().call_soon(self.flush)
         self._pending.append(line + b"\n")
+        if self._is_closed:  # what is said after the loop's end
+            self.flush()
         for follower in list(self._followers):
             follower(actor, line)
 
@@ -175,6 +178,7 @@ class LogHub:
         """Take in what the pipes still hold, and close everything."""
         for pipe in list(self._pipes):
             pipe.close()
+        self._is_closed = True
         self.flush()
         self._file.close()
 

@@ -221,10 +221,15 @@ class Launcher:
     """Starts child processes. One server for light actors, one with the engine's imports."""
 
     def __init__(
-        self, start_method: str, light: Callable[[], ForkServer], engine: Callable[[], ForkServer]
+        self,
+        start_method: str,
+        make_server: Callable[[str], ForkServer],
+        on_give_up: Callable[[str, Internal], None],
     ) -> None:
         self._start_method = start_method
-        self._make = {"light": light, "engine": engine}
+        self._make_server = make_server
+        self._on_give_up = on_give_up
+        self._given_up: set[str] = set()
         self._servers: dict[str, ForkServer] = {}
         self._running: set[ChildProcess] = set()
 
@@ -241,13 +246,25 @@ class Launcher:
         if self._start_method == "forkserver":
             self._server(preload).start_early()
 
+    async def prepare(self, preload: str) -> None:
+        """Return when `launch` can start a child without waiting for imports.
+
+        A fork server that cannot do its imports is given up, and its children are spawned.
+        """
+        if self._start_method == "spawn" or preload in self._given_up:
+            return
+        try:
+            await self._server(preload).ready()
+        except Internal as error:
+            self._given_up.add(preload)
+            self._on_give_up(preload, error)
+
     async def launch(self, start: ActorStart, preload: str) -> ChildProcess:
-        """Start a child. Raises: CortexError or OSError when that fails."""
-        if self._start_method == "spawn":
+        """Start a child; await `prepare` first. Raises: CortexError or OSError."""
+        if self._start_method == "spawn" or preload in self._given_up:
             popen = _SpawnPopen(_ActorProcess(start))
             return self._own(ChildProcess(popen.pid, -1))
         server = self._server(preload)
-        await server.ready()
         forked = _ForkServerPopen(_ActorProcess(start), server)
         try:
             pid = await _read_number(forked.status_fd, _PID_TIMEOUT_S)
@@ -284,5 +301,5 @@ class Launcher:
 
     def _server(self, preload: str) -> ForkServer:
         if preload not in self._servers:
-            self._servers[preload] = self._make[preload]()
+            self._servers[preload] = self._make_server(preload)
         return self._servers[preload]

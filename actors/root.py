@@ -33,7 +33,7 @@ from actors.spec import GROUP_STOP_ORDER, ChildSpec
 from actors.supervisor import Supervisor
 from actors.transport import AdminSocket, Transport
 from cortexd.errors import ConfigError, CortexError, Internal
-from cortexd.log import configure_logging
+from cortexd.log import JsonFormatter, configure_logging, event
 from cortexd.messages.admin import AdminProgress
 from cortexd.messages.control import ActorInfo, Ok, Ping, Pong, StartGroup, StopGroup
 from cortexd.messages.envelope import Envelope
@@ -101,6 +101,8 @@ class Root:
         self._on_ready = on_ready
         self._stop_reason: asyncio.Future[str] | None = None
         self._killed: asyncio.Event | None = None
+        self._has_failed = False
+        self._log = logging.getLogger("cortexd.root")
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
@@ -125,6 +127,10 @@ class Root:
         self._logs = LogHub(logs_dir, self._settings.logging, self._on_log_failure)
         stream = cast(TextIO, HubStream(self._logs, "root"))
         configure_logging("root", self._settings.logging.level, stream)
+        errors = logging.StreamHandler(sys.stderr)  # whoever started us should see these at once
+        errors.setLevel(logging.ERROR)
+        errors.setFormatter(JsonFormatter("root"))
+        self._log.addHandler(errors)
         self._lifeline = Lifeline()
         self._transport = Transport()
         self._bus = ControlBus(self._transport, self._folder)
@@ -139,6 +145,7 @@ class Root:
             logs=self._logs,
             events=self._events,
             on_request=self._on_request,
+            on_gone=self._on_gone,
             ready_actors=self._ready_actors,
         )
         self._supervisor = Supervisor(self._host, self._specs)
@@ -154,18 +161,23 @@ class Root:
         self._install_signals()
 
     def _make_launcher(self) -> Launcher:
-        light = tuple(spec.target.partition(":")[0] for spec in self._specs)
+        targets = tuple(spec.target.partition(":")[0] for spec in self._specs)
+        preloads = {
+            "light": tuple(dict.fromkeys((*LIGHT_PRELOAD, *targets))),
+            "engine": ENGINE_PRELOAD,
+        }
 
-        def server(name: str, preload: tuple[str, ...]) -> Callable[[], ForkServer]:
-            modules = tuple(dict.fromkeys((*preload, *light)))
-            return lambda: ForkServer(
-                name, modules, self._folder, self._lifeline.read_fd, self._capture
+        def make_server(preload: str) -> ForkServer:
+            return ForkServer(
+                f"forkserver.{preload}",
+                preloads[preload],
+                self._folder,
+                lifeline_fd=self._lifeline.read_fd,
+                capture=self._capture,
             )
 
         return Launcher(
-            self._settings.supervision.start_method,
-            light=server("forkserver.light", LIGHT_PRELOAD),
-            engine=server("forkserver.engine", ENGINE_PRELOAD),
+            self._settings.supervision.start_method, make_server, self._on_server_given_up
         )
 
     async def _serve(self) -> int:
@@ -175,19 +187,30 @@ class Root:
         starting = asyncio.create_task(self._start())
         reason = await self._stop_reason
         starting.cancel()
-        return await self._shut_down(reason)
+        code = await self._shut_down(reason)
+        return _EXIT_FAILED if code == _EXIT_OK and self._has_failed else code
 
     async def _start(self) -> None:
+        try:
+            await self._start_and_watch()
+        except Exception as error:  # a fault of ours, or of `on_ready`
+            self._has_failed = True
+            event(self._log, "root.failed", logging.CRITICAL, exc_info=True, error=repr(error))
+            self._request_stop(f"root failed: {error!r}")
+
+    async def _start_and_watch(self) -> None:
         await self._supervisor.start()
         if self._supervisor.failed is None:
             self._admin.is_started = True
             self._events.add("root.ready")
             self._on_ready()
             # Not before: its imports take seconds of processor time that the start needs.
-            self._launcher.start_early("engine")
+            if self._settings.role != "gateway":
+                self._launcher.start_early("engine")
         while self._supervisor.failed is None:
             await self._supervisor.changed()
         failed = self._supervisor.failed
+        self._has_failed = True
         self._request_stop(f"actor {failed.spec.name} failed: {failed.lifecycle.reason}")
 
     async def _shut_down(self, reason: str) -> int:
@@ -204,7 +227,7 @@ class Root:
             await self._kill_all("killed by operator")
             return _EXIT_KILLED
         stopping.result()
-        return _EXIT_FAILED if self._supervisor.failed is not None else _EXIT_OK
+        return _EXIT_OK
 
     async def _stop_in_order(self, reason: str) -> None:
         orders = self._supervisor.stop_orders() | {GROUP_STOP_ORDER}
@@ -261,6 +284,18 @@ class Root:
     def _ready_actors(self) -> list[ActorInfo]:
         running = self._supervisor.incarnations + self._groups.incarnations
         return [one.info() for one in running if one.is_ready]
+
+    def _on_gone(self, name: str, reason: str) -> None:
+        self._admin.on_actor_down(name, reason)
+
+    def _on_server_given_up(self, preload: str, error: Internal) -> None:
+        self._events.add(
+            "root.fork_server_given_up",
+            logging.ERROR,
+            preload=preload,
+            error=error.message,
+            hint="its actors are started by spawn from now on, which is slower",
+        )
 
     def _capture(self, name: str, read_fd: int) -> None:
         self._logs.capture(name, read_fd)

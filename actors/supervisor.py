@@ -15,7 +15,7 @@ from itertools import groupby
 from actors.incarnation import Host, Incarnation
 from actors.member import Member
 from actors.spec import Backoff, ChildSpec, Exit, Intensity, RestartAfter, RestartRule
-from cortexd.errors import InvalidRequest, NotFound
+from cortexd.errors import InvalidRequest, NotFound, ShuttingDown
 
 
 class _Child:
@@ -85,6 +85,7 @@ class Supervisor:
 
     def __init__(self, host: Host, specs: Iterable[ChildSpec]) -> None:
         self._changed = asyncio.Event()
+        self._is_stopping = False
         self._children: dict[str, _Child] = {}
         for spec in specs:
             if spec.name in self._children:
@@ -134,7 +135,8 @@ class Supervisor:
         return {_stop_order(child) for child in self._children.values()}
 
     async def stop_tier(self, stop_order: int, reason: str) -> None:
-        """Stop all of one stop order; every step is bounded."""
+        """Stop all of one stop order; every step is bounded. Operators' starts are refused now."""
+        self._is_stopping = True
         await asyncio.gather(
             *(
                 child.stop(child.member.spec.drain_s, reason)
@@ -145,6 +147,7 @@ class Supervisor:
 
     def kill_all(self, reason: str) -> None:
         """SIGKILL all; none is restarted."""
+        self._is_stopping = True
         for child in self._children.values():
             if child.current is not None:
                 child.current.kill(reason, commanded=True)
@@ -165,14 +168,19 @@ class Supervisor:
         async with child.lock:
             if child.member.lifecycle.state not in {"exited", "failed"}:
                 raise InvalidRequest(f'actor "{name}" is {child.member.lifecycle.state} already')
-            child.start("started by operator")
+            self._start_again(child, "started by operator")
 
     async def restart_actor(self, name: str) -> None:
         """Stop and start one actor; this counts as no failure."""
         child = self._child(name)
         async with child.lock:
             await child.stop(child.member.spec.drain_s, "restarted by operator")
-            child.start("restarted by operator")
+            self._start_again(child, "restarted by operator")
+
+    def _start_again(self, child: _Child, reason: str) -> None:
+        if self._is_stopping:
+            raise ShuttingDown(f'actor "{child.member.spec.name}": the daemon is stopping')
+        child.start(reason)
 
     def _child(self, name: str) -> _Child:
         child = self._children.get(name)

@@ -45,7 +45,7 @@ from cortexd.messages.envelope import ROOT, Envelope, Header
 
 # A process whose device is in an undefined state; EX_SOFTWARE of sysexits.
 POISONED_EXIT_CODE: Final = 70
-_IDLE_WAIT_S: Final = 1.0
+_IDLE_WAIT_S: Final = 0.5  # bounds how late a SIGTERM is seen
 _WELCOME_TIMEOUT_S: Final = 10.0
 BEAT_SUFFIX: Final = ".beat"
 _MAX_EARLY: Final = 1000

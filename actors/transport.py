@@ -244,7 +244,6 @@ class AdminSocket(_Receiver):
 
     def __init__(self, transport: Transport, runtime_dir: Path) -> None:
         socket = transport.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_ADMIN_BYTES)
         _bind(socket, f"ipc://{ipc_path(runtime_dir, ADMIN_SOCKET)}")
         super().__init__(socket)
 
