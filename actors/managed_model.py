@@ -73,6 +73,10 @@ class ManagedModel:
         self.last_load_s = loaded.load_s
         self.become("loaded")
 
+    def is_in(self, *states: ModelState) -> bool:
+        """Tell whether the model is in one of these states now (it may change at any await)."""
+        return self.state in states
+
     def wake(self) -> None:
         """Wake all waiters."""
         self._changed.set()
@@ -87,7 +91,7 @@ class ManagedModel:
         """Seconds until a failed load is tried again by a request; 0 when it may be now."""
         if self.state != "failed" or not self.failures:
             return 0.0
-        cooldown_s = min(_FIRST_COOLDOWN_S * 2 ** (self.failures - 1), _MAX_COOLDOWN_S)
+        cooldown_s = min(_FIRST_COOLDOWN_S * 2.0 ** min(self.failures - 1, 10), _MAX_COOLDOWN_S)
         return max(0.0, self.state_since + cooldown_s - time.monotonic())
 
     @property

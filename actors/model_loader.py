@@ -55,14 +55,14 @@ class ModelLoader:
 
     async def ensure_loaded(self, model: ManagedModel) -> None:
         """Return when loaded; raise what made the load fail."""
-        while model.state != "loaded":
-            if model.state in {"unloaded", "failed"}:
+        while not model.is_in("loaded"):
+            if model.is_in("unloaded", "failed"):
                 self.begin_load(model)
             await model.wait_changed()
-            if model.state == "failed":
+            if model.is_in("failed"):
                 assert model.error is not None, "a failed model has an error"
                 raise model.error
-            if model.state == "unloaded":
+            if model.is_in("unloaded"):
                 raise ModelLoadFailed(
                     f'model "{model.options.model_id}" was unloaded while it was loading'
                 )
@@ -205,8 +205,8 @@ class ModelLoader:
 
     async def unload(self, model: ManagedModel, *, force: bool) -> None:
         """Wait for running requests (unless forced), end the group, forget the model."""
-        if model.state == "draining":
-            while model.state == "draining":
+        if model.is_in("draining"):
+            while model.is_in("draining"):
                 await model.wait_changed()
             return
         if model.load_task is not None:
@@ -233,7 +233,7 @@ class ModelLoader:
         except DeadlineExceeded as error:
             model.become("failed", error=error)
             raise
-        if model.state == "draining":
+        if model.is_in("draining"):
             model.become("unloaded")
         self._router.forget(model)
         event(self._router.log, "model.unloaded", model=model.options.model_id, forced=force)

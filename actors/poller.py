@@ -11,13 +11,12 @@ import asyncio
 import platform
 import time
 
-from cortexd.messages.envelope import Envelope
-
 from actors.actor import AsyncActor, handles
 from actors.devices import DeviceProbe
 from cortexd.errors import ActorDown, CortexError, MailboxFull
 from cortexd.log import event
 from cortexd.messages import GroupDown, HostReport, LoadReport, QueryHost, QueryLoad
+from cortexd.messages.envelope import Envelope
 
 POLL_PERIOD_S = 1.0
 _QUERY_DEADLINE_S = 2.0
@@ -85,10 +84,9 @@ class Poller(AsyncActor):
             for peer in self.peers.all()
             if peer.group and peer.rank == 0 and peer.state == "ready"
         ]
-        devices, *_ = await asyncio.gather(
-            asyncio.to_thread(self._probe.read),
-            *(self._query(name, group) for name, group in leaders),
-        )
+        reading = asyncio.create_task(asyncio.to_thread(self._probe.read))
+        await asyncio.gather(*(self._query(name, group) for name, group in leaders))
+        devices = await reading
         alive = {name for name, _ in leaders}
         self._loads = {name: load for name, load in self._loads.items() if name in alive}
         report = self._report

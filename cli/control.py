@@ -11,13 +11,13 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
-from cli.exit_code import NOT_RUNNING, CommandError
+from cli.exit_code import CommandError
 from cortexd.config import LoadedSettings, load_settings
-from cortexd.errors import ErrorInfo, Internal
+from cortexd.errors import ErrorInfo, Internal, NotRunning
 from cortexd.paths import admin_socket, verify_private_dir
 from cortexd.settings import Settings
 
@@ -44,18 +44,21 @@ def settings_of(args: argparse.Namespace) -> LoadedSettings:
 def connected(settings: Settings) -> Iterator[Channel]:
     """Open a channel to the daemon of these settings.
 
-    Raises: CommandError (exit 3) when none runs, ConfigError when its folder cannot be trusted.
+    Raises: NotRunning, ConfigError when its folder cannot be trusted.
     """
     path = admin_socket(settings)
     if not is_running(settings):
-        raise CommandError(
-            f"not running: nothing answers at {path}; start it with: cortexd start", NOT_RUNNING
-        )
+        raise NotRunning(f"not running: nothing answers at {path}; start it with: cortexd start")
     verify_private_dir(path.parent)
+    with open_channel(path) as channel:
+        yield channel
+
+
+def open_channel(path: Path) -> AbstractContextManager[Channel]:
+    """Return a channel to the admin socket at `path`."""
     from actors.transport import AdminChannel  # zmq, only once there is somebody to talk to
 
-    with AdminChannel(path, timeout_s=REPLY_TIMEOUT_S) as channel:
-        yield channel
+    return AdminChannel(path, timeout_s=REPLY_TIMEOUT_S)
 
 
 def is_running(settings: Settings) -> bool:

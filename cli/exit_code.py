@@ -18,15 +18,19 @@ INTERRUPTED: Final = 130
 
 _BY_ERROR: Final[tuple[tuple[type[errors.CortexError], int], ...]] = (
     (errors.ConfigError, USAGE),
+    (errors.NotRunning, NOT_RUNNING),
+    (errors.Cancelled, INTERRUPTED),
     (errors.ModelNotFound, NOT_FOUND),
     (errors.NotFound, NOT_FOUND),
     (errors.DeadlineExceeded, TIMEOUT),
+    (errors.AlreadyRunning, REFUSED),
     (errors.ModelAlreadyLoaded, REFUSED),
     (errors.InsufficientDisk, REFUSED),
     (errors.InsufficientMemory, REFUSED),
     (errors.Overloaded, REFUSED),
     (errors.MailboxFull, REFUSED),
     (errors.ShuttingDown, REFUSED),
+    (errors.InvalidRequest, USAGE),
 )
 
 

@@ -23,6 +23,8 @@ def logs(args: argparse.Namespace) -> int:
             print(log_line(line))
         if args.follow:
             for event in channel.events():
+                if event.get("event") == "end":  # the daemon stops
+                    break
                 print(log_line(event.get("data")), flush=True)
     return OK
 

@@ -22,6 +22,8 @@ _EPILOG: Final = (
     "exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 not running, 4 not found, "
     "5 refused, 6 degraded, 124 timeout, 130 interrupted"
 )
+# As many as the daemon keeps of each actor; older ones are in its log file.
+_MAX_LINES: Final = 512
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("actor", nargs="?", metavar="ACTOR", help="only this actor")
     logs.add_argument("-f", "--follow", action="store_true", help="keep showing new lines")
     logs.add_argument(
-        "-n", "--lines", type=_count, default=50, metavar="N", help="how many old lines (50)"
+        "-n", "--lines", type=_lines, default=50, metavar="N", help="how many old lines (50)"
     )
     config = add("config", "cli.config:config", "check the configuration, or show what is in force")
     config.add_argument("action", choices=("check", "show"))
@@ -124,13 +126,22 @@ def _add_chat(chat: argparse.ArgumentParser) -> None:
     chat.add_argument("model", nargs="?", metavar="MODEL", help="default: the first loaded one")
     chat.add_argument("--system", metavar="TEXT", help="system message")
     chat.add_argument("--max-tokens", type=_count, metavar="N", help="longest answer")
-    chat.add_argument("--temperature", type=float, metavar="T", help="0 = always the likeliest")
+    # The API's own default of 1.0 makes small models ramble.
+    chat.add_argument(
+        "--temperature", type=float, default=0.7, metavar="T", help="0 = the likeliest (0.7)"
+    )
     chat.add_argument("--url", metavar="URL", help="another cortexd than the one of this host")
 
 
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1_000_000):
         raise argparse.ArgumentTypeError(f'"{text}" is not a whole number from 1 to 1000000')
+    return int(text)
+
+
+def _lines(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= _MAX_LINES):
+        raise argparse.ArgumentTypeError(f'"{text}" is not a whole number from 0 to {_MAX_LINES}')
     return int(text)
 
 

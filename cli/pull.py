@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from cli import control
 from cli import format as fmt
-from cli.control import Document, connected, is_running, settings_of, wait_for_operation
+from cli.control import Document, connected, settings_of, wait_for_operation
 from cli.exit_code import OK
 from cli.models import given_model_id, progress_text
 from cortexd.paths import cache_dir
@@ -32,7 +33,7 @@ def pull(args: argparse.Namespace) -> int:
     """Fetch a model; return when its files are complete. Raises: what the fetch failed with."""
     model_id = given_model_id(args.model_id)
     settings = settings_of(args).settings
-    fetch = _pull_through_daemon if is_running(settings) else _pull_directly
+    fetch = _pull_through_daemon if control.is_running(settings) else _pull_directly
     with _progress(model_id) as report:
         files = fetch(settings, model_id, args.quant, report)
     print(f"{model_id}: {fmt.size(_size(files))}, {_first_weight(files)}")

@@ -8,9 +8,9 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Final
 from urllib.parse import urlsplit
 
-from cli.exit_code import NOT_RUNNING, CommandError
+from cli.exit_code import CommandError
 from cortexd.address import check_endpoint
-from cortexd.errors import CortexError, ErrorInfo, Internal, ModelNotFound
+from cortexd.errors import CortexError, ErrorInfo, Internal, ModelNotFound, NotRunning
 
 CONNECT_TIMEOUT_S: Final = 10.0
 # The daemon sends a keep-alive every second; a longer silence means that it is gone.
@@ -29,7 +29,7 @@ class ApiClient:
         self._parts = urlsplit(self.url)
 
     def get(self, path: str) -> Document:
-        """GET a JSON object. Raises: CommandError (exit 3), CortexError."""
+        """GET a JSON object. Raises: CommandError, CortexError (NotRunning included)."""
         connection = self._connect()
         try:
             connection.request("GET", self._parts.path + path)
@@ -47,7 +47,7 @@ class ApiClient:
     def stream(self, path: str, body: Document) -> Generator[Document, None, None]:
         """POST and yield the JSON object of each event; closing the iterator ends the request.
 
-        Raises: CommandError (exit 3), CortexError for an error status or an error event.
+        Raises: CommandError, NotRunning, and what an error status or error event stands for.
         """
         connection = self._connect()
         try:
@@ -76,11 +76,10 @@ class ApiClient:
         connection.sock.settimeout(SILENCE_TIMEOUT_S)
         return connection
 
-    def _unreachable(self, error: Exception) -> CommandError:
+    def _unreachable(self, error: Exception) -> CommandError | NotRunning:
         if isinstance(error, ConnectionRefusedError):
-            return CommandError(
-                f"not running: nothing answers at {self.url}; start it with: cortexd start",
-                NOT_RUNNING,
+            return NotRunning(
+                f"not running: nothing answers at {self.url}; start it with: cortexd start"
             )
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         return CommandError(f"no answer from {self.url}: {reason or 'the connection broke'}")

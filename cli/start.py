@@ -10,12 +10,14 @@ from pathlib import Path
 
 from cli.config import catalogue_warnings
 from cli.format import complain
+from cli.model_watch import watch_models
 from cortexd import __version__
 from cortexd.address import parse_host_port
 from cortexd.config import LoadedSettings, load_settings
 from cortexd.config_env import Override
 from cortexd.demo import DEMO_ALIAS, DEMO_MODEL
 from cortexd.errors import ConfigError
+from cortexd.settings import Settings
 
 
 def start(args: argparse.Namespace) -> int:
@@ -25,7 +27,7 @@ def start(args: argparse.Namespace) -> int:
         complain(f"warning: {warning}")
     from actors.node import run
 
-    return run(loaded.settings, on_ready=_announce(demo=args.demo))
+    return run(loaded.settings, on_ready=_announce(loaded.settings, demo=args.demo))
 
 
 def load_start_settings(
@@ -50,11 +52,13 @@ def load_start_settings(
     return load_settings(args.config, environ, cwd, overrides)
 
 
-def _announce(*, demo: bool) -> Callable[[Mapping[str, str]], None]:
+def _announce(settings: Settings, *, demo: bool) -> Callable[[Mapping[str, str]], None]:
     """Return what is called, once, when the daemon serves."""
 
     def on_ready(addresses: Mapping[str, str]) -> None:
         print(ready_block(addresses, demo=demo), flush=True)
+        if settings.default_models:
+            watch_models(settings)
 
     return on_ready
 
@@ -83,6 +87,7 @@ def demo_curl(api_url: str) -> str:
     body = {
         "model": DEMO_ALIAS,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
     }
     return (
         f"curl {api_url}/v1/chat/completions -H 'Content-Type: application/json' "

@@ -16,7 +16,7 @@ from cortexd.errors import ConfigError
 
 
 def status(args: argparse.Namespace) -> int:
-    """Show the daemon's state. Raises: CommandError (exit 3) when it does not run."""
+    """Show the daemon's state. Raises: NotRunning."""
     with connected(settings_of(args).settings) as channel:
         document = channel.request("status", {})
     if args.json:

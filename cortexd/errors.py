@@ -269,6 +269,21 @@ class ShuttingDown(CortexError):
     retriable = True
 
 
+class AlreadyRunning(CortexError):
+    """Another daemon holds the runtime directory; details hold its `pid`."""
+
+    code = "already_running"
+    type = "invalid_request_error"
+    http_status = 409
+
+
+class NotRunning(CortexError):
+    """No daemon listens on the admin socket."""
+
+    code = "not_running"
+    http_status = 503
+
+
 class Cancelled(CortexError):
     """The client went away, or an operator cancelled."""
 

@@ -1,8 +1,8 @@
 """The grammar of model ids: what a user may write where a model is named. Pure.
 
-`org/name` is a hub repository; `scheme:rest` names the source, as in `pypi:<dist>==<version>`; what
-begins with `/`, `./`, `../` or `~/`, or ends in `.gguf`, is a local path. Whether the model exists
-is the source's business.
+`org/name[@revision]` is a hub repository; `scheme:rest` names the source, as in
+`pypi:<dist>==<version>`; what begins with `/`, `./`, `../` or `~`, or is a `.gguf` file that cannot
+be `org/name`, is a local path. Whether the model exists is the source's business.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ _ALLOWED = "allowed: org/name, a local path, or pypi:<distribution>==<version>"
 
 def is_local_path(model_id: str) -> bool:
     """Return whether this id names a file or folder of this machine."""
-    if model_id.startswith(("/", "./", "../", "~/")):
+    if model_id.startswith(("/", "./", "../", "~")) or model_id in (".", ".."):
         return True
-    return model_id.lower().endswith(".gguf") and ":" not in model_id
+    is_file = model_id.lower().endswith(".gguf") and ":" not in model_id
+    return is_file and model_id.count("/") != 1
 
 
 def absolute_model_id(model_id: str, folder: Path, home: Path) -> str:
     """Return the id with a local path made absolute: relative ones lie in `folder`."""
     if not is_local_path(model_id):
         return model_id
-    if model_id.startswith("~/"):
+    if model_id == "~" or model_id.startswith("~/"):
         return str(home / model_id[2:])
+    if model_id.startswith("~"):  # another user's home: the source expands it
+        return model_id
     return os.path.normpath(folder / model_id)
 
 

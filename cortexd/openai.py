@@ -86,7 +86,7 @@ class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
 class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     """Body of `POST /v1/completions`. `prompt` is decoded in a second step: a union of lists."""
 
-    prompt: msgspec.Raw | None = None
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     echo: bool | None = None
     suffix: str | None = None

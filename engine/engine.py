@@ -41,10 +41,6 @@ class Model(Protocol):
         """Whether the CPU's own kernels run every operation."""
         ...
 
-    def attach(self, cache: KVCache) -> None:
-        """Prepare for the cache that `forward` will be called with."""
-        ...
-
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run the batch; return the logits (num_logit_rows, vocab_size)."""
         ...
@@ -77,7 +73,6 @@ class Engine:
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        model.attach(self.cache)
         self.backend_name = "native" if model.is_native else "reference"
         self._device = device
         self._sequences: dict[tuple[str, int], Sequence] = {}

@@ -14,7 +14,6 @@ from actors.front.completions import CompletionDialect
 from actors.front.error_response import error_response, from_http_exception
 from actors.front.inference import InferenceHandler
 from actors.front.services import REQUEST_ID, SERVICES, Services
-from actors.front.stream import StreamBroken
 from cortexd.errors import CortexError, Internal
 from cortexd.log import event
 
@@ -64,8 +63,6 @@ async def _envelope_middleware(request: web.Request, handler: Handler) -> web.St
         raise  # the client is gone; there is nobody to answer
     except Exception as error:
         _log_failure(services, request, error)
-        if isinstance(error, StreamBroken):
-            raise ConnectionError("the stream was ended with an error event") from error
         response = error_response(Internal("the server failed; see its log"))
     if not response.prepared:
         response.headers["x-request-id"] = request[REQUEST_ID]

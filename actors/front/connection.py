@@ -51,7 +51,7 @@ class Connection(web.RequestHandler):
         if request.writer is not None and request.writer.output_size > 0:
             raise ConnectionError("part of a response was sent already")
         if status < 500:
-            first_line = (message or "bad request").splitlines()[0][:200]
+            first_line = (message or "bad request").splitlines()[0][:200].rstrip(":")
             error = error_response(InvalidRequest(f"the request is not valid HTTP: {first_line}"))
         else:
             self.log_exception("http.unhandled", exc_info=exc)

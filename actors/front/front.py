@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from cortexd.messages.envelope import Envelope
-
 from actors.actor import ActorContext, AsyncActor, handles
 from actors.front.sequences import SequenceTable
 from actors.front.server import Server
@@ -15,8 +13,9 @@ from actors.front.text_models import TextModels
 from cortexd.errors import CortexError, EngineRestarting, ShuttingDown
 from cortexd.log import event
 from cortexd.messages import ActorDown, GroupDown, TokenBatch
+from cortexd.messages.envelope import Envelope
 
-# What is left of the drain deadline for error events to reach their clients.
+# What is kept of the drain deadline for error events to reach their clients, and to spare.
 _LAST_WORDS_S = 0.5
 
 
@@ -48,7 +47,7 @@ class Front(AsyncActor):
         """Take nothing new, let streams finish, tell those that did not in time."""
         self._services.is_draining = True
         self._server.stop_accepting()
-        await self._wait_until_idle(max(deadline_s - _LAST_WORDS_S, 0.0))
+        await self._wait_until_idle(max(deadline_s - 2 * _LAST_WORDS_S, 0.0))
         if self._services.num_active:
             event(self.log, "front.drain_incomplete", 30, active=self._services.num_active)
             self._sequences.fail_all(ShuttingDown("this server is shutting down; try again"))

@@ -19,7 +19,6 @@ from actors.front.sequences import MAX_PENDING_TOKENS, DeltaQueue, RunningSequen
 from actors.front.services import Services
 from cortexd.errors import (
     ActorDown,
-    CortexError,
     DeadlineExceeded,
     EngineRestarting,
     MailboxFull,
@@ -51,7 +50,6 @@ class Generation:
         load_wait_s: float,
         may_resubmit: bool,
     ) -> None:
-        self.routed_model = ""
         self.fingerprint: str | None = None
         self._services = services
         self._request = request
@@ -157,6 +155,7 @@ class Generation:
             prepare(
                 self._services,
                 self._request,
+                self._record,
                 self._lease_id,
                 wait_s=max(self._load_deadline - self._clock(), 0.0),
             )
@@ -175,10 +174,7 @@ class Generation:
 
     def _submit(self, prepared: Prepared) -> None:
         routed = prepared.routed
-        record = self._record
-        record.model = self.routed_model = routed.model_id
-        record.cold_start = record.cold_start or routed.cold_start
-        record.submitted = time.monotonic()
+        self._record.submitted = time.monotonic()
         self.fingerprint = prepared.fingerprint
         self._prompt_tokens = sum(prompt.num_tokens for prompt in prepared.prompts)
         self._leader = routed.leader
@@ -249,7 +245,7 @@ class Generation:
         self._cancel_running()
         if self._holds_lease:
             self._holds_lease = False
-            self._tell_quietly("router", EndRequest(self._lease_id))
+            self._services.tell_quietly("router", EndRequest(self._lease_id))
 
     def _cancel_running(self) -> None:
         for sequence_id in self._running.values():
@@ -258,14 +254,7 @@ class Generation:
         self._running.clear()
 
     def _cancel(self, sequence_id: int) -> None:
-        self._tell_quietly(self._leader, Cancel(sequence_id))
-
-    def _tell_quietly(self, name: str, message: Message) -> None:
-        """Send what a dead receiver does not need: its own death has released it."""
-        try:
-            self._services.bus.tell(name, message)
-        except CortexError:
-            self._services.num_lost_messages += 1
+        self._services.tell_quietly(self._leader, Cancel(sequence_id))
 
     def _new_queue(self) -> DeltaQueue:
         answers = self._request.choices_per_prompt * max(1, len(self._request.prompts))

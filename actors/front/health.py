@@ -56,7 +56,7 @@ async def health(request: web.Request) -> web.Response:
         "status": "impaired" if _unservable(services, statuses) else "ok",
         "nodes": {"healthy": 1, "total": 1},
         "models": dict(Counter(status.state for status in statuses)) | {"total": len(statuses)},
-        "requests": {"active": services.num_active},
+        "requests": {"active": services.num_active, "lost_messages": services.num_lost_messages},
         "uptime_s": round(time.monotonic() - services.started, 3),
     }
     if unservable := _unservable(services, statuses):

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from actors.front.services import Services
-from cortexd.errors import ActorDown, CortexError, MailboxFull
+from cortexd.errors import CortexError
 from cortexd.log import event
 from cortexd.messages import RequestFinished
 
@@ -42,7 +42,8 @@ class RequestRecord:
     def fail(self, error: CortexError, *, status: int | None = None) -> None:
         """Note how it failed; `status` when the client saw another one than the error's own."""
         self.error_code = error.code
-        self.error_message = error.message
+        # The message of a bad request quotes it, and prompts do not belong in the log.
+        self.error_message = error.message if error.http_status >= 500 else error.param
         self.status = error.http_status if status is None else status
 
     def note_ending(self, error: BaseException | None) -> None:
@@ -108,10 +109,7 @@ class RequestRecord:
             cached_tokens=self.cached_tokens,
             completion_tokens=self.completion_tokens,
         )
-        try:
-            services.bus.tell("metrics", finished)
-        except (ActorDown, MailboxFull):
-            services.num_lost_messages += 1  # shown by /health; a lost count harms no request
+        services.tell_quietly("metrics", finished)
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -14,6 +14,8 @@ from aiohttp import web
 from actors.front.bus import Bus
 from actors.front.sequences import SequenceTable
 from actors.front.text_models import TextModels
+from cortexd.errors import CortexError
+from cortexd.messages.control import Message
 from cortexd.settings import Settings
 
 
@@ -40,6 +42,13 @@ class Services:
         """Return an id that no other request of any front has: a client may reuse its own."""
         self._num_leases += 1
         return f"{self._lease_prefix}{self._num_leases:x}"
+
+    def tell_quietly(self, name: str, message: Message) -> None:
+        """Send what a dead receiver does not need: its own death has released it."""
+        try:
+            self.bus.tell(name, message)
+        except CortexError:
+            self.num_lost_messages += 1  # /health shows the count
 
     def enter(self) -> None:
         """Count an inference request in."""

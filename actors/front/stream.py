@@ -18,9 +18,12 @@ from actors.front.generation import Generation
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.services import REQUEST_ID, SERVICES
 from cortexd.errors import Cancelled, CortexError, Internal
+from cortexd.log import event
 from cortexd.settings import Gateway
 
 WRITE_TIMEOUT_S = 120.0
+# Half of the transport's high-water mark: on an empty buffer such a write never waits.
+_SMALL_WRITE = 32 * 1024
 # One newline: a blank line after a comment makes older client decoders dispatch an empty event.
 _COMMENT = b": ping\n"
 _DONE = b"data: [DONE]\n\n"
@@ -44,7 +47,9 @@ async def stream_answer(
     response = web.StreamResponse(headers=_HEADERS)
     response.headers["x-request-id"] = request[REQUEST_ID]
     await response.prepare(request)
-    writer = _EventWriter(response, gateway, encoder)
+    if request.transport is None:
+        raise ConnectionResetError("the client went away")
+    writer = _EventWriter(response, request.transport, gateway, encoder)
     record.status = response.status
     try:
         while True:
@@ -63,27 +68,33 @@ async def stream_answer(
         _abort(request)
     except CortexError as error:
         record.fail(error, status=response.status)
-        await _write_error(response, writer, error)
+        await _write_error(writer, error)
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception as error:
-        # The middleware cannot answer any more: the client still gets its error event.
-        await _write_error(response, writer, Internal("the server failed; see its log"))
-        raise StreamBroken from error
+        # Too late for a status: the client gets an error event, the log the traceback.
+        services = request.app[SERVICES]
+        event(
+            services.log, "http.failed", 40, exc_info=True, id=record.request_id, error=repr(error)
+        )
+        fault = Internal("the server failed; see its log")
+        record.fail(fault, status=response.status)
+        await _write_error(writer, fault)
     return response
-
-
-class StreamBroken(Exception):
-    """An unforeseen error after the first byte; its cause is logged, the client was told."""
 
 
 class _EventWriter:
     """Writes to one stream, with the clocks of both kinds of keep-alive."""
 
     def __init__(
-        self, response: web.StreamResponse, gateway: Gateway, encoder: ChunkEncoder
+        self,
+        response: web.StreamResponse,
+        transport: asyncio.WriteTransport,
+        gateway: Gateway,
+        encoder: ChunkEncoder,
     ) -> None:
         self._response = response
+        self._transport = transport
         self._event_period_s = gateway.event_keepalive_s
         self._encoder = encoder
         self._clock = asyncio.get_running_loop().time
@@ -102,6 +113,9 @@ class _EventWriter:
             await self._write(_COMMENT)
 
     async def _write(self, data: bytes) -> None:
+        if len(data) <= _SMALL_WRITE and self._transport.get_write_buffer_size() == 0:
+            await self._response.write(data)  # cannot block: spares each token a timer
+            return
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._response.write(data)
@@ -109,10 +123,9 @@ class _EventWriter:
             raise Cancelled(f"the client read nothing for {WRITE_TIMEOUT_S:g} s") from None
 
 
-async def _write_error(
-    response: web.StreamResponse, writer: _EventWriter, error: CortexError
-) -> None:
-    response.force_close()
+async def _write_error(writer: _EventWriter, error: CortexError) -> None:
+    # The connection stays open: the body ends properly, and a client that reuses the connection
+    # (the head has promised it may) must not meet a closed one.
     await writer.write_event(b"data: " + envelope(error) + b"\n\n")
 
 

@@ -63,8 +63,6 @@ def parse_completion(body: bytes) -> InferenceRequest:
         raise _unsupported("echo", "send the prompt's text back yourself")
     if fields.suffix:
         raise _unsupported("suffix", "only text after the prompt is generated")
-    if fields.prompt is None:
-        raise MissingParameter("prompt is missing", param="prompt")
     prompts = _prompts(fields.prompt)
     if len(prompts) * (fields.n or 1) > MAX_CHOICES:
         raise InvalidValue(

@@ -24,6 +24,7 @@ from cortexd.messages.control import (
     Pong,
     Progress,
     Ready,
+    SetLogLevel,
     StartGroup,
     Stop,
     StopGroup,
@@ -75,6 +76,7 @@ Body = (
     | Pong
     | Progress
     | Ready
+    | SetLogLevel
     | StartGroup
     | Stop
     | StopGroup
@@ -148,6 +150,7 @@ __all__ = [
     "ResolvedFiles",
     "Route",
     "Routed",
+    "SetLogLevel",
     "StartGroup",
     "Stop",
     "StopGroup",

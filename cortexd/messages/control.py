@@ -62,6 +62,7 @@ class Beat(Message, frozen=True, tag="Beat"):
     rss_bytes: int
     progress: int = 0  # ranks: count of finished steps; must move while work is queued
     busy: bool = False
+    dead_letters: dict[str, int] = {}  # count by reason since the start
 
 
 class Progress(Message, frozen=True, tag="Progress"):
@@ -149,6 +150,12 @@ class StopGroup(Message, frozen=True, tag="StopGroup"):
 
     group: str
     drain_s: float
+
+
+class SetLogLevel(Message, frozen=True, tag="SetLogLevel"):
+    """Root → child: log from this level on (debug, info, warning, error)."""
+
+    level: str
 
 
 class Ping(Message, frozen=True, tag="Ping"):

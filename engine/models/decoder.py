@@ -18,7 +18,7 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import HeadRMSNorm, RMSNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.loader import Weights
-from engine.models.native_decoder import NativeStep, build_native_step
+from engine.models.native import native_decoder
 from engine.tensor_plan import EMBEDDING, FINAL_NORM
 
 RotaryTables = tuple[Tensor, Tensor]
@@ -94,22 +94,18 @@ class Decoder:
         self.layers = [self._build_layer(weights, index) for index in range(spec.num_hidden_layers)]
         self.norm = self._build_norm(weights, FINAL_NORM)
         self.head = weights.head(self.embedding)
-        self._native: NativeStep | None = None
+        self._native = native_decoder(self) if weights.dtype == torch.float32 else None
 
     @property
     def is_native(self) -> bool:
-        """Whether a step is one native call."""
+        """Whether a step is one call of the native kernels."""
         return self._native is not None
-
-    def attach(self, cache: KVCache) -> None:
-        """Prepare for the cache that `forward` will be called with."""
-        self._native = build_native_step(self, cache)
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Return the logits (num_logit_rows, vocab_size); K and V of all tokens go to the cache."""
         hidden = self.embedding(batch.token_ids)
         if self._native is not None:
-            return self._native(hidden, batch)
+            return self._native.step(hidden, batch, cache.blocks)
         tables = self.rope.tables(batch.positions)
         for layer in self.layers:
             layer(hidden, batch, cache, tables)

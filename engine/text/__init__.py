@@ -1,0 +1,1 @@
+"""Text processing for one model, without torch; `text_model.TextModel` is the entry."""

@@ -17,6 +17,14 @@ Message = dict[str, Any]
 _REASONING_FIELDS: Final = ("reasoning_content", "thinking", "reasoning")
 
 
+def has_parts(messages: list[Message]) -> bool:
+    """Return whether any message has its content as a list of parts; any input will do."""
+    return isinstance(messages, list) and any(
+        isinstance(message, dict) and isinstance(message.get("content"), list)
+        for message in messages
+    )
+
+
 def prepare_messages(messages: list[Message], *, accepts_parts: bool) -> list[Message]:
     """Return copies of `messages` for the template.
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import jinja2
 
 from cortexd.errors import CortexError, InvalidRequest
-from engine.text.chat_messages import Message, prepare_messages
+from engine.text.chat_messages import Message, has_parts, prepare_messages
 from engine.text.template_bounds import check_length
 from engine.text.template_sandbox import TemplateEnvironment, start_deadline
 
@@ -62,8 +62,7 @@ class ChatTemplate:
                 f"chat_template_kwargs: {sorted(reserved)[0]!r} cannot be set here",
                 param="chat_template_kwargs",
             )
-        has_parts = any(isinstance(message.get("content"), list) for message in messages)
-        accepts_parts = has_parts and self._accepts_parts
+        accepts_parts = has_parts(messages) and self._accepts_parts
         prepared = prepare_messages(messages, accepts_parts=accepts_parts)
         return self._run(
             {

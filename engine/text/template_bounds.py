@@ -20,7 +20,11 @@ from jinja2.exceptions import SecurityError
 MAX_VALUE_LENGTH: Final = 16 * 2**20
 _MAX_INT_BITS: Final = 4096
 _MAX_JSON_INDENT: Final = 64
-_MAX_FORMAT_WIDTH: Final = re.compile(r"\d{5,}|\*")
+# Widths and precisions of five digits and more, or taken from an argument.
+_LARGE_FIELD: Final = re.compile(r"\d{5,}|\{")
+_LARGE_PERCENT_FIELD: Final = re.compile(
+    r"%(?:\([^)]*\))?[#0\- +]*(?:\*|\d{5,}|\d*\.(?:\*|\d{5,}))"
+)
 
 
 class TemplateTooCostly(jinja2.TemplateRuntimeError):
@@ -61,13 +65,13 @@ def check_operands(operator: str, left: Any, right: Any) -> None:
 
 
 def _check_percent_format(pattern: str) -> None:
-    if "%" in pattern and _MAX_FORMAT_WIDTH.search(pattern):
+    if _LARGE_PERCENT_FIELD.search(pattern.replace("%%", "")):
         raise TemplateTooCostly(f"the template formats with {pattern[:80]!r}: width too large")
 
 
 def check_format_fields(pattern: str) -> None:
     for _, _, spec, _ in string.Formatter().parse(pattern):
-        if spec and ("{" in spec or _MAX_FORMAT_WIDTH.search(spec)):
+        if spec and _LARGE_FIELD.search(spec):
             raise TemplateTooCostly(f"the template formats with {pattern[:80]!r}: width too large")
 
 

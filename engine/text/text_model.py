@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cortexd.errors import BadModelFile
+from cortexd.errors import BadModelFile, InvalidRequest
 from cortexd.models import ModelFiles
 from engine.formats.gguf import GGUFFile
 from engine.text.chat_template import ChatTemplate
@@ -119,8 +119,15 @@ class TextModel:
         """Return the token ids of `text`; control tokens spelled out in it become control tokens.
 
         Chat prompts hold their begin token already: pass `add_special_tokens=False` for them.
+        Raises: InvalidRequest for text that is not Unicode (half of a surrogate pair).
         """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:  # the library takes such text for another type
+            raise InvalidRequest(
+                "the text holds half of a surrogate pair, which is no character", param="prompt"
+            ) from error
+        ids: list[int] = encoding.ids
         if add_special_tokens:
             return self._prefix_ids + ids + self._suffix_ids
         return ids

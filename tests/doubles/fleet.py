@@ -13,6 +13,7 @@ from collections.abc import Callable
 from cortexd.errors import (
     ActorDown,
     CortexError,
+    DeadlineExceeded,
     EngineRestarting,
     ErrorInfo,
     ModelLoading,
@@ -79,6 +80,7 @@ class Fleet:
         self.paused = asyncio.Event()
         self.load_error: CortexError | None = None
         self.host_answers = True
+        self.context = CONTEXT
         self.incarnations: dict[str, int | None] = {"router": 1, LEADER: 1, "poller": 1}
         self.epoch = 1
         self.on_batch: Callable[[TokenBatch], None] = lambda batch: None
@@ -104,10 +106,15 @@ class Fleet:
     async def ask(self, name: str, body: Message, *, deadline_s: float) -> Message:
         """Answer as router and poller do."""
         self.sent.append((name, body))
+        self._changed.set()
         if self.incarnations.get(name) is None:
             raise ActorDown(f"{name} is down")
         if isinstance(body, Route):
-            return await self._route(body)
+            try:
+                async with asyncio.timeout(deadline_s):
+                    return await self._route(body)
+            except TimeoutError:
+                raise DeadlineExceeded("no answer from router") from None
         if isinstance(body, QueryHost) and not self.host_answers:
             raise ActorDown("poller did not answer")
         return self._answer(body)
@@ -195,14 +202,14 @@ class Fleet:
             self.epoch,
             FILES,
             SPEC,
-            ModelLimits(context=CONTEXT, output=CONTEXT),
+            ModelLimits(context=self.context, output=self.context),
             is_cold,
         )
 
     def _answer(self, body: Message) -> Message:
         if isinstance(body, ListModels):
             state = "loaded" if self._loaded.is_set() else "loading"
-            limits = ModelLimits(context=CONTEXT, output=CONTEXT)
+            limits = ModelLimits(context=self.context, output=self.context)
             status = ModelStatus(
                 model_id=MODEL, state=state, limits=limits, memory_bytes=5 * 2**20, loaded_at=1.7e9
             )

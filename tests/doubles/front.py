@@ -113,8 +113,10 @@ def parse_events(data: bytes) -> list[Any]:
     return events
 
 
-def _listener() -> socket.socket:
+def _listener(send_buffer_bytes: int | None) -> socket.socket:
     listener = socket.socket()
+    if send_buffer_bytes is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     listener.setblocking(False)
@@ -122,7 +124,9 @@ def _listener() -> socket.socket:
 
 
 @asynccontextmanager
-async def served_front(**gateway: Any) -> AsyncIterator[ServedFront]:
+async def served_front(
+    *, send_buffer_bytes: int | None = None, **gateway: Any
+) -> AsyncIterator[ServedFront]:
     """Serve until the block ends; then nothing of any request may be left."""
     fleet = Fleet()
     text_model = ByteTextModel()
@@ -134,7 +138,7 @@ async def served_front(**gateway: Any) -> AsyncIterator[ServedFront]:
         text_models=TextModels(loader=lambda files: text_model),  # type: ignore[arg-type,return-value]
     )
     fleet.on_batch = services.sequences.dispatch
-    listeners = {"api": _listener(), "neuron": _listener()}
+    listeners = {name: _listener(send_buffer_bytes) for name in ("api", "neuron")}
     api_port, neuron_port = (listener.getsockname()[1] for listener in listeners.values())
     server = Server(services)
     await server.start(listeners)

@@ -46,7 +46,7 @@ class ByteTextModel:
         """Return one line per message; a message "refuse" is refused as a template may."""
         self.rendered.append(messages)
         if any(message.get("content") == "refuse" for message in messages):
-            raise InvalidRequest("the chat template refused: as asked", param="messages")
+            raise InvalidRequest("messages: the chat template refused, as asked", param="messages")
         lines = [f"{message['role']}: {message.get('content')}" for message in messages]
         if tools:
             lines.append(f"tools: {len(tools)}")

@@ -71,9 +71,6 @@ class Recorder:
         """As the real model."""
         return self.model.is_native
 
-    def attach(self, cache: KVCache) -> None:
-        """The real model is attached already."""
-
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run the real model."""
         logits = self.model.forward(batch, cache).clone()

@@ -280,9 +280,6 @@ class SmallMemory:
         """As the real model."""
         return self.model.is_native
 
-    def attach(self, cache: KVCache) -> None:
-        """The real model is attached already."""
-
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run, or raise what torch raises when memory is exhausted."""
         if len(batch.token_ids) > self.max_tokens:

@@ -1,0 +1,318 @@
+"""The actor that owns a device: a plain loop of work and messages, without asyncio.
+
+Subclass `SyncActor` for the ranks of an engine group. The loop takes in all waiting messages, then
+runs one unit of work (`poll`), and blocks only when there is neither. A helper thread beats for the
+process and carries the step counter that shows the work; it has its own socket and shares nothing
+else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from actors.actor import ActorContext, Handler, handlers_of
+from actors.actor_loop import FATAL_ACK_S, fatal_info
+from actors.link import Link, resident_bytes
+from actors.registry import Registry, RegistryEvent
+from actors.transport import ControlLink, LinkPoller, Transport, encode_message
+from cortexd.errors import CortexError, ErrorInfo, Internal, MailboxFull
+from cortexd.log import event
+from cortexd.messages.control import (
+    ActorDown,
+    ActorUp,
+    Beat,
+    Bye,
+    Drain,
+    GroupDown,
+    GroupUp,
+    Message,
+    Ok,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    SetLogLevel,
+    Stop,
+    Welcome,
+)
+from cortexd.messages.envelope import ROOT, Envelope, Header
+
+# A process whose device is in an undefined state; EX_SOFTWARE of sysexits.
+POISONED_EXIT_CODE: Final = 70
+_IDLE_WAIT_S: Final = 0.5  # bounds how late a SIGTERM is seen
+_WELCOME_TIMEOUT_S: Final = 10.0
+BEAT_SUFFIX: Final = ".beat"
+_MAX_EARLY: Final = 1000
+
+
+class _Stopped(Exception):
+    """The root said Stop while the actor was starting."""
+
+
+class SyncActor:
+    """Base of the ranks. All methods run on the process's main thread."""
+
+    _link: Link
+
+    def __init__(self, context: ActorContext) -> None:
+        self.context = context
+        self.log = context.log
+        self._num_steps = 0
+        self._is_busy = False
+        self._is_welcome = False
+        self._is_started = False
+        self._is_stopping = False
+        self._drain_until_s: float | None = None
+        self._drain_request: Envelope | None = None
+        self._handlers: dict[type[Message], Handler] = {}
+        self._early: list[Envelope | RegistryEvent] = []
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.context.address}, {self._num_steps} steps)"
+
+    @property
+    def peers(self) -> Registry:
+        """Return the view of the other actors; it moves between two units of work."""
+        return self._link.peers
+
+    def tell(self, name: str, body: Message) -> None:
+        """Send without waiting. Raises: ActorDown, MailboxFull, RequestTooLarge."""
+        self._link.tell(name, body)
+
+    def count_progress(self) -> None:
+        """Call once per finished step: a busy actor whose count stands still is killed."""
+        self._num_steps += 1
+
+    def report_progress(self, fraction: float, stage: str) -> None:
+        """Extend the start deadline; call it in `on_start` while loading goes on."""
+        self._link.tell_root(Progress(fraction, stage))
+        self._take_in()
+        if self._is_stopping:
+            raise _Stopped
+
+    def exit_poisoned(self, reason: str) -> NoReturn:
+        """End the process at once: the device, or the engine's state, cannot be trusted."""
+        event(self.log, "actor.poisoned", 50, reason=reason)
+        self._report_fatal(Internal(reason).to_info())
+        os._exit(POISONED_EXIT_CODE)
+
+    def on_start(self) -> None:
+        """Get ready to serve (load the model); the root hears READY after it returns."""
+
+    def poll(self) -> bool:
+        """Do one unit of work; return whether more waits (else the loop blocks on messages)."""
+        return False
+
+    def on_drain(self, deadline_s: float) -> None:
+        """Take no new work; what `poll` still has to do is finished within the deadline."""
+
+    def on_stop(self) -> None:
+        """Let go of what the end of the process would not."""
+
+    def on_actor_up(self, up: ActorUp) -> None:
+        """Another actor is ready."""
+
+    def on_actor_down(self, down: ActorDown) -> None:
+        """An incarnation is gone, whether or not it ever was ready."""
+
+    def on_group_up(self, up: GroupUp) -> None:
+        """All ranks of an epoch are ready."""
+
+    def on_group_down(self, down: GroupDown) -> None:
+        """An epoch is dead."""
+
+    def run(self) -> int:
+        """Live: connect, start, serve, stop; return the exit code."""
+        self._handlers = handlers_of(self)
+        self._link = Link(self.context)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._link.hello(os.getpid())
+        threading.Thread(target=self._beat_forever, name="beat", daemon=True).start()
+        poller = LinkPoller(self._link.inbox, self._link.control)
+        try:
+            self._wait_for_welcome(poller)
+            self.on_start()
+        except _Stopped:
+            return self._finish()
+        except Exception as error:
+            event(self.log, "actor.start_failed", 40, exc_info=True, error=repr(error))
+            self._report_fatal(fatal_info(error))
+            return 1
+        self._is_started = True
+        self._link.tell_root(Ready())
+        self._replay_early()
+        self._serve(poller)
+        return self._finish()
+
+    def _serve(self, poller: LinkPoller) -> None:
+        while not self._is_stopping:
+            self._take_in()
+            self._is_busy = True
+            has_more = self.poll()
+            self._is_busy = has_more
+            self._check_drained(has_more)
+            if not has_more and not self._is_stopping:
+                poller.wait(_IDLE_WAIT_S)
+
+    def _finish(self) -> int:
+        try:
+            self.on_stop()
+        except Exception as error:
+            event(self.log, "actor.on_stop_failed", 40, exc_info=True, error=repr(error))
+        self._link.tell_root(Bye())
+        self._link.close()
+        return 0
+
+    def _wait_for_welcome(self, poller: LinkPoller) -> None:
+        deadline_s = time.monotonic() + _WELCOME_TIMEOUT_S
+        while not self._is_welcome:
+            if time.monotonic() > deadline_s:
+                raise Internal("the root supervisor did not answer Hello")
+            poller.wait(_IDLE_WAIT_S)
+            self._take_in()
+
+    def _report_fatal(self, info: ErrorInfo) -> None:
+        """Tell the root, and give it a moment to read it: it answers with Stop."""
+        self._link.tell_root(info)
+        poller = LinkPoller(self._link.inbox, self._link.control)
+        deadline_s = time.monotonic() + FATAL_ACK_S
+        while not self._is_stopping and (left_s := deadline_s - time.monotonic()) > 0:
+            poller.wait(left_s)
+            self._take_in_control()
+
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        self._is_stopping = True
+
+    def _take_in(self) -> None:
+        """Handle every waiting message."""
+        self._take_in_control()
+        while True:
+            got_one, envelope = self._link.receive_inbox()
+            if not got_one:
+                return
+            if envelope is not None:
+                self._on_message(envelope)
+
+    def _take_in_control(self) -> None:
+        while True:
+            got_one, envelope = self._link.receive_control()
+            if not got_one:
+                return
+            if envelope is not None:
+                self._on_control(envelope)
+
+    def _on_control(self, envelope: Envelope) -> None:
+        body = envelope.body
+        match body:
+            case Welcome():
+                self._link.peers.welcome(body)
+                self._is_welcome = True
+            case ActorUp() | ActorDown() | GroupUp() | GroupDown():
+                self._link.apply(body)
+                self._on_registry_event(body)
+            case Stop():
+                self._is_stopping = True
+            case Drain():
+                self._drain_until_s = time.monotonic() + body.deadline_s
+                self._drain_request = envelope
+                self.on_drain(body.deadline_s)
+            case SetLogLevel():
+                self.log.root.setLevel(body.level.upper())
+            case _:
+                self._on_message(envelope)
+
+    def _check_drained(self, has_more: bool) -> None:
+        if self._drain_request is None or self._drain_until_s is None:
+            return
+        if not has_more or time.monotonic() > self._drain_until_s:
+            self._link.reply(self._drain_request, Ok())
+            self._drain_request = None
+
+    def _on_registry_event(self, registry_event: RegistryEvent) -> None:
+        if not self._is_started:
+            self._early.append(registry_event)
+            return
+        match registry_event:
+            case ActorUp():
+                self.on_actor_up(registry_event)
+            case ActorDown():
+                self.on_actor_down(registry_event)
+            case GroupUp():
+                self.on_group_up(registry_event)
+            case GroupDown():
+                self.on_group_down(registry_event)
+
+    def _replay_early(self) -> None:
+        early, self._early = self._early, []
+        for item in early:
+            if isinstance(item, Envelope):
+                self._dispatch(item)
+            else:
+                self._on_registry_event(item)
+
+    def _on_message(self, envelope: Envelope) -> None:
+        if envelope.re:
+            self._link.late_answer(envelope)
+        elif isinstance(envelope.body, Ping):
+            self._link.reply(envelope, Pong())
+        elif self._is_started:
+            self._dispatch(envelope)
+        elif len(self._early) < _MAX_EARLY:
+            self._early.append(envelope)
+        else:
+            self._link.refuse(envelope, MailboxFull(f'actor "{self.context.name}" is starting'))
+
+    def _dispatch(self, envelope: Envelope) -> None:
+        handler = self._handlers.get(type(envelope.body))  # type: ignore[arg-type]
+        message = type(envelope.body).__name__
+        if handler is None:
+            event(self.log, "actor.no_handler", 40, message=message)
+            text = f'actor "{self.context.name}" has no handler for {message}'
+            self._link.refuse(envelope, Internal(text))
+            return
+        answer: Any
+        try:
+            answer = handler(envelope.body, envelope)
+        except CortexError as error:
+            answer = error.to_info()
+        except Exception as error:
+            event(
+                self.log,
+                "actor.handler_failed",
+                40,
+                exc_info=True,
+                message=message,
+                src=str(envelope.src),
+                error=repr(error),
+            )
+            text = f'actor "{self.context.name}" failed: {type(error).__name__}'
+            answer = Internal(text).to_info()
+        if envelope.wants_reply:
+            self._link.reply(envelope, answer if answer is not None else Ok())
+
+    def _beat_forever(self) -> None:
+        """Beat from a thread: a step or a load may take longer than a beat."""
+        own = self.context.address
+        transport = Transport()
+        control = ControlLink(transport, self.context.runtime_dir, f"{own}{BEAT_SUFFIX}")
+        period_s = self.context.settings.supervision.heartbeat_ms / 1000
+        beat_id = 0
+        while True:
+            beat_id += 1
+            beat = Beat(
+                0.0,
+                len(self._early),
+                resident_bytes(),
+                self._num_steps,
+                self._is_busy,
+                self._link.dead_letters.snapshot(),
+            )
+            with contextlib.suppress(MailboxFull):  # the root is busy: the next beat will do
+                control.send(encode_message(Header(beat_id, 0, own, ROOT), beat))
+            time.sleep(period_s)

@@ -1,0 +1,371 @@
+"""ZeroMQ as this project uses it: our socket options, non-blocking sends, and the codec.
+
+The only module that knows zmq. Every actor binds one `Inbox` and sends through an `Outbox`; a child
+speaks to the root over a `ControlLink`, which ends at the root's `ControlHub`; `AdminServer` and
+`AdminSocket` carry the operators' JSON. Nothing here blocks but `wait` and the admin client, and a
+message that cannot be sent at once is an error for its sender, never a queue in the dark.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from hashlib import blake2s
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import zmq
+
+from cortexd.errors import (
+    CortexError,
+    DeadlineExceeded,
+    ErrorInfo,
+    MailboxFull,
+    NotRunning,
+    RequestTooLarge,
+)
+from cortexd.messages import Body
+from cortexd.messages.control import Message
+from cortexd.messages.envelope import Address, Header
+from cortexd.paths import ADMIN_SOCKET, ipc_path
+
+Frames = list[bytes]
+_Context = zmq.Context[zmq.Socket[bytes]]
+
+# A receiver drops the whole connection on a larger message and the sender sees nothing of it, so
+# the size is checked before the send as well.
+MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
+MAX_ADMIN_BYTES: Final = 1024 * 1024
+_HIGH_WATER_MARK: Final = 1000
+# Registry events go to every child; one that has not read this many is hung and will be killed.
+_CONTROL_HIGH_WATER_MARK: Final = 10_000
+_RECONNECT_MS: Final = 5
+_RECONNECT_MAX_MS: Final = 200
+_HANDSHAKE_MS: Final = 2000
+# Time for the last message of a process (`Bye`, its final error) to leave the I/O thread.
+_LAST_MESSAGE_LINGER_MS: Final = 200
+_SHORT_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,22}")
+
+CONTROL_SOCKET: Final = "control.s"
+
+_encode = msgspec.msgpack.Encoder().encode
+_header_decoder = msgspec.msgpack.Decoder(Header)
+_body_decoder = msgspec.msgpack.Decoder(Body)
+
+
+def inbox_endpoint(runtime_dir: Path, address: Address) -> str:
+    """Return the endpoint of one incarnation's inbox; it is a function of the address alone.
+
+    Raises: ConfigError when the runtime directory's path is too long.
+    """
+    name = address.name
+    if not _SHORT_NAME.fullmatch(name):
+        digest = blake2s(name.encode(), digest_size=4).hexdigest()
+        name = f"{re.sub('[^a-z0-9.-]', '-', name.lower())[:14]}-{digest}"
+    return f"ipc://{ipc_path(runtime_dir, f'{name}.{address.incarnation}.s')}"
+
+
+def encode_message(header: Header, body: Message | ErrorInfo) -> tuple[bytes, bytes]:
+    """Return the two frames of a message. Raises: RequestTooLarge."""
+    frames = (_encode(header), _encode(body))
+    size = len(frames[0]) + len(frames[1])
+    if size > MAX_MESSAGE_BYTES:
+        raise RequestTooLarge(
+            f"{type(body).__name__} for {header.dst} has {size} bytes; allowed: {MAX_MESSAGE_BYTES}"
+        )
+    return frames
+
+
+def decode_header(frame: bytes) -> Header:
+    """Return the header. Raises: msgspec.MsgspecError."""
+    return _header_decoder.decode(frame)
+
+
+def decode_body(frame: bytes) -> Message | ErrorInfo:
+    """Return the body. Raises: msgspec.MsgspecError for anything but a known, valid message."""
+    body: Message | ErrorInfo = _body_decoder.decode(frame)
+    return body
+
+
+class Transport:
+    """The process's one ZeroMQ context; sockets are made here and die with it.
+
+    A context must never cross a fork: the fork servers have none.
+    """
+
+    def __init__(self) -> None:
+        self._context: _Context = zmq.Context()
+
+    def socket(self, kind: int, *, high_water_mark: int = _HIGH_WATER_MARK) -> zmq.Socket[bytes]:
+        """Return a socket with our options."""
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = high_water_mark
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + 64)
+        socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        if kind == zmq.ROUTER:
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        return socket
+
+    def close(self) -> None:
+        """Close every socket, giving the last messages their linger time."""
+        self._context.term()
+
+
+def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Bind with mode 0600: a chmod after the bind would leave a moment in which others connect."""
+    previous = os.umask(0o177)
+    try:
+        socket.bind(endpoint)
+    finally:
+        os.umask(previous)
+
+
+class _Receiver:
+    """A socket that is read by draining it when its descriptor wakes the loop."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        # Edge-triggered: after a wake-up, read until `receive` returns None, and look again after
+        # each send on the same socket.
+        self.fd = int(socket.FD)
+
+    @property
+    def is_readable(self) -> bool:
+        """Return whether a message waits."""
+        return bool(int(self._socket.EVENTS) & zmq.POLLIN)
+
+    def receive(self) -> Frames | None:
+        """Return the next message's frames, or None when none waits."""
+        try:
+            return self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+class Inbox(_Receiver):
+    """Where one incarnation receives from all its peers: frames are [identity, header, body]."""
+
+    def __init__(self, transport: Transport, endpoint: str) -> None:
+        socket = transport.socket(zmq.ROUTER)
+        _bind(socket, endpoint)
+        super().__init__(socket)
+
+
+class Outbox:
+    """Send-only sockets, one for each peer incarnation, opened at the first message."""
+
+    def __init__(self, transport: Transport, runtime_dir: Path, own: Address) -> None:
+        self._transport = transport
+        self._runtime_dir = runtime_dir
+        self._identity = str(own).encode()
+        self._sockets: dict[Address, zmq.Socket[bytes]] = {}
+
+    def __repr__(self) -> str:
+        return f"Outbox({len(self._sockets)} peers)"
+
+    def send(self, address: Address, frames: tuple[bytes, bytes]) -> None:
+        """Queue one message. Raises: MailboxFull when the peer does not keep up."""
+        socket = self._sockets.get(address)
+        if socket is None:
+            socket = self._transport.socket(zmq.DEALER)
+            socket.setsockopt(zmq.IDENTITY, self._identity)
+            socket.connect(inbox_endpoint(self._runtime_dir, address))
+            self._sockets[address] = socket
+        try:
+            socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            raise MailboxFull(
+                f'actor "{address.name}" does not keep up: {_HIGH_WATER_MARK} messages wait'
+            ) from None
+
+    def forget(self, address: Address) -> None:
+        """Drop what still waits for this incarnation: it is gone."""
+        socket = self._sockets.pop(address, None)
+        if socket is not None:
+            socket.close(0)
+
+    def close(self) -> None:
+        """Close all sockets."""
+        for dealer in self._sockets.values():
+            dealer.close(_LAST_MESSAGE_LINGER_MS)
+        self._sockets.clear()
+
+
+class ControlLink(_Receiver):
+    """A child's connection to the root: frames are [header, body] both ways."""
+
+    def __init__(self, transport: Transport, runtime_dir: Path, identity: str) -> None:
+        socket = transport.socket(zmq.DEALER, high_water_mark=_CONTROL_HIGH_WATER_MARK)
+        socket.setsockopt(zmq.IDENTITY, identity.encode())
+        socket.linger = _LAST_MESSAGE_LINGER_MS
+        socket.connect(f"ipc://{ipc_path(runtime_dir, CONTROL_SOCKET)}")
+        super().__init__(socket)
+
+    def send(self, frames: tuple[bytes, bytes]) -> None:
+        """Queue one message for the root. Raises: MailboxFull when it does not read."""
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            raise MailboxFull("the root supervisor does not keep up") from None
+
+
+class ControlHub(_Receiver):
+    """The root's end of all control links: frames are [identity, header, body]."""
+
+    def __init__(self, transport: Transport, runtime_dir: Path) -> None:
+        socket = transport.socket(zmq.ROUTER, high_water_mark=_CONTROL_HIGH_WATER_MARK)
+        _bind(socket, f"ipc://{ipc_path(runtime_dir, CONTROL_SOCKET)}")
+        super().__init__(socket)
+
+    def send(self, identity: str, frames: tuple[bytes, bytes]) -> bool:
+        """Queue one message; return False when the child is gone or does not read."""
+        try:
+            self._socket.send_multipart((identity.encode(), *frames), zmq.NOBLOCK)
+        except (zmq.Again, zmq.ZMQError):
+            return False
+        return True
+
+
+class AdminSocket(_Receiver):
+    """The root's end of the admin protocol: frames are [client, JSON document]."""
+
+    def __init__(self, transport: Transport, runtime_dir: Path) -> None:
+        socket = transport.socket(zmq.ROUTER)
+        _bind(socket, f"ipc://{ipc_path(runtime_dir, ADMIN_SOCKET)}")
+        super().__init__(socket)
+
+    def send(self, client: bytes, document: bytes) -> bool:
+        """Queue one document; return False when the client is gone or does not read."""
+        try:
+            self._socket.send_multipart((client, document), zmq.NOBLOCK)
+        except (zmq.Again, zmq.ZMQError):
+            return False
+        return True
+
+
+class LinkPoller:
+    """Blocks a synchronous actor until one of its two sockets has a message."""
+
+    def __init__(self, inbox: Inbox, control: ControlLink) -> None:
+        self._poller = zmq.Poller()
+        self._poller.register(inbox._socket, zmq.POLLIN)
+        self._poller.register(control._socket, zmq.POLLIN)
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when a message waits, or after the timeout."""
+        self._poller.poll(int(timeout_s * 1000))
+
+
+class AdminChannel:
+    """A synchronous client of the admin socket: one request at a time.
+
+    Nothing listening is an error at once: ZeroMQ itself would retry in silence.
+    """
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        """Connect. Raises: NotRunning."""
+        self._path = path
+        self._timeout_s = timeout_s
+        self._num_requests = 0
+        self._events: deque[dict[str, Any]] = deque()
+        self._probe()
+        self._transport = Transport()
+        self._socket = self._transport.socket(zmq.DEALER)
+        self._socket.connect(f"ipc://{path}")
+
+    def __enter__(self) -> AdminChannel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def request(self, op: str, args: Mapping[str, object] | None = None) -> dict[str, Any]:
+        """Return an operation's first answer; of a long one it holds "accepted" and "op_id".
+
+        Raises: the daemon's CortexError, NotRunning, DeadlineExceeded.
+        """
+        self._num_requests += 1
+        request_id = str(self._num_requests)
+        document = {"v": 1, "id": request_id, "op": op, "args": args or {}}
+        self._socket.send(msgspec.json.encode(document))
+        deadline_s = time.monotonic() + self._timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            answer = self._receive(left_s)
+            if answer is None:
+                continue
+            if "event" in answer:
+                self._events.append(answer)
+            elif answer["id"] == request_id:
+                if not answer["ok"]:
+                    raise _to_error(answer["error"])
+                result: dict[str, Any] = answer["result"]
+                return result
+        self._probe()
+        raise DeadlineExceeded(f"no answer to {op} within {self._timeout_s} s")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield the events of the operations and streams this channel began.
+
+        Each is `{"id", "event", "data"}`, operations' with their "op_id". Ends with the daemon.
+        """
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                if event["event"] == "end":
+                    return
+                yield event
+            document = self._receive(self._timeout_s)
+            if document is not None and "event" in document:
+                self._events.append(document)
+            elif document is None:
+                try:
+                    self._probe()  # silence is fine while the daemon lives
+                except NotRunning:
+                    return
+
+    def close(self) -> None:
+        """Disconnect; streams of this channel end."""
+        self._socket.close()
+        self._transport.close()
+
+    def _receive(self, timeout_s: float) -> dict[str, Any] | None:
+        """Return the next document; None at the timeout."""
+        if not self._socket.poll(int(timeout_s * 1000) + 1):
+            return None
+        document: dict[str, Any] = msgspec.json.decode(self._socket.recv())
+        return document
+
+    def _probe(self) -> None:
+        """Raises: NotRunning when nothing listens on the socket."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self._path))
+            except OSError as error:
+                raise NotRunning(
+                    f"cortexd is not running: {self._path}: {os.strerror(error.errno or 0)}; "
+                    'start it with "cortexd start"'
+                ) from error
+
+
+def _to_error(document: dict[str, Any]) -> CortexError:
+    details = document.get("details") or {}
+    return ErrorInfo(
+        code=document["code"],
+        message=document["message"],
+        param=document.get("param"),
+        retry_after_s=document.get("retry_after_s"),
+        details=details,
+    ).to_exception()

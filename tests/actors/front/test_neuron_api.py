@@ -1,0 +1,167 @@
+"""The neuron's own API over a real socket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cortexd.errors import InsufficientMemory, ModelAlreadyLoaded, ModelNotFound
+from cortexd.messages import LoadModel, UnloadModelNow
+from cortexd.models import LoadOptions
+from tests.doubles.fleet import ALIAS, CONTEXT, MODEL
+from tests.doubles.front import ServedFront, async_test, chat_body, served_front
+
+
+async def post(front: ServedFront, path: str, body: Any) -> tuple[int, Any]:
+    """Post to the neuron listener; return status and body."""
+    async with front.http.post(front.neuron_url + path, json=body) as response:
+        return response.status, await response.json()
+
+
+@async_test
+async def test_discovery_describes_the_host() -> None:
+    """Host, devices in MiB, harnesses and the longest prompt."""
+    async with served_front() as front:
+        status, body = await front.get("/discovery", neuron=True)
+        assert status == 200
+        assert body == {
+            "hostname": "host",
+            "os": "Linux",
+            "kernel": "6.1",
+            "cuda_version": None,
+            "driver_version": None,
+            "devices": [
+                {
+                    "index": 0,
+                    "name": "test cpu",
+                    "kind": "cpu",
+                    "vram_total_mb": 8192,
+                    "compute_capability": None,
+                }
+            ],
+            "harnesses": ["torch", "candle"],
+            "max_prompt_tokens": CONTEXT - 1,
+        }
+
+
+@async_test
+async def test_health_has_devices_activation_and_queues() -> None:
+    """The reference's payload: uptime, devices, activation, one entry per loaded model."""
+    async with served_front() as front:
+        _, body = await front.get("/health", neuron=True)
+        assert body["uptime_secs"] >= 0
+        assert body["devices"] == [
+            {
+                "index": 0,
+                "vram_used_mb": 2048,
+                "vram_free_mb": 6144,
+                "utilization_pct": 12.5,
+                "temp_c": None,
+            }
+        ]
+        assert body["activation"]["state"] == "ready"
+        (model,) = body["models"]
+        assert (model["id"], model["in_flight"], model["queue_depth"]) == (MODEL, 2, 1)
+        front.fleet.begin_loading()
+        _, body = await front.get("/health", neuron=True)
+        assert body["activation"]["state"] == "pre_warming"
+        assert body["activation"]["in_progress"] == MODEL
+        front.fleet.finish_loading()
+
+
+@async_test
+async def test_queries_without_an_answer_are_503() -> None:
+    """A poller that does not answer gives 503, never a hang."""
+    async with served_front() as front:
+        front.fleet.host_answers = False
+        for path in ("/discovery", "/health"):
+            status, body = await front.get(path, neuron=True)
+            assert (status, body["error"]["code"]) == (503, "actor_down")
+
+
+@async_test
+async def test_models_and_endpoint() -> None:
+    """The list has the reference's fields; a loaded model's endpoint is this listener."""
+    async with served_front() as front:
+        _, models = await front.get("/models", neuron=True)
+        assert models[0]["id"] == MODEL
+        assert models[0]["status"] == "loaded"
+        assert models[0]["vram_used_mb"] == 5
+        for name in (MODEL, MODEL.replace("/", "%2F"), ALIAS):
+            status, body = await front.get(f"/models/{name}/endpoint", neuron=True)
+            assert (status, body) == (200, {"url": front.neuron_url})
+        status, body = await front.get("/models/nothing/endpoint", neuron=True)
+        assert (status, body["error"]["code"]) == (404, "model_not_found")
+
+
+@async_test
+async def test_load_passes_checked_options_on() -> None:
+    """All options reach the router; "candle" is the reference's name for our engine."""
+    async with served_front() as front:
+        status, body = await post(
+            front,
+            "/models/load",
+            {
+                "model_id": "a/b",
+                "harness": "candle",
+                "quant": "Q4_K_M",
+                "tensor_parallel": 2,
+                "devices": [0, 1],
+            },
+        )
+        assert (status, body) == (200, {"status": "loaded"})
+        (sent,) = front.fleet.all_sent(LoadModel)
+        assert sent == LoadModel(
+            LoadOptions(model_id="a/b", quant="Q4_K_M", tensor_parallel=2, devices=(0, 1))
+        )
+
+
+@async_test
+async def test_load_and_unload_errors_have_their_status() -> None:
+    """Bad bodies 400 by field, and each refusal with its own status."""
+    async with served_front() as front:
+        for fields, code, param in (
+            ({}, "missing_required_parameter", "model_id"),
+            ({"model_id": 5}, "invalid_type", "model_id"),
+            ({"model_id": "a", "harness": "vllm"}, "invalid_value", "harness"),
+            ({"model_id": "a", "tensor_parallel": 0}, "invalid_value", "tensor_parallel"),
+            ({"model_id": "a", "devices": [0, 1]}, "invalid_value", "devices"),
+            (
+                {"model_id": "a", "devices": [0, 0], "tensor_parallel": 2},
+                "invalid_value",
+                "devices",
+            ),
+            ({"model_id": "a", "devices": [-1]}, "invalid_value", "devices[0]"),
+        ):
+            status, body = await post(front, "/models/load", fields)
+            error = body["error"]
+            assert (status, error["code"], error["param"]) == (400, code, param), error
+        status, body = await post(front, "/models/unload", {})
+        assert (status, body["error"]["param"]) == (400, "model_id")
+        for error, status in (
+            (ModelAlreadyLoaded("other options"), 409),
+            (InsufficientMemory("too big"), 507),
+            (ModelNotFound("no"), 404),
+        ):
+            front.fleet.load_error = error
+            assert (await post(front, "/models/load", {"model_id": "a"}))[0] == status
+            assert (await post(front, "/models/unload", {"model_id": "a"}))[0] == status
+
+
+@async_test
+async def test_unload_passes_force_on() -> None:
+    """`force` is handed to the router."""
+    async with served_front() as front:
+        assert await post(front, "/models/unload", {"model_id": MODEL, "force": True}) == (
+            200,
+            {"status": "unloaded"},
+        )
+        assert front.fleet.all_sent(UnloadModelNow) == [UnloadModelNow(MODEL, force=True)]
+
+
+@async_test
+async def test_neuron_serves_inference_too() -> None:
+    """The same inference routes answer on the neuron's listener."""
+    async with served_front() as front:
+        status, body = await post(front, "/v1/chat/completions", chat_body())
+        assert status == 200
+        assert body["choices"][0]["message"]["content"] == "Hello, world!"
