@@ -68,7 +68,7 @@ class Engine:
         self.scheduler = Scheduler(
             settings, BlockPool(size.num_blocks), settings.block_size, size.context
         )
-        self.sampler = Sampler(spec.vocab_size)
+        self.sampler = Sampler()
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
         self.device_name = devices.device_name(device)
