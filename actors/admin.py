@@ -249,7 +249,8 @@ class Admin:
             incarnation = self._supervisor.find(target)
             if incarnation is None or not incarnation.is_ready:
                 raise ActorDown(f'actor "{target}" is not running')
-            command = AdminCommand(operation.op_id, request.op, request.args)
+            args = {name: bytes(value) for name, value in request.args.items()}
+            command = AdminCommand(operation.op_id, request.op, args)
             reply = await self._host.bus.ask(
                 incarnation.address, command, deadline_s=_COMMAND_DEADLINE_S
             )

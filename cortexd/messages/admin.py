@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from cortexd.messages.control import Message
 
 
 class AdminCommand(Message, frozen=True, tag="AdminCommand"):
-    """Root → owner actor: run `op` with JSON-like `args`. Answer `AdminReply`.
+    """Root → owner actor: run `op`; each value of `args` is a JSON document. Answer `AdminReply`.
 
     A long operation answers at once with what it accepted and reports with `AdminProgress` under
     the same `operation_id`.
@@ -16,7 +14,7 @@ class AdminCommand(Message, frozen=True, tag="AdminCommand"):
 
     operation_id: str
     op: str
-    args: dict[str, msgspec.Raw] = {}
+    args: dict[str, bytes] = {}
 
 
 class AdminReply(Message, frozen=True, tag="AdminReply"):
