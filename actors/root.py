@@ -59,9 +59,9 @@ def run_root(
 ) -> int:
     """Run the daemon in this process; return its exit code: 0, 1 (an actor failed), 130 (killed).
 
-    `locked` is the runtime folder when the caller took it already; it is closed here. `addresses` ("api", "metrics", "neuron" → "host:port") is what `status` shows. `on_ready` is
-    called once, when all children are ready. Raises: AlreadyRunning, ConfigError; then nothing
-    was started.
+    `locked` is the runtime folder when the caller took it already; it is closed here. `addresses`
+    ("api", "metrics", "neuron" → "host:port") is what `status` shows. `on_ready` is called once,
+    when all children are ready. Raises: AlreadyRunning, ConfigError; then nothing was started.
     """
     if sys.platform != "linux":
         raise ConfigError(f"cortexd needs Linux 5.4 or later (pidfd, lifeline), not {sys.platform}")
