@@ -173,7 +173,7 @@ class Router(AsyncActor):
             if not message.wait:
                 raise loading_error(model)
             await self._wait(model, message, envelope)
-            if model.options.model_id not in self.models:
+            if model.options.model_id not in self.models and not model.error:
                 raise self._not_found(message.model)
         model.leases[message.request_id] = f"{envelope.src.name}.{envelope.src.incarnation}"
         model.last_used = time.monotonic()
@@ -371,8 +371,8 @@ class Router(AsyncActor):
         return model
 
     def forget(self, model: ManagedModel) -> None:
-        """Drop an unloaded model that only an explicit load had brought here."""
-        if not model.is_known and model.state == "unloaded":
+        """Drop a model that does not run and that only an explicit load had brought here."""
+        if not model.is_known and model.state in {"unloaded", "failed"}:
             self.models.pop(model.options.model_id, None)
             model.wake()
 

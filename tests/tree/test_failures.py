@@ -120,7 +120,7 @@ def test_port_in_use_is_named_and_nothing_starts(daemon: Daemon, tmp_path: Path)
 
 
 def test_missing_model_fails_with_its_cause_and_the_daemon_stays(
-    daemon: Daemon, tmp_path: Path
+    daemon: Daemon, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Loading a path that is not there is an error of that load only."""
     status, answer = daemon.post(
@@ -128,6 +128,7 @@ def test_missing_model_fails_with_its_cause_and_the_daemon_stays(
     )
     assert status in {400, 404, 422}, answer
     assert "nothing.gguf" in answer["error"]["message"]
+    assert list(daemon.models()) == [str(tiny_model)]
     assert daemon.get("/livez")[0] == 200
 
 
