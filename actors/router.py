@@ -310,9 +310,17 @@ class Router(AsyncActor):
             event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
 
     async def _adopt(self, model: ManagedModel, leader: str, incarnation: int, epoch: int) -> None:
-        loaded = await self.ask(leader, DescribeModel(), deadline_s=_DESCRIBE_DEADLINE_S)
+        """Route to a leader that is ready; a busy one is asked until it answers or is gone."""
+        while True:
+            try:
+                loaded = await self.ask(leader, DescribeModel(), deadline_s=_DESCRIBE_DEADLINE_S)
+                break
+            except DeadlineExceeded:
+                peer = self.peers.get(leader)
+                if peer is None or peer.incarnation != incarnation:
+                    return
         assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
-        if model.state in {"loading", "recovering"}:
+        if model.is_in("loading", "recovering", "failed"):
             model.set_loaded(loaded, leader, incarnation, epoch)
 
     # For the loader and the admin commands

@@ -142,6 +142,24 @@ def test_truncated_model_is_refused_with_the_file_name(daemon: Daemon, tmp_path:
     assert "cut.gguf" in answer["error"]["message"]
 
 
+def test_router_killed_while_a_model_loads_still_brings_it_up(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The load goes on without the router, and the new router adopts it."""
+    with Daemon(tmp_path, "--model", str(tiny_model)) as daemon:
+        wait_for(lambda: any(actor["group"] for actor in daemon.actors().values()), 60, "the load")
+        daemon.kill("router")
+        wait_for(lambda: daemon.actors()["router"]["restarts"] == 1, 10, "the router's restart")
+        wait_for(daemon.models, 10, "the router's answer")
+        daemon.wait_loaded(str(tiny_model))
+        assert daemon.chat(str(tiny_model), "hello")[0] == 200
+        assert _leader_restarts(daemon) == 0
+
+
+def _leader_restarts(daemon: Daemon) -> int:
+    return int(daemon.actors()[_leader(daemon)]["restarts"])
+
+
 def test_nothing_survives_a_killed_root(tiny_model: Path, tmp_path: Path) -> None:
     """SIGKILL of the root ends every descendant, fork servers included."""
     with Daemon(tmp_path, "--model", str(tiny_model)) as daemon:
