@@ -250,6 +250,7 @@ class Admin:
             incarnation = self._supervisor.find(target)
             if incarnation is None or not incarnation.is_ready:
                 raise ActorDown(f'actor "{target}" is not running')
+            # JSON text as bytes: a Raw would be spliced into the MessagePack frame as it is.
             args = {name: bytes(value) for name, value in request.args.items()}
             command = AdminCommand(operation.op_id, request.op, args)
             reply = await self._host.bus.ask(

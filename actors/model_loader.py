@@ -180,7 +180,7 @@ class ModelLoader:
         if model.state != "loading":
             return  # unloaded meanwhile
         model.files, model.spec = resolved.files, resolved.spec
-        model.stage = "starting"
+        model.stage, model.progress = "starting", 0.0
         settings = self._router.context.settings.supervision
         timeout_s = (
             settings.start_timeout_s

@@ -11,13 +11,12 @@ import asyncio
 import platform
 import time
 
-from cortexd.messages.envelope import Envelope
-
 from actors.actor import AsyncActor, handles
 from actors.devices import DeviceProbe
 from cortexd.errors import ActorDown, CortexError, MailboxFull
 from cortexd.log import event
 from cortexd.messages import GroupDown, HostReport, LoadReport, QueryHost, QueryLoad
+from cortexd.messages.envelope import Envelope
 
 POLL_PERIOD_S = 1.0
 _QUERY_DEADLINE_S = 2.0

@@ -15,7 +15,6 @@ import time
 from collections.abc import Awaitable
 
 import msgspec
-from cortexd.messages.envelope import Envelope
 
 from actors.actor import ActorContext, AsyncActor, handles
 from actors.managed_model import ManagedModel
@@ -24,8 +23,10 @@ from actors.router_admin import RouterAdmin
 from cortexd.catalogue import Catalogue
 from cortexd.desired import DesiredModel, group_name, read_desired, write_desired
 from cortexd.errors import (
+    Cancelled,
     ConfigError,
     CortexError,
+    DeadlineExceeded,
     ModelAlreadyLoaded,
     ModelLoadFailed,
     ModelLoading,
@@ -53,6 +54,7 @@ from cortexd.messages import (
     UnloadIdle,
     UnloadModelNow,
 )
+from cortexd.messages.envelope import Envelope
 from cortexd.models import LoadOptions
 
 _DESCRIBE_DEADLINE_S = 10.0
@@ -77,6 +79,8 @@ class Router(AsyncActor):
         self.aliases = args.catalogue.aliases
         self.models: dict[str, ManagedModel] = {}
         self.host: HostReport | None = None
+        self._waiting: set[str] = set()  # requests that wait for a model
+        self._ended: set[str] = set()  # those of them that ended meanwhile
         self._loader = ModelLoader(self)
         self._admin = RouterAdmin(self)
         self._runtime_dir = context.runtime_dir
@@ -168,7 +172,7 @@ class Router(AsyncActor):
                 self._loader.begin_load(model)
             if not message.wait:
                 raise loading_error(model)
-            await model.wait_changed()
+            await self._wait(model, message, envelope)
             if model.options.model_id not in self.models:
                 raise self._not_found(message.model)
         model.leases[message.request_id] = f"{envelope.src.name}.{envelope.src.incarnation}"
@@ -187,9 +191,31 @@ class Router(AsyncActor):
             was_cold,
         )
 
+    async def _wait(self, model: ManagedModel, message: Route, envelope: Envelope) -> None:
+        """Return at the model's next change.
+
+        Raises: DeadlineExceeded, Cancelled when the request ended meanwhile. Without both, a lease
+        would be opened that nobody closes.
+        """
+        left_s = (envelope.deadline_ns - time.monotonic_ns()) / 1e9
+        self._waiting.add(message.request_id)
+        try:
+            await asyncio.wait_for(model.wait_changed(), left_s)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f'model "{model.options.model_id}" is still {model.state}'
+            ) from None
+        finally:
+            self._waiting.discard(message.request_id)
+        if message.request_id in self._ended:
+            self._ended.discard(message.request_id)
+            raise Cancelled(f"request {message.request_id} ended while it waited")
+
     @handles(EndRequest)
     def on_end_request(self, message: EndRequest, envelope: Envelope) -> None:
-        """Close a lease."""
+        """Close a lease, or the wait for one."""
+        if message.request_id in self._waiting:
+            self._ended.add(message.request_id)
         for model in self.models.values():
             if model.leases.pop(message.request_id, None) is not None:
                 model.last_used = time.monotonic()

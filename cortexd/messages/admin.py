@@ -6,7 +6,7 @@ from cortexd.messages.control import Message
 
 
 class AdminCommand(Message, frozen=True, tag="AdminCommand"):
-    """Root → owner actor: run `op`; each value of `args` is a JSON document. Answer `AdminReply`.
+    """Root → owner actor: run `op`; each of `args` is a JSON text. Answer `AdminReply`.
 
     A long operation answers at once with what it accepted and reports with `AdminProgress` under
     the same `operation_id`.

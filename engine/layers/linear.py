@@ -72,12 +72,12 @@ class NativeProduct:
     """The native CPU kernel; it computes in float32 and holds its own copy of the weight."""
 
     def __init__(self, packed: native.PackedLinear) -> None:
-        self._packed = packed
+        self.packed = packed
         self.out_features = packed.out_features
         self.num_bytes = packed.num_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return native.linear(self._packed, x.float().contiguous()).to(x.dtype)
+        return native.linear(self.packed, x.float().contiguous()).to(x.dtype)
 
 
 def pack_native(weight: Weight, bias: Tensor | None, backend: Backend) -> NativeProduct | None:
@@ -132,6 +132,12 @@ class Linear:
     def out_features(self) -> int:
         """Width of the output."""
         return sum(product.out_features for product in self._products)
+
+    @property
+    def packed_parts(self) -> list[native.PackedLinear] | None:
+        """The parts in the native kernels' layout, in output order; None unless all are."""
+        parts = [p.packed for p in self._products if isinstance(p, NativeProduct)]
+        return parts if len(parts) == len(self._products) else None
 
     @property
     def num_bytes(self) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 from torch.nn import functional
+
+from engine.layers.linear import Linear
 
 
 class GatedMLP:
     """`gate_up` yields gate and up side by side: (num_tokens, 2 * intermediate_size)."""
 
-    def __init__(
-        self, gate_up: Callable[[Tensor], Tensor], down: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
         self.gate_up = gate_up
         self.down = down
 

@@ -29,14 +29,14 @@ class RotaryEmbedding:
     ) -> None:
         """Take the spec and, from GGUF files with llama3 scaling, (rotary_dim / 2,) divisors."""
         self.rotary_dim = int(head_dim * spec.partial_rotary_factor)
-        inverse, self._scale = inverse_frequencies(spec, self.rotary_dim)
-        self._inverse = inverse.to(device) if divisors is None else inverse.to(device) / divisors
+        inverse, self.scale = inverse_frequencies(spec, self.rotary_dim)
+        self.inverse = inverse.to(device) if divisors is None else inverse.to(device) / divisors
         self._dtype = dtype
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and signed sin, each (num_tokens, 1, rotary_dim), for int64 positions."""
-        angles = torch.outer(positions.float(), self._inverse).unsqueeze(1)
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        angles = torch.outer(positions.float(), self.inverse).unsqueeze(1)
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         # rotate_half(x) * sin == roll(x) * [-sin, sin]: the sign goes into the table.
         return (
             torch.cat([cos, cos], -1).to(self._dtype),

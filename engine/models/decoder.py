@@ -6,8 +6,6 @@ tokens (num_tokens, hidden_size); the residual stream is added to in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -15,13 +13,14 @@ from cortexd.models import ModelSpec
 from engine.batch import StepBatch
 from engine.kv_cache import KVCache
 from engine.layers.attention import paged_attention
+from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import HeadRMSNorm, RMSNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.loader import Weights
+from engine.models.native import native_decoder
 from engine.tensor_plan import EMBEDDING, FINAL_NORM
 
-Projection = Callable[[Tensor], Tensor]
 RotaryTables = tuple[Tensor, Tensor]
 
 
@@ -33,8 +32,8 @@ class SelfAttention:
         spec: ModelSpec,
         layer: int,
         *,
-        qkv: Projection,
-        output: Projection,
+        qkv: Linear,
+        output: Linear,
         qk_norm: HeadRMSNorm | None,
         rope: RotaryEmbedding,
     ) -> None:
@@ -94,11 +93,19 @@ class Decoder:
         )
         self.layers = [self._build_layer(weights, index) for index in range(spec.num_hidden_layers)]
         self.norm = self._build_norm(weights, FINAL_NORM)
-        self.head: Projection = weights.head(self.embedding)
+        self.head = weights.head(self.embedding)
+        self._native = native_decoder(self) if weights.dtype == torch.float32 else None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether a step is one call of the native kernels."""
+        return self._native is not None
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Return the logits (num_logit_rows, vocab_size); K and V of all tokens go to the cache."""
         hidden = self.embedding(batch.token_ids)
+        if self._native is not None:
+            return self._native.step(hidden, batch, cache.blocks)
         tables = self.rope.tables(batch.positions)
         for layer in self.layers:
             layer(hidden, batch, cache, tables)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cortexd.errors import InvalidValue, ModelSourceError
+from cortexd.errors import BadModelFile, InvalidValue, ModelSourceError
 from cortexd.models import ModelFiles
 from engine.sources.checkpoint_files import collect_directory, model_files
 from engine.sources.quant_choice import choose_gguf
@@ -25,9 +25,9 @@ def resolve_path(path: Path, quant: str | None, model_id: str) -> ModelFiles:
                 path.resolve(), quant, model_id=model_id, source="path", revision="local"
             )
         if not path.is_file():
-            raise ModelSourceError(f'model "{model_id}": {path} does not exist')
+            raise BadModelFile(f'model "{model_id}": {path} does not exist')
         if not os.access(path, os.R_OK):
-            raise ModelSourceError(f'model "{model_id}": {path} may not be read by this user')
+            raise BadModelFile(f'model "{model_id}": {path} may not be read by this user')
     except OSError as error:
         raise ModelSourceError(f'model "{model_id}": {path}: {error.strerror}') from error
     return _resolve_file(path.resolve(), quant, model_id)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.kernels.cpu import library
 from engine.kernels.cpu.linear import PackedLinear
-from engine.kernels.cpu.ops import HEAD_DIMS, AttentionRow, Rotary, pack_rows
+from engine.kernels.cpu.ops import HEAD_DIMS, QueryRow, Rotary, pack_rows
 from engine.kernels.cpu.structs import (
     AttentionShape,
     DecoderStep,
@@ -51,7 +52,6 @@ class NativeShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    block_size: int
     scale: float
     norm_eps: float
     rotary: Rotary
@@ -62,13 +62,26 @@ class NativeShape:
         return self.head_dim in HEAD_DIMS and self.num_heads % self.num_kv_heads == 0
 
 
+class DecoderBatch(Protocol):
+    """A step's int64 tensors: positions, slots (num_tokens,), logit_rows; and its sequences."""
+
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def slots(self) -> Tensor: ...
+    @property
+    def logit_rows(self) -> Tensor: ...
+    @property
+    def rows(self) -> Sequence[QueryRow]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class NativeBatch:
-    """A step's int64 tensors: positions, slots (num_tokens,), logit_rows; and its sequences."""
+    """A plain `DecoderBatch`."""
 
     positions: Tensor
     slots: Tensor
-    rows: Sequence[AttentionRow]
+    rows: Sequence[QueryRow]
     logit_rows: Tensor
 
 
@@ -91,8 +104,8 @@ class NativeDecoder:
         for target, layer in zip(native_layers, layers, strict=True):
             self._fill_layer(target, layer)
         self._weights = DecoderWeights(
-            attention=AttentionShape(
-                shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.scale
+            attention=AttentionShape(  # block_size is that of each step's cache
+                shape.num_heads, shape.num_kv_heads, shape.head_dim, 0, shape.scale
             ),
             hidden_size=self.hidden_size,
             intermediate_size=layers[0].down[0].in_features,
@@ -106,7 +119,7 @@ class NativeDecoder:
             head=self._projection(head, self.hidden_size, self.vocab_size),
         )
 
-    def step(self, hidden: Tensor, batch: NativeBatch, cache: Tensor) -> Tensor:
+    def step(self, hidden: Tensor, batch: DecoderBatch, cache: Tensor) -> Tensor:
         """Return the logits (num_logit_rows, vocab_size) float32.
 
         hidden (num_tokens, hidden_size) float32 holds the embeddings and is overwritten with the
@@ -114,6 +127,7 @@ class NativeDecoder:
         float32 receives K and V.
         """
         self._check(hidden, batch, cache)
+        self._weights.attention.block_size = cache.shape[2]
         logits = torch.empty(batch.logit_rows.numel(), self.vocab_size)
         done = library.load().cortexd_decoder_step(
             ctypes.byref(self._weights),
@@ -139,7 +153,7 @@ class NativeDecoder:
             raise MemoryError(f"no memory for the scratch space of {hidden.shape[0]} tokens")
         return logits
 
-    def _check(self, hidden: Tensor, batch: NativeBatch, cache: Tensor) -> None:
+    def _check(self, hidden: Tensor, batch: DecoderBatch, cache: Tensor) -> None:
         num_tokens = hidden.shape[0]
         shape = self._shape
         assert hidden.shape == (num_tokens, self.hidden_size), f"hidden is {tuple(hidden.shape)}"
@@ -152,9 +166,9 @@ class NativeDecoder:
         for integers in (batch.positions, batch.slots, batch.logit_rows):
             assert integers.dtype == torch.int64, f"{integers.dtype} instead of int64"
             assert integers.is_contiguous(), f"strides {integers.stride()} are not contiguous"
-        expected = (shape.block_size, 2 * shape.num_kv_heads, shape.head_dim)
+        expected = (2 * shape.num_kv_heads, shape.head_dim)
         assert cache.shape[0] == self._weights.num_layers, f"cache of {cache.shape[0]} layers"
-        assert cache.shape[2:] == expected, f"cache is {tuple(cache.shape)}, not (.., *{expected})"
+        assert cache.shape[3:] == expected, f"cache is {tuple(cache.shape)}, not of {expected}"
 
     def _fill_layer(self, target: LayerWeights, layer: NativeLayer) -> None:
         shape = self._shape

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +24,28 @@ HEAD_DIMS: Final = (16, 32, 64, 80, 96, 128, 256)
 LANES: Final = 16
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionRow:
+class QueryRow(Protocol):
     """One sequence's query tokens start..end-1; the last one sees kv_len positions.
 
     Position p is in slot block_ids[p // block_size] * block_size + p % block_size of the cache, or
     in slot first_slot + p when `block_ids` (int64) is None.
     """
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def kv_len(self) -> int: ...
+    @property
+    def first_slot(self) -> int: ...
+    @property
+    def block_ids(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRow:
+    """A plain `QueryRow`."""
 
     start: int
     end: int
@@ -105,7 +120,7 @@ def rope_and_kv_write(
 
 
 def paged_attention(
-    query: Tensor, cache_layer: Tensor, rows: Sequence[AttentionRow], scale: float
+    query: Tensor, cache_layer: Tensor, rows: Sequence[QueryRow], scale: float
 ) -> Tensor:
     """Attend each token causally to its sequence's positions, its own included.
 
@@ -134,7 +149,7 @@ def paged_attention(
     return out
 
 
-def pack_rows(rows: Sequence[AttentionRow]) -> ctypes.Array[SequenceRow]:
+def pack_rows(rows: Sequence[QueryRow]) -> ctypes.Array[SequenceRow]:
     """Return the C form; the rows' block_ids must outlive it."""
     native = (SequenceRow * len(rows))()
     for target, row in zip(native, rows, strict=True):

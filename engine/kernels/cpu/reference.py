@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.kernels.cpu.ops import AttentionRow, Rotary
+from engine.kernels.cpu.ops import QueryRow, Rotary
 
 BLOCK: Final = 32
 # Below it 127 / largest would overflow; such a block counts as zeros.
@@ -98,7 +98,7 @@ def rope_and_kv_write(
 
 
 def paged_attention(
-    query: Tensor, cache_layer: Tensor, rows: Sequence[AttentionRow], scale: float
+    query: Tensor, cache_layer: Tensor, rows: Sequence[QueryRow], scale: float
 ) -> Tensor:
     """See `ops.paged_attention`."""
     slots = cache_layer.flatten(0, 1)

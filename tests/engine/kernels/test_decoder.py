@@ -22,7 +22,7 @@ from tests.engine.kernels.quantized import random_rows
 HIDDEN, INTERMEDIATE, VOCABULARY, NUM_LAYERS = 64, 96, 50, 3
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 6, 2, 32, 8, 96
 ROTARY = cpu.Rotary(10000.0 ** -(torch.arange(HEAD_DIM // 2) * 2 / HEAD_DIM))
-SHAPE = NativeShape(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HEAD_DIM**-0.5, 1e-5, ROTARY)
+SHAPE = NativeShape(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM**-0.5, 1e-5, ROTARY)
 EMBEDDING = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(3))
 
 

@@ -157,7 +157,7 @@ def test_directory_that_does_not_decide_is_refused(
 
 def test_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
     """A missing path, and a file of another kind, say what to give instead."""
-    with pytest.raises(ModelSourceError, match="does not exist"):
+    with pytest.raises(BadModelFile, match="does not exist"):
         _resolve(tmp_path / "absent")
     path = _fill(tmp_path, "model.safetensors") / "model.safetensors"
     with pytest.raises(InvalidValue, match="give the directory"):
