@@ -80,6 +80,7 @@ class ToyDaemon:
         self.folder = Path(tempfile.mkdtemp(prefix="ctx-"))
         document = {
             "paths": {"runtime_dir": f"{self.folder}/run", "state_dir": f"{self.folder}/state"},
+            "role": "gateway",  # no engine: its fork server would import torch in every test
             **sections,
         }
         self.order = ToyOrder(msgspec.convert(document, Settings), children, num_listeners)

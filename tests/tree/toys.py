@@ -241,9 +241,9 @@ class Rank(SyncActor):
             self.report_progress(0.1, "loading")
             time.sleep(600)
         if mode == "slow":
-            for step in range(6):
-                time.sleep(0.1)
-                self.report_progress(step / 6, "loading")
+            for step in range(8):
+                time.sleep(0.3)
+                self.report_progress(step / 8, "loading")
 
     def poll(self) -> bool:
         """Count down the work there is."""
