@@ -191,7 +191,9 @@ class Weights:
         ]
         bias = torch.cat(biases) if biases else None
         weight = stack_rows(matrices)
-        packed = pack_native(weight, bias, self.backend) if self.device.type == "cpu" else None
+        packed = None
+        if self.device.type == "cpu":
+            packed = pack_native(weight, bias, self.dtype, self.backend)
         if packed is not None:
             return Linear.from_products([packed], in_features)
         owned = (

@@ -60,5 +60,5 @@ class Embedding:
 
 def tied_embedding(weight: Weight, *, dtype: torch.dtype, backend: Backend) -> Embedding | None:
     """Return an embedding over the mapped view `weight` with a native head; None without one."""
-    head = pack_native(weight, None, backend)
+    head = pack_native(weight, None, dtype, backend)
     return None if head is None else Embedding(weight, dtype=dtype, native_head=head)
