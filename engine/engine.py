@@ -37,8 +37,8 @@ class Model(Protocol):
     """What `engine/models/*` provide."""
 
     @property
-    def is_native(self) -> bool:
-        """Whether the CPU's own kernels run every operation."""
+    def backend_name(self) -> str:
+        """What computes: "native", "native linears" or "reference"."""
         ...
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -73,7 +73,7 @@ class Engine:
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self.backend_name = "native" if model.is_native else "reference"
+        self.backend_name = model.backend_name
         self._device = device
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
@@ -96,6 +96,8 @@ class Engine:
 
         Raises: BadModelFile, UnsupportedArchitecture, InsufficientMemory, ConfigError.
         """
+        # The first use on a machine may compile the CPU kernels, which takes some seconds.
+        progress(0.0, "preparing")
         devices.set_num_threads(settings)
         device = devices.choose_device(settings)
         dtype = devices.choose_dtype(settings, device, spec, files.format == "gguf")

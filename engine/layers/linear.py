@@ -147,6 +147,11 @@ class Linear:
         return parts if len(parts) == len(self._products) else None
 
     @property
+    def is_native(self) -> bool:
+        """Whether a native kernel computes any part."""
+        return any(isinstance(product, NativeProduct) for product in self._products)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of weights held."""
         return sum(product.num_bytes for product in self._products)

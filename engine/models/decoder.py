@@ -6,6 +6,8 @@ tokens (num_tokens, hidden_size); the residual stream is added to in place.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -97,9 +99,13 @@ class Decoder:
         self._native = native_decoder(self) if weights.dtype == torch.float32 else None
 
     @property
-    def is_native(self) -> bool:
-        """Whether a step is one call of the native kernels."""
-        return self._native is not None
+    def backend_name(self) -> str:
+        """What computes: "native" (a step is one native call), "native linears", "reference"."""
+        if self._native is not None:
+            return "native"
+        return (
+            "native linears" if any(linear.is_native for linear in self._linears()) else "reference"
+        )
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Return the logits (num_logit_rows, vocab_size); K and V of all tokens go to the cache."""
@@ -112,6 +118,12 @@ class Decoder:
         if len(batch.logit_rows) == 0:
             return hidden.new_empty(0, self.spec.vocab_size)
         return self.head(self.norm(hidden.index_select(0, batch.logit_rows)))
+
+    def _linears(self) -> Iterator[Linear]:
+        for layer in self.layers:
+            yield from (layer.attention.qkv, layer.attention.output)
+            yield from (layer.mlp.gate_up, layer.mlp.down)
+        yield self.head
 
     def _build_layer(self, weights: Weights, index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}."
