@@ -72,6 +72,7 @@ _FORWARDED: Final = {
     "model.unload": "router",
     "model.retry": "router",
     "model.pull": "store",
+    "host": "poller",
 }
 _LONG: Final = frozenset({"model.load", "model.unload", "model.retry", "model.pull"})
 
