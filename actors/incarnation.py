@@ -66,7 +66,7 @@ class Incarnation:
         self._on_ready = on_ready
         self._on_exit = on_exit
         self.address = Address(member.spec.name, member.incarnation)
-        self.is_welcome = False
+        self.wants_events = False
         self.error: ErrorInfo | None = None
         self.reason = ""
         self.exit_code: int | None = None
@@ -134,6 +134,7 @@ class Incarnation:
 
     async def _stop_now(self, reason: str) -> None:
         self._move("stopping", reason)
+        self.wants_events = False  # else a full link of an exiting actor would count as a hang
         self._host.bus.tell(self.address, Stop())
         if await self._exits_within(self._member.stop_timeout_s(self._host.settings)):
             return
@@ -245,7 +246,7 @@ class Incarnation:
                 self.error = body
                 self._host.bus.tell(self.address, Stop())  # tells it that we have read this
             case Bye():
-                pass  # the exit follows; nothing depends on it
+                self.wants_events = False  # it closes its link and exits
             case _:
                 self._host.on_request(envelope)
 
