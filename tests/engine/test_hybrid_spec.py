@@ -8,8 +8,10 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3MoeConfig, Qwen3NextConfig
 
 from cortexd.errors import BadModelFile, CortexError, UnsupportedArchitecture
@@ -210,9 +212,6 @@ def test_arbitrary_fields_raise_nothing_else(nested: dict[str, Any], data: st.Da
 
 def test_vision_and_draft_tensors_are_skipped_and_others_are_not(tmp_path: Path) -> None:
     """What is not run may be there; anything else unknown is named as the file spells it."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     files = save_oracle(make_oracle("qwen3_5", seed=1), tmp_path / "m")
     path = Path(files.weights[0])
     tensors = load_file(path)
