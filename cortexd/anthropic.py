@@ -78,6 +78,12 @@ class ToolUseBlock(msgspec.Struct, frozen=True, tag="tool_use"):
 ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
+class OutputTokensDetails(msgspec.Struct, frozen=True):
+    """How many of the output's tokens were reasoning, its markers included."""
+
+    thinking_tokens: int
+
+
 class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Token counts: `input_tokens` are those that no cache held."""
 
@@ -85,6 +91,7 @@ class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: OutputTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag="message"):
@@ -209,6 +216,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, tag="model", omit_def
     id: str
     display_name: str
     created_at: str
+    lifecycle: str
     max_input_tokens: int | None = None
     max_tokens: int | None = None
 
@@ -225,10 +233,14 @@ class ModelPage(msgspec.Struct, frozen=True, kw_only=True):
 def usage_of(usage: Usage) -> MessageUsage:
     """Return token counts in this dialect."""
     cached = usage.prompt_tokens_details.cached_tokens
+    details = usage.completion_tokens_details
     return MessageUsage(
         input_tokens=usage.prompt_tokens - cached,
         cache_read_input_tokens=cached,
         output_tokens=usage.completion_tokens,
+        output_tokens_details=(
+            msgspec.UNSET if details is None else OutputTokensDetails(details.reasoning_tokens)
+        ),
     )
 
 

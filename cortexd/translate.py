@@ -8,6 +8,8 @@ block of a kind that is unknown here goes along as its own JSON; one that needs 
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from cortexd.anthropic import CountTokensRequest, MessagesRequest
@@ -15,6 +17,8 @@ from cortexd.errors import InvalidType, InvalidValue, MissingParameter, Unsuppor
 from cortexd.openai import ChatCompletionRequest, JsonObject
 from cortexd.tools import shown, string_field
 from cortexd.translate_tools import translate_tool, translate_tool_choice
+
+_THINKING: Final = ("enabled", "adaptive", "between_tools", "disabled")
 
 
 class Translation(msgspec.Struct, frozen=True):
@@ -77,9 +81,9 @@ def _wants_thinking(thinking: JsonObject | None) -> bool:
     if thinking is None:
         return False
     kind = thinking.get("type")
-    if kind not in ("enabled", "disabled", "adaptive"):
+    if kind not in _THINKING:
         raise InvalidValue(
-            f"thinking.type is {shown(kind)}; allowed: enabled, adaptive, disabled",
+            f"thinking.type is {shown(kind)}; allowed: {', '.join(_THINKING)}",
             param="thinking.type",
         )
     return bool(kind != "disabled")

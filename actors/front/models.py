@@ -120,6 +120,7 @@ def _info(card: ModelCard) -> ModelInfo:
         id=card.id,
         display_name=card.id,
         created_at=datetime.fromtimestamp(card.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        lifecycle="active",
         max_input_tokens=card.max_input_tokens,
         max_tokens=card.max_output_tokens,
     )

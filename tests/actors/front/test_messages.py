@@ -173,6 +173,9 @@ async def test_thinking_text_and_tool_use_blocks_keep_their_order() -> None:
         assert (call["name"], call["input"]) == ("weather", {"city": "Köln", "n": 1.10})
         assert call["id"].startswith("toolu_")
         assert unary["stop_reason"] == "tool_use"
+        # The double's tokens are bytes: the last of a start marker's opens the section.
+        thought = len(">\nhm 🙂\n</think>".encode()) + len(">x</think>")
+        assert unary["usage"]["output_tokens_details"] == {"thinking_tokens": thought}
 
 
 @pytest.mark.parametrize(
@@ -420,6 +423,7 @@ async def test_models_in_the_shape_of_the_asking_client() -> None:
                     "id": model,
                     "display_name": model,
                     "created_at": "2023-11-14T22:13:20Z",
+                    "lifecycle": "active",
                     "max_input_tokens": CONTEXT - 1,
                     "max_tokens": CONTEXT,
                 }
