@@ -17,9 +17,9 @@ type: $(VENV)/.ready-test
 	$(BIN)/mypy
 test: lint type
 	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" $(ARGS)
 chaos: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m chaos $(ARGS)
+	$(BIN)/python -m pytest -m chaos -s $(ARGS)
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench $(ARGS)
 clean:

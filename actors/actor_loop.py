@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Awaitable, Coroutine
 from typing import Any, Final
 
-from actors.actor import ActorContext, AsyncActor, handlers_of
+from actors.actor import ActorContext, AsyncActor, Handler, handlers_of
 from actors.asks import AsyncAsks
 from actors.link import Link
-from actors.mailbox import MAX_RUNNING_HANDLERS
+from actors.mailbox import MAX_RUNNING_HANDLERS, DeadLetters
 from actors.registry import Registry, RegistryEvent
 from cortexd.errors import CortexError, DeadlineExceeded, ErrorInfo, Internal, MailboxFull
 from cortexd.log import event
@@ -63,9 +63,9 @@ class ActorLoop:
         self._log = context.log
         self._link = Link(context)
         self._asks = AsyncAsks(self._link.next_id)
-        self._actor = actor_class(context)
-        self._actor.attach(self)
-        self._handlers = handlers_of(self._actor)
+        self._actor_class = actor_class
+        self._actor: AsyncActor
+        self._handlers: dict[type[Message], Handler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._early: deque[Envelope] = deque()
         self._events: deque[RegistryEvent] = deque()
@@ -80,6 +80,11 @@ class ActorLoop:
     def peers(self) -> Registry:
         """Return the live view of the other actors."""
         return self._link.peers
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """Return what could not be delivered here."""
+        return self._link.dead_letters
 
     def tell(self, name: str, body: Message) -> None:
         """Send without waiting for an answer."""
@@ -131,6 +136,9 @@ class ActorLoop:
         try:
             async with asyncio.timeout(_WELCOME_TIMEOUT_S):
                 await self._welcomed.wait()
+            self._actor = self._actor_class(self._context)
+            self._actor.attach(self)
+            self._handlers = handlers_of(self._actor)
             await self._until_stopped(self._actor.on_start())
         except Exception as error:
             return await self._die(error)
@@ -143,7 +151,8 @@ class ActorLoop:
             await self._stop.wait()
         if self._failure is not None:
             return 1
-        await self._call("on_stop", self._actor.on_stop())
+        if self._is_started:
+            await self._call("on_stop", self._actor.on_stop())
         self._link.tell_root(Bye())
         return 0
 
@@ -184,6 +193,8 @@ class ActorLoop:
         self._stop.set()
 
     async def _drain_actor(self, deadline_s: float) -> None:
+        if not self._is_started:
+            return
         try:
             async with asyncio.timeout(deadline_s):
                 await self._actor.on_drain(deadline_s)

@@ -47,6 +47,7 @@ from cortexd.errors import (
 from cortexd.messages import ListModels, ModelList
 from cortexd.messages.admin import AdminCommand, AdminProgress, AdminReply
 from cortexd.messages.control import SetLogLevel
+from cortexd.messages.envelope import ROOT
 
 PROTOCOL_VERSION: Final = 1
 _Args = TypeVar("_Args")
@@ -63,6 +64,7 @@ _FORWARDED: Final = {
     "model.unload": "router",
     "model.retry": "router",
     "model.pull": "store",
+    "host": "poller",
 }
 _LONG: Final = frozenset({"model.load", "model.unload", "model.retry", "model.pull"})
 
@@ -274,11 +276,9 @@ class Admin:
     ) -> None:
         self._send(client, {"event": kind, "op_id": operation.op_id, "data": data})
 
-    def _run_operation(
-        self, client: _Client, op: str, target: str, work: Coroutine[Any, Any, None]
-    ) -> None:
-        """Answer "accepted", then carry out `work` and report its end."""
-        operation = self._operations.begin(op, target)
+    def _run_operation(self, client: _Client, op: str, work: Coroutine[Any, Any, None]) -> None:
+        """Answer "accepted", then carry out `work` here in the root and report its end."""
+        operation = self._operations.begin(op, ROOT.name)
         self._answer(client, {"op_id": operation.op_id, "accepted": True})
         operation.listen(lambda kind, one, data: self._on_operation(client, kind, one, data))
         self._spawn(_finish(operation, work))
@@ -363,15 +363,15 @@ class Admin:
 
     async def _actor_stop(self, client: _Client, args: dict[str, msgspec.Raw]) -> None:
         name = self._light_name(args)
-        self._run_operation(client, "actor.stop", name, self._supervisor.stop_actor(name))
+        self._run_operation(client, "actor.stop", self._supervisor.stop_actor(name))
 
     async def _actor_start(self, client: _Client, args: dict[str, msgspec.Raw]) -> None:
         name = self._light_name(args)
-        self._run_operation(client, "actor.start", name, self._supervisor.start_actor(name))
+        self._run_operation(client, "actor.start", self._supervisor.start_actor(name))
 
     async def _actor_restart(self, client: _Client, args: dict[str, msgspec.Raw]) -> None:
         name = self._light_name(args)
-        self._run_operation(client, "actor.restart", name, self._supervisor.restart_actor(name))
+        self._run_operation(client, "actor.restart", self._supervisor.restart_actor(name))
 
     async def _actor_kill(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
         name = _decode(args, _Name).name

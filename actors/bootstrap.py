@@ -143,23 +143,21 @@ def _run(start: ActorStart) -> int:
         rank=start.rank,
         world_size=start.world_size,
     )
-    try:
-        actor_class = _load_target(start.target)
-    except Exception as error:
-        return _refuse_to_start(context, start.target, error)
-    return _run_actor(actor_class, context)
-
-
-def _run_actor(actor_class: type, context: Any) -> int:
     from actors.sync_actor import SyncActor
 
-    if issubclass(actor_class, SyncActor):
-        return actor_class(context).run()
+    rank: SyncActor | None = None
+    try:
+        actor_class = _load_target(start.target)
+        if issubclass(actor_class, SyncActor):
+            rank = actor_class(context)
+    except Exception as error:
+        return _refuse_to_start(context, start.target, error)
+    if rank is not None:
+        return rank.run()
     from actors.actor import AsyncActor
     from actors.actor_loop import run_actor
 
     assert issubclass(actor_class, AsyncActor), f"{actor_class} is no actor"
-
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
         return runner.run(run_actor(actor_class, context))
 
@@ -195,7 +193,7 @@ def _refuse_to_start(context: Any, target: str, error: Exception) -> int:
 
 
 def _import_text(target: str, error: Exception) -> str:
-    text = f"cannot import {target}: {type(error).__name__}: {error}"
+    text = f"cannot make {target}: {type(error).__name__}: {error}"
     if isinstance(error, ModuleNotFoundError):
         text += f"; install {error.name} into {sys.prefix}"
     return text

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-from cortexd.messages.envelope import Envelope
 
 from actors.actor import AsyncActor, handles
 from cortexd.catalogue import Catalogue
@@ -23,6 +22,7 @@ from cortexd.messages import (
     ProposeEviction,
     UnloadIdle,
 )
+from cortexd.messages.envelope import Envelope
 
 _IDLE_CHECK_PERIOD_S = 1.0
 

@@ -34,7 +34,7 @@ class Group:
     def __init__(self, host: Host, order: StartGroup, last_epoch: int) -> None:
         supervision = host.settings.supervision
         self._host = host
-        self._order = order
+        self.order = order
         self.name = order.group
         self.epoch = last_epoch
         self.members: list[Member] = []
@@ -69,7 +69,7 @@ class Group:
         self._timer = None
         self._is_down = False
         self.epoch += 1
-        self.members = [self._new_member(rank) for rank in range(self._order.world_size)]
+        self.members = [self._new_member(rank) for rank in range(self.order.world_size)]
         self.incarnations = [
             Incarnation(self._host, member, on_ready=self._on_ready, on_exit=self._on_exit)
             for member in self.members
@@ -101,18 +101,18 @@ class Group:
     def _new_member(self, rank: int) -> Member:
         spec = ChildSpec(
             name=f"{self.name}/{rank}",
-            target=self._order.target,
-            args=self._order.args,
+            target=self.order.target,
+            args=self.order.args,
             restart="temporary",
             preload="engine",
-            start_timeout_s=self._order.start_timeout_s,
+            start_timeout_s=self.order.start_timeout_s,
         )
         return Member(
             spec,
             group=self.name,
             epoch=self.epoch,
             rank=rank,
-            world_size=self._order.world_size,
+            world_size=self.order.world_size,
             incarnation=self.epoch,
             restarts=self._restarts,
         )
@@ -214,7 +214,11 @@ class Groups:
         return any(group.has_failed for group in self._groups.values())
 
     def start_group(self, order: StartGroup) -> GroupStarting:
-        """Start a group. Raises: InvalidValue for a bad order or a group that runs."""
+        """Start a group; asking again for the same one is answered with the epoch that runs.
+
+        A router that restarted while a model loads asks again. Raises: InvalidValue for a bad
+        order, or another order for a group that runs.
+        """
         if not is_valid_name(f"{order.group}/0") or "/" in order.group:
             raise InvalidValue(f'bad group name "{order.group}"; allowed: letters, digits, ._-')
         if not 1 <= order.world_size <= _MAX_WORLD_SIZE:
@@ -224,8 +228,12 @@ class Groups:
         if self.is_closed:
             raise InvalidValue(f"{order.group}: the daemon is stopping")
         known = self._groups.get(order.group)
-        if known is not None and known.is_alive:
-            raise InvalidValue(f'group "{order.group}" runs already (epoch {known.epoch})')
+        if known is not None and known.is_alive and not known.is_stopping:
+            if known.order == order:
+                return GroupStarting(order.group, known.epoch)
+            raise InvalidValue(
+                f'group "{order.group}" runs already with another order (epoch {known.epoch})'
+            )
         if known is not None:
             self._forget(known)
         group = Group(self._host, order, self._epochs.get(order.group, 0))

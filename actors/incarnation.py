@@ -119,9 +119,6 @@ class Incarnation:
         """Start the process; the rest follows by itself."""
         self._move("starting", reason)
         self._host.bus.register(self)
-        timeout_s = self._member.start_timeout_s(self._host.settings)
-        self._start_deadline_s = time.monotonic() + timeout_s
-        self._later("start", timeout_s, self._check_start)
         self._spawn(self._live())
 
     def kill(self, reason: str, *, commanded: bool = False) -> None:
@@ -205,6 +202,9 @@ class Incarnation:
             )
         finally:
             os.close(write_fd)
+        timeout_s = member.start_timeout_s(self._host.settings)
+        self._start_deadline_s = time.monotonic() + timeout_s
+        self._later("start", timeout_s, self._check_start)
         self._pipe.pid = member.pid = self._process.pid
         self._host.events.add(
             "actor.started",

@@ -12,7 +12,6 @@ import time
 from typing import TYPE_CHECKING
 
 import msgspec
-from cortexd.messages.envelope import Envelope
 
 from actors.actor import handles
 from actors.sync_actor import SyncActor
@@ -30,6 +29,7 @@ from cortexd.messages import (
     Submit,
     TokenBatch,
 )
+from cortexd.messages.envelope import Envelope
 from cortexd.messages.inference import SequenceDelta
 from cortexd.models import RankArgs
 

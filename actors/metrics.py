@@ -8,7 +8,6 @@ Names and labels are the reference system's where those exist.
 from __future__ import annotations
 
 from aiohttp import web
-from cortexd.messages.envelope import Envelope
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -20,6 +19,7 @@ from cortexd.messages import (
     MetricsSample,
     RequestFinished,
 )
+from cortexd.messages.envelope import Envelope
 
 _DURATION_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 _FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)

@@ -102,6 +102,9 @@ class ModelLoader:
             code=error.code,
             error=error.message,
         )
+        # An id that somebody got wrong is not a model of this host that failed.
+        if error.http_status < 500:
+            self._router.forget(model)
 
     async def _resolve(self, model: ManagedModel) -> ResolvedFiles:
         settings = self._router.context.settings.store
@@ -180,7 +183,7 @@ class ModelLoader:
         if model.state != "loading":
             return  # unloaded meanwhile
         model.files, model.spec = resolved.files, resolved.spec
-        model.stage = "starting"
+        model.stage, model.progress = "starting", 0.0
         settings = self._router.context.settings.supervision
         timeout_s = (
             settings.start_timeout_s

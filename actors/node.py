@@ -14,6 +14,7 @@ import msgspec
 
 from actors.root import run_root
 from actors.router import RouterArgs
+from actors.runtime_dir import RuntimeDir
 from actors.spec import GROUP_STOP_ORDER, ChildSpec
 from cortexd.address import parse_host_port
 from cortexd.catalogue import Catalogue, load_catalogue
@@ -21,7 +22,7 @@ from cortexd.demo import DEMO_ALIAS, DEMO_MODEL
 from cortexd.desired import forget_desired
 from cortexd.errors import ConfigError
 from cortexd.models import LoadOptions
-from cortexd.paths import prepare_runtime_dir
+from cortexd.paths import runtime_dir
 from cortexd.settings import Settings
 
 # Fronts drain first, while engines (GROUP_STOP_ORDER) and router still serve their streams.
@@ -42,16 +43,27 @@ def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> in
             'use role = "all" or "neuron"'
         )
     catalogue = _catalogue(settings)
-    listeners = bind_listeners(settings)
+    # The lock first: a second daemon must learn who runs, not that a port is taken.
+    locked = RuntimeDir(runtime_dir(settings))
+    listeners: dict[str, socket.socket] = {}
     try:
+        listeners = bind_listeners(settings)
         addresses = {name: _address(listener) for name, listener in listeners.items()}
-        forget_desired(prepare_runtime_dir(settings))
+        forget_desired(locked.path)
+        specs = child_specs(settings, catalogue, listeners)
+    except BaseException:
+        for listener in listeners.values():
+            listener.close()
+        locked.close()
+        raise
+    try:
         return run_root(
             settings,
-            child_specs(settings, catalogue, listeners),
+            specs,
             listeners,
             addresses=addresses,
             on_ready=lambda: on_ready(addresses),
+            locked=locked,
         )
     finally:
         for listener in listeners.values():

@@ -55,16 +55,17 @@ def run_root(
     *,
     on_ready: Callable[[], None],
     addresses: dict[str, str] | None = None,
+    locked: RuntimeDir | None = None,
 ) -> int:
     """Run the daemon in this process; return its exit code: 0, 1 (an actor failed), 130 (killed).
 
-    `addresses` ("api", "metrics", "neuron" → "host:port") is what `status` shows. `on_ready` is
-    called once, when all children are ready. Raises: AlreadyRunning, ConfigError; then nothing
-    was started.
+    `locked` is the runtime folder when the caller took it already; it is closed here. `addresses`
+    ("api", "metrics", "neuron" → "host:port") is what `status` shows. `on_ready` is called once,
+    when all children are ready. Raises: AlreadyRunning, ConfigError; then nothing was started.
     """
     if sys.platform != "linux":
         raise ConfigError(f"cortexd needs Linux 5.4 or later (pidfd, lifeline), not {sys.platform}")
-    locked = RuntimeDir(runtime_dir(settings))
+    locked = locked or RuntimeDir(runtime_dir(settings))
     try:
         with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
             root = Root(

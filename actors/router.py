@@ -173,7 +173,7 @@ class Router(AsyncActor):
             if not message.wait:
                 raise loading_error(model)
             await self._wait(model, message, envelope)
-            if model.options.model_id not in self.models:
+            if model.options.model_id not in self.models and not model.error:
                 raise self._not_found(message.model)
         model.leases[message.request_id] = f"{envelope.src.name}.{envelope.src.incarnation}"
         model.last_used = time.monotonic()
@@ -310,9 +310,17 @@ class Router(AsyncActor):
             event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
 
     async def _adopt(self, model: ManagedModel, leader: str, incarnation: int, epoch: int) -> None:
-        loaded = await self.ask(leader, DescribeModel(), deadline_s=_DESCRIBE_DEADLINE_S)
+        """Route to a leader that is ready; a busy one is asked until it answers or is gone."""
+        while True:
+            try:
+                loaded = await self.ask(leader, DescribeModel(), deadline_s=_DESCRIBE_DEADLINE_S)
+                break
+            except DeadlineExceeded:
+                peer = self.peers.get(leader)
+                if peer is None or peer.incarnation != incarnation:
+                    return
         assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
-        if model.state in {"loading", "recovering"}:
+        if model.is_in("loading", "recovering", "failed"):
             model.set_loaded(loaded, leader, incarnation, epoch)
 
     # For the loader and the admin commands
@@ -371,8 +379,8 @@ class Router(AsyncActor):
         return model
 
     def forget(self, model: ManagedModel) -> None:
-        """Drop an unloaded model that only an explicit load had brought here."""
-        if not model.is_known and model.state == "unloaded":
+        """Drop a model that does not run and that only an explicit load had brought here."""
+        if not model.is_known and model.state in {"unloaded", "failed"}:
             self.models.pop(model.options.model_id, None)
             model.wake()
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from cortexd.errors import CortexError, InvalidRequest, MailboxFull, NotFound
-from cortexd.log import event
-from cortexd.messages import AdminCommand, AdminProgress, AdminReply
+from actors.operation_report import report_operation
+from cortexd.errors import CortexError, InvalidRequest, NotFound
+from cortexd.messages import AdminCommand, AdminReply
 from cortexd.models import LoadOptions
 
 if TYPE_CHECKING:
@@ -108,23 +108,12 @@ class RouterAdmin:
         try:
             await work
         except CortexError as error:
-            self._report(operation_id, "failed", error.to_info())
+            report_operation(self._router, operation_id, "failed", error.to_info())
             return
         model = self._router.models.get(self._router.aliases.get(model_id, model_id))
-        self._report(operation_id, "done", model.status() if model else {"model_id": model_id})
-
-    def _report(self, operation_id: str, kind: str, data: object) -> None:
-        try:
-            self._router.tell("root", AdminProgress(operation_id, kind, _json(data)))
-        except MailboxFull:
-            event(self._router.log, "admin.progress_dropped", 30, operation=operation_id)
-
-
-def _json(data: object) -> bytes:
-    """Encode structs as JSON objects (errors travel as arrays between actors, not to people)."""
-    if isinstance(data, msgspec.Struct):
-        data = msgspec.structs.asdict(data)
-    return msgspec.json.encode(data)
+        report_operation(
+            self._router, operation_id, "done", model.status() if model else {"model_id": model_id}
+        )
 
 
 def _decode(command: AdminCommand, args_type: type[T]) -> T:

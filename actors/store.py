@@ -13,19 +13,19 @@ import time
 from typing import Any
 
 import msgspec
-from cortexd.messages.envelope import Envelope
 
 from actors.actor import AsyncActor, handles
+from actors.operation_report import report_operation
 from cortexd.errors import ActorDown, CortexError, Internal, MailboxFull, NotFound
 from cortexd.log import event
 from cortexd.messages import (
     AdminCommand,
-    AdminProgress,
     AdminReply,
     ResolvedFiles,
     ResolveFiles,
     ResolveProgress,
 )
+from cortexd.messages.envelope import Envelope
 from cortexd.paths import cache_dir
 
 _PROGRESS_PERIOD_S = 0.25
@@ -86,9 +86,9 @@ class Store(AsyncActor):
                 arguments.model_id, arguments.quant, operation_id, "operation"
             )
         except CortexError as error:
-            self._report(operation_id, "failed", error.to_info())
+            report_operation(self, operation_id, "failed", error.to_info())
             return
-        self._report(operation_id, "done", resolved.files)
+        report_operation(self, operation_id, "done", resolved.files)
 
     async def _resolve(
         self, model_id: str, quant: str | None, listener: str, kind: str
@@ -133,7 +133,6 @@ class Store(AsyncActor):
 
     def _resolve_blocking(self, key: Key, progress: Any, cancel: threading.Event) -> ResolvedFiles:
         from engine.preflight import inspect
-
         from engine.sources import resolve
 
         settings = self.context.settings.store
@@ -149,16 +148,9 @@ class Store(AsyncActor):
         message = ResolveProgress(key[0], stage, done_bytes, total_bytes)
         for listener, kind in resolution.listeners.items():
             if kind == "operation":
-                self._report(listener, "progress", message)
+                report_operation(self, listener, "progress", message)
                 continue
             try:
                 self.tell(listener, message)
             except (ActorDown, MailboxFull):
                 continue  # progress is advisory; the answer itself is not
-
-    def _report(self, operation_id: str, kind: str, data: object) -> None:
-        body = AdminProgress(operation_id, kind, msgspec.json.encode(msgspec.to_builtins(data)))
-        try:
-            self.tell("root", body)
-        except MailboxFull:
-            event(self.log, "admin.progress_dropped", 30, operation=operation_id)

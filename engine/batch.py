@@ -20,8 +20,7 @@ class BatchRow:
     """One sequence's query tokens start..end-1 of the batch, and where its KV stands.
 
     The KV is read in place from `first_slot` on when the blocks are consecutive (`block_ids` is
-    None), else gathered by `block_ids` (int64). `mask` (num_tokens, kv_len) is True where a query
-    may look; None when causality needs none (one query) or the whole prompt starts here.
+    None), else gathered by `block_ids` (int64).
     """
 
     start: int
@@ -29,7 +28,18 @@ class BatchRow:
     kv_len: int
     first_slot: int
     block_ids: Tensor | None
-    mask: Tensor | None
+    _mask: Tensor | None = None
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """Return (num_tokens, kv_len), True where a query may look; made by the first layer.
+
+        None when a single query sees everything, or a prompt's first chunk is plainly causal.
+        """
+        num_tokens = self.end - self.start
+        if self._mask is None and 1 < num_tokens < self.kv_len:
+            queries = torch.arange(self.kv_len - num_tokens, self.kv_len, device=device)
+            self._mask = torch.arange(self.kv_len, device=device)[None, :] <= queries[:, None]
+        return self._mask
 
 
 @dataclass(slots=True)
@@ -82,15 +92,10 @@ def _build_row(planned: PlannedRow, start: int, block_size: int, device: torch.d
     is_consecutive = blocks[-1] - blocks[0] == len(blocks) - 1 and all(
         block == blocks[0] + index for index, block in enumerate(blocks)
     )
-    mask: Tensor | None = None
-    if planned.num_tokens > 1 and planned.start > 0:
-        queries = torch.arange(planned.start, kv_len, device=device)
-        mask = torch.arange(kv_len, device=device)[None, :] <= queries[:, None]
     return BatchRow(
         start=start,
         end=start + planned.num_tokens,
         kv_len=kv_len,
         first_slot=blocks[0] * block_size,
         block_ids=None if is_consecutive else torch.tensor(blocks, device=device),
-        mask=mask,
     )

@@ -65,13 +65,6 @@ def set_num_threads(settings: EngineSettings) -> None:
         native.set_num_threads(count)
 
 
-def backend_name(settings: EngineSettings, device: torch.device) -> str:
-    """Return which implementation of the operations runs, as users name it."""
-    if settings.backend == "auto" and device.type == "cpu" and native.available():
-        return "native"
-    return "reference"
-
-
 def free_memory_bytes(device: torch.device) -> int:
     """Return how much memory can be had on the device now."""
     if device.type == "cuda":

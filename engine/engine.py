@@ -36,6 +36,11 @@ from engine.throughput import MovingRate
 class Model(Protocol):
     """What `engine/models/*` provide."""
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the CPU's own kernels run every operation."""
+        ...
+
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run the batch; return the logits (num_logit_rows, vocab_size)."""
         ...
@@ -63,12 +68,12 @@ class Engine:
         self.scheduler = Scheduler(
             settings, BlockPool(size.num_blocks), settings.block_size, size.context
         )
-        self.sampler = Sampler(spec.vocab_size)
+        self.sampler = Sampler()
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self.backend_name = devices.backend_name(settings, device)
+        self.backend_name = "native" if model.is_native else "reference"
         self._device = device
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()

@@ -19,8 +19,8 @@ from engine.philox import uniform
 from engine.sequence import Sequence
 
 # A top-p set is looked for among so many of the most likely tokens before the whole vocabulary is
-# sorted: a sort of 50k float32 takes about ten times as long as this selection.
-MAX_TOP_P_CANDIDATES: Final = 1024
+# sorted. Of 49152 float32, one CPU thread selects 64 in 0.09 ms, 1024 in 0.27 and sorts all in 5.
+TOP_P_CANDIDATES: Final = (64, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +33,29 @@ class SampledToken:
     top_logprobs: list[float] = field(default_factory=list)
 
 
-@dataclass(slots=True)
 class _TokenCounts:
-    """What the penalties of one sequence need; both (vocab_size,)."""
+    """How often a sequence generated each of its tokens; 0 for those of the prompt alone."""
 
-    output: Tensor  # int32: how often each token was generated
-    seen: Tensor  # bool: in the prompt or the output
-    num_tokens: int  # of the sequence, counted so far
+    def __init__(self, sequence: Sequence) -> None:
+        self.num_tokens = sequence.num_prompt_tokens
+        self._counts = dict.fromkeys(sequence.token_ids[: self.num_tokens], 0)
+
+    def update(self, sequence: Sequence) -> None:
+        """Count what was generated since."""
+        for token_id in sequence.token_ids[self.num_tokens :]:
+            self._counts[token_id] = self._counts.get(token_id, 0) + 1
+        self.num_tokens = len(sequence.token_ids)
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the distinct ids (int64) and their counts (float32), both (num_distinct,)."""
+        ids = torch.tensor(list(self._counts), device=device)
+        return ids, torch.tensor(list(self._counts.values()), dtype=torch.float32, device=device)
 
 
 class Sampler:
     """Holds the token counts of the sequences that ask for penalties."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self) -> None:
         self._counts: dict[Sequence, _TokenCounts] = {}
 
     def release(self, sequence: Sequence) -> None:
@@ -93,42 +102,24 @@ class Sampler:
             ids = torch.tensor(sorted(sequence.stop_token_ids), device=raw.device)
             logits = logits.index_fill(0, ids, float("-inf"))
         if _has_penalties(submit):
-            counts = self._count(sequence, raw.device)
-            logits = apply_penalties(logits, counts.output, counts.seen, submit)
+            counts = self._counts.get(sequence) or _TokenCounts(sequence)
+            counts.update(sequence)
+            self._counts[sequence] = counts
+            logits = apply_penalties(logits, *counts.tensors(raw.device), submit)
         return logits
 
-    def _count(self, sequence: Sequence, device: torch.device) -> _TokenCounts:
-        """Return the sequence's counts, brought up to date."""
-        counts = self._counts.get(sequence)
-        if counts is None:
-            counts = _TokenCounts(
-                torch.zeros(self.vocab_size, dtype=torch.int32, device=device),
-                torch.zeros(self.vocab_size, dtype=torch.bool, device=device),
-                sequence.num_prompt_tokens,
-            )
-            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
-            counts.seen[torch.tensor(prompt, device=device)] = True
-            self._counts[sequence] = counts
-        for token_id in sequence.token_ids[counts.num_tokens :]:
-            counts.output[token_id] += 1
-            counts.seen[token_id] = True
-        counts.num_tokens = len(sequence.token_ids)
-        return counts
 
+def apply_penalties(logits: Tensor, ids: Tensor, counts: Tensor, submit: Submit) -> Tensor:
+    """Return penalised logits (vocab_size,): repetition for all `ids`, the others by `counts`.
 
-def apply_penalties(logits: Tensor, output: Tensor, seen: Tensor, submit: Submit) -> Tensor:
-    """Return penalised logits: repetition over prompt and output, the others over the output.
-
-    All (vocab_size,): logits float32, output counts int32, seen bool.
+    `ids` (int64, no duplicates) are the tokens of prompt and output, `counts` (float32) how often
+    each was generated.
     """
-    if submit.repetition_penalty != 1.0:
-        factor = submit.repetition_penalty
-        weakened = torch.where(logits > 0, logits / factor, logits * factor)
-        logits = torch.where(seen, weakened, logits)
-    if submit.frequency_penalty or submit.presence_penalty:
-        logits = logits - submit.frequency_penalty * output
-        logits = logits - submit.presence_penalty * (output > 0)
-    return logits
+    values = logits[ids]
+    factor = submit.repetition_penalty
+    values = torch.where(values > 0, values / factor, values * factor)
+    values = values - submit.frequency_penalty * counts - submit.presence_penalty * (counts > 0)
+    return logits.index_copy(0, ids, values)
 
 
 def _draw(logits: Tensor, submit: Submit, number: float) -> int:
@@ -172,10 +163,11 @@ def truncate(
 
 def _most_likely(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:
     """Return sorted probabilities and ids that hold at least `mass`, or all of them."""
-    if len(probabilities) > MAX_TOP_P_CANDIDATES:
-        values, ids = probabilities.topk(MAX_TOP_P_CANDIDATES)
-        if float(values.sum()) > mass:
-            return values, ids
+    for count in TOP_P_CANDIDATES:
+        if count < len(probabilities):
+            values, ids = probabilities.topk(count)
+            if float(values.sum()) > mass:
+                return values, ids
     values, ids = probabilities.sort(descending=True, stable=True)
     return values, ids
 

@@ -94,12 +94,17 @@ class Decoder:
         self.layers = [self._build_layer(weights, index) for index in range(spec.num_hidden_layers)]
         self.norm = self._build_norm(weights, FINAL_NORM)
         self.head = weights.head(self.embedding)
-        self._native = native_decoder(self)
+        self._native = native_decoder(self) if weights.dtype == torch.float32 else None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether a step is one call of the native kernels."""
+        return self._native is not None
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Return the logits (num_logit_rows, vocab_size); K and V of all tokens go to the cache."""
         hidden = self.embedding(batch.token_ids)
-        if self._native is not None and cache.blocks.dtype == torch.float32:
+        if self._native is not None:
             return self._native.step(hidden, batch, cache.blocks)
         tables = self.rope.tables(batch.positions)
         for layer in self.layers:

@@ -66,6 +66,11 @@ class Recorder:
         self.logits: list[Tensor] = []  # one (vocab_size,) per sampled row
         self.spoil: dict[int, float] = {}  # row of the next step with logits → value
 
+    @property
+    def is_native(self) -> bool:
+        """As the real model."""
+        return self.model.is_native
+
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run the real model."""
         logits = self.model.forward(batch, cache).clone()

@@ -275,6 +275,11 @@ class SmallMemory:
         self.model = model
         self.max_tokens = max_tokens
 
+    @property
+    def is_native(self) -> bool:
+        """As the real model."""
+        return self.model.is_native
+
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run, or raise what torch raises when memory is exhausted."""
         if len(batch.token_ids) > self.max_tokens:

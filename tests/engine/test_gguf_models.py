@@ -173,3 +173,23 @@ def test_native_kernels_stay_near_the_reference_and_are_batch_invariant(tmp_path
     tolerance = 0.0 if engine.backend_name == "native" else 1e-4
     for index in range(3):
         assert max_difference(together[index], alone[index]) <= tolerance
+
+
+def test_native_prompt_in_chunks_has_the_bits_of_one_pass(tmp_path: Path) -> None:
+    """However a prompt is cut, and whichever path computed a position, logits are the same."""
+    oracle = make_oracle("llama", seed=32, hidden_size=HIDDEN_SIZE, intermediate_size=64)
+    files = write_gguf(oracle, tmp_path / "m.gguf", Type.Q8_0)
+    prompt = random_prompt(60)
+    seen: list[Tensor] = []
+    for chunk in (16, 33, 64):
+        engine = load_engine(files, max_prefill_chunk=chunk)
+        recorder = record(engine)
+        tokens = generate(engine, prompt, max_tokens=4, ignore_eos=True)
+        seen.append(torch.stack(recorder.logits))
+    # The last generated token decoded beside prefilled ones: prefill all of it once more.
+    recorder.logits.clear()
+    generate(engine, prompt + tokens[:3], max_tokens=1, ignore_eos=True)
+    tolerance = 0.0 if engine.backend_name == "native" else 1e-4
+    for logits in seen:
+        assert max_difference(logits, seen[-1]) <= tolerance
+    assert max_difference(recorder.logits[0], seen[-1][3]) <= tolerance

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.sampler import MAX_TOP_P_CANDIDATES, SampledToken, Sampler, apply_penalties, truncate
+from engine.sampler import TOP_P_CANDIDATES, SampledToken, Sampler, apply_penalties, truncate
 from tests.engine.doubles import make_sequence, make_submit
 
 VOCAB_SIZE = 50
@@ -23,13 +23,13 @@ def random_logits(seed: int = 0, size: int = VOCAB_SIZE) -> Tensor:
 def sample(logits: Tensor, **fields: Any) -> SampledToken:
     """Sample one row for a sequence of prompt [1, 2, 3] and no output."""
     sequence = make_sequence([1, 2, 3], **fields)
-    return Sampler(logits.shape[0]).sample(logits.unsqueeze(0), [sequence])[0]
+    return Sampler().sample(logits.unsqueeze(0), [sequence])[0]
 
 
 def draw_many(logits: Tensor, count: int = 4000, **fields: Any) -> list[float]:
     """Return the share of each token over `count` seeds."""
     sequences = [make_sequence([1], seed=seed, temperature=1.0, **fields) for seed in range(count)]
-    sampler = Sampler(len(logits))
+    sampler = Sampler()
     tokens = [sampler.sample(logits.unsqueeze(0), [one])[0].token_id for one in sequences]
     return [tokens.count(token_id) / count for token_id in range(len(logits))]
 
@@ -67,7 +67,7 @@ def test_temperature_flattens_and_sharpens() -> None:
     """Logits are divided by the temperature."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     sequences = [make_sequence([1], seed=seed, temperature=2.0) for seed in range(4000)]
-    sampler = Sampler(4)
+    sampler = Sampler()
     tokens = [sampler.sample(logits.unsqueeze(0), [one])[0].token_id for one in sequences]
     for token_id, expected in enumerate(plain_probabilities(logits / 2)):
         assert abs(tokens.count(token_id) / 4000 - expected) < 0.03
@@ -82,7 +82,7 @@ def test_top_k_leaves_the_k_most_likely(top_k: int) -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.001, 0.3, 0.9, 0.999])
-@pytest.mark.parametrize("size", [VOCAB_SIZE, MAX_TOP_P_CANDIDATES + 500])
+@pytest.mark.parametrize("size", [VOCAB_SIZE, TOP_P_CANDIDATES[-1] + 500])
 def test_top_p_leaves_the_smallest_set_of_that_mass(top_p: float, size: int) -> None:
     """The set is the shortest head of the ranking that holds the mass; it is never empty."""
     logits = random_logits(2, size)
@@ -99,8 +99,8 @@ def test_top_p_leaves_the_smallest_set_of_that_mass(top_p: float, size: int) -> 
 
 def test_top_p_of_a_flat_distribution_sorts_the_whole_vocabulary() -> None:
     """More candidates than the short list holds: the full sort takes over."""
-    logits = torch.zeros(3 * MAX_TOP_P_CANDIDATES)
-    assert len(allowed(logits, top_p=0.9)) == pytest.approx(2.7 * MAX_TOP_P_CANDIDATES, abs=2)
+    logits = torch.zeros(3 * TOP_P_CANDIDATES[-1])
+    assert len(allowed(logits, top_p=0.9)) == pytest.approx(2.7 * TOP_P_CANDIDATES[-1], abs=2)
 
 
 @pytest.mark.parametrize("min_p", [0.01, 0.2, 1.0])
@@ -137,9 +137,8 @@ def test_penalties_equal_a_loop_over_tokens() -> None:
     submit = make_submit(
         prompt, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.25
     )
-    counts = torch.bincount(torch.tensor(output), minlength=VOCAB_SIZE).int()
-    seen = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
-    seen[prompt + output] = True
+    ids = sorted(set(prompt + output))
+    counts = torch.tensor([float(output.count(token_id)) for token_id in ids])
     expected = logits.tolist()
     for token_id in range(VOCAB_SIZE):
         value = expected[token_id]
@@ -148,7 +147,7 @@ def test_penalties_equal_a_loop_over_tokens() -> None:
         value -= 0.25 * output.count(token_id)
         value -= 0.5 * (token_id in output)
         expected[token_id] = value
-    got = apply_penalties(logits, counts, seen, submit)
+    got = apply_penalties(logits, torch.tensor(ids), counts, submit)
     assert got.tolist() == pytest.approx(expected, abs=1e-5)
 
 
@@ -158,7 +157,7 @@ def test_counts_grow_with_the_sequence_and_survive_preemption() -> None:
     logits[7] = 1.0
     logits[8] = 0.9
     sequence = make_sequence([1, 2], frequency_penalty=0.3)
-    sampler = Sampler(VOCAB_SIZE)
+    sampler = Sampler()
     tokens: list[int] = []
     for _ in range(4):
         token_id = sampler.sample(logits.unsqueeze(0), [sequence])[0].token_id
@@ -167,7 +166,7 @@ def test_counts_grow_with_the_sequence_and_survive_preemption() -> None:
         tokens.append(token_id)
     assert tokens == [7, 8, 7, 8]
     again = make_sequence([1, 2], tokens, frequency_penalty=0.3)
-    fresh = Sampler(VOCAB_SIZE).sample(logits.unsqueeze(0), [again])
+    fresh = Sampler().sample(logits.unsqueeze(0), [again])
     assert fresh == sampler.sample(logits.unsqueeze(0), [sequence])
 
 
@@ -183,7 +182,7 @@ def test_min_tokens_keeps_end_tokens_out_until_reached() -> None:
     """End tokens cannot be chosen while too few tokens are generated."""
     logits = random_logits(6)
     best = int(logits.argmax())
-    sampler = Sampler(VOCAB_SIZE)
+    sampler = Sampler()
     early = make_sequence([1], [2], min_tokens=2)
     late = make_sequence([1], [2, 3], min_tokens=2)
     for sequence in (early, late):
@@ -214,7 +213,7 @@ def test_same_seed_gives_the_same_token_whatever_the_batch() -> None:
     """A row's draw depends on its own seed and position only."""
     logits = torch.stack([random_logits(seed) for seed in range(8)])
     batch = [make_sequence([1], seed=seed, temperature=1.0) for seed in range(8)]
-    sampler = Sampler(VOCAB_SIZE)
+    sampler = Sampler()
     together = sampler.sample(logits, batch)
     alone = [sampler.sample(logits[i : i + 1], batch[i : i + 1])[0] for i in range(8)]
     backwards = sampler.sample(logits.flip(0), batch[::-1])[::-1]
@@ -230,7 +229,7 @@ def test_non_finite_row_yields_no_token_and_spares_the_others(
     logits = torch.stack([random_logits(seed) for seed in range(3)])
     logits[1, 17] = value
     batch = [make_sequence([1], seed=seed, temperature=temperature) for seed in range(3)]
-    got = Sampler(VOCAB_SIZE).sample(logits, batch)
+    got = Sampler().sample(logits, batch)
     assert [row.token_id is None for row in got] == [False, True, False]
 
 

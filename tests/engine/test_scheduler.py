@@ -246,5 +246,7 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan, first_steps: list[int]) ->
     for sequence in scheduler.running:
         assert sequence.num_computed <= len(sequence.block_table) * BLOCK_SIZE
     for row in plan.rows:
-        if row.start == 0 and row.sequence.num_preemptions == 0:
+        # A prompt of one token is a decode row, so it may overtake after a plan was dropped.
+        is_first = row.start == 0 and row.sequence.num_prompt_tokens > 1
+        if is_first and row.sequence.num_preemptions == 0:
             first_steps.append(row.sequence.sequence_id)

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
+
 from actors.transport import AdminChannel
 
 READY_DEADLINE_S = 60.0

@@ -120,7 +120,7 @@ def test_port_in_use_is_named_and_nothing_starts(daemon: Daemon, tmp_path: Path)
 
 
 def test_missing_model_fails_with_its_cause_and_the_daemon_stays(
-    daemon: Daemon, tmp_path: Path
+    daemon: Daemon, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Loading a path that is not there is an error of that load only."""
     status, answer = daemon.post(
@@ -128,6 +128,7 @@ def test_missing_model_fails_with_its_cause_and_the_daemon_stays(
     )
     assert status in {400, 404, 422}, answer
     assert "nothing.gguf" in answer["error"]["message"]
+    assert list(daemon.models()) == [str(tiny_model)]
     assert daemon.get("/livez")[0] == 200
 
 
@@ -139,6 +140,24 @@ def test_truncated_model_is_refused_with_the_file_name(daemon: Daemon, tmp_path:
     assert status == 422, answer
     assert answer["error"]["code"] == "bad_model_file"
     assert "cut.gguf" in answer["error"]["message"]
+
+
+def test_router_killed_while_a_model_loads_still_brings_it_up(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The load goes on without the router, and the new router adopts it."""
+    with Daemon(tmp_path, "--model", str(tiny_model)) as daemon:
+        wait_for(lambda: any(actor["group"] for actor in daemon.actors().values()), 60, "the load")
+        daemon.kill("router")
+        wait_for(lambda: daemon.actors()["router"]["restarts"] == 1, 10, "the router's restart")
+        wait_for(daemon.models, 10, "the router's answer")
+        daemon.wait_loaded(str(tiny_model))
+        assert daemon.chat(str(tiny_model), "hello")[0] == 200
+        assert _leader_restarts(daemon) == 0
+
+
+def _leader_restarts(daemon: Daemon) -> int:
+    return int(daemon.actors()[_leader(daemon)]["restarts"])
 
 
 def test_nothing_survives_a_killed_root(tiny_model: Path, tmp_path: Path) -> None:

@@ -36,14 +36,24 @@ from cortexd.messages import (
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import Envelope
 
+_TOLD_TO = b'{"code": "internal_error", "message": "told to"}'
+
+
+def _block(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _start_grandchild(*, detached: bool) -> int:
+    code = "import time; time.sleep(600)"
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=detached).pid
+
 
 def _json(value: object) -> AdminReply:
     return AdminReply(msgspec.json.encode(value))
 
 
 def _args(message: AdminCommand) -> dict[str, Any]:
-    document: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(message.args))
-    return document
+    return {name: msgspec.json.decode(value) for name, value in message.args.items()}
 
 
 class Toy(AsyncActor):
@@ -73,8 +83,7 @@ class Toy(AsyncActor):
     async def on_stop(self) -> None:
         """Never end, when told so."""
         if self.context.args == b"never stops":
-            while True:
-                time.sleep(1)
+            _block(600)
 
     def on_actor_up(self, up: ActorUp) -> None:
         """Note it."""
@@ -114,14 +123,7 @@ class Toy(AsyncActor):
         if message.op.startswith("model."):
             self.tell("root", AdminProgress(message.operation_id, "progress", b'{"step": 1}'))
             if args.get("then") != "nothing":
-                self.tell(
-                    "root",
-                    AdminProgress(
-                        message.operation_id,
-                        args["then"],
-                        b'{"code": "internal_error", "message": "told to"}',
-                    ),
-                )
+                self.tell("root", AdminProgress(message.operation_id, args["then"], _TOLD_TO))
             return _json({"model_id": "toy"})
         return _json(await getattr(self, f"do_{args['do']}")(args))
 
@@ -141,7 +143,7 @@ class Toy(AsyncActor):
 
     async def do_block(self, args: dict[str, Any]) -> None:
         """Block the event loop."""
-        time.sleep(args["seconds"])
+        _block(args["seconds"])
 
     async def do_seen(self, args: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the registry events so far."""
@@ -149,9 +151,7 @@ class Toy(AsyncActor):
 
     async def do_relay(self, args: dict[str, Any]) -> object:
         """Ask another actor and return its answer, or the code of the error."""
-        command = AdminCommand(
-            "", "requests", msgspec.convert(_raw(args["args"]), dict[str, msgspec.Raw])
-        )
+        command = AdminCommand("", "requests", _json_values(args["args"]))
         try:
             answer = await self.ask(args["to"], command, deadline_s=args.get("deadline_s", 5.0))
         except CortexError as error:
@@ -165,11 +165,7 @@ class Toy(AsyncActor):
 
     async def do_grandchild(self, args: dict[str, Any]) -> int:
         """Start a process of our own, in a session of its own if so told."""
-        code = "import time; time.sleep(600)"
-        child = subprocess.Popen(
-            [sys.executable, "-c", code], start_new_session=bool(args.get("detached"))
-        )
-        return child.pid
+        return _start_grandchild(detached=bool(args.get("detached")))
 
     async def do_print(self, args: dict[str, Any]) -> None:
         """Write to our output."""
@@ -178,7 +174,7 @@ class Toy(AsyncActor):
     async def do_storm(self, args: dict[str, Any]) -> None:
         """Ask another actor without pause from several tasks, until told to end."""
         for _ in range(args["tasks"]):
-            self.storms.add(asyncio.create_task(self._storm(args["to"])))
+            self.storms.add(asyncio.create_task(self._storm(args["target"])))
 
     async def _storm(self, to: str) -> None:
         while True:
@@ -226,8 +222,8 @@ class Toy(AsyncActor):
             return {"error": error.code, "message": error.message}
 
 
-def _raw(args: dict[str, Any]) -> dict[str, msgspec.Raw]:
-    return {key: msgspec.Raw(msgspec.json.encode(value)) for key, value in args.items()}
+def _json_values(args: dict[str, Any]) -> dict[str, bytes]:
+    return {name: msgspec.json.encode(value) for name, value in args.items()}
 
 
 class Rank(SyncActor):
@@ -245,9 +241,9 @@ class Rank(SyncActor):
             self.report_progress(0.1, "loading")
             time.sleep(600)
         if mode == "slow":
-            for step in range(6):
-                time.sleep(0.1)
-                self.report_progress(step / 6, "loading")
+            for step in range(8):
+                time.sleep(0.3)
+                self.report_progress(step / 8, "loading")
 
     def poll(self) -> bool:
         """Count down the work there is."""

@@ -17,8 +17,9 @@ struct Portable {
     struct F {
         float lane[16];
     };
+    // Integers of at most 2^24 in floats: exact, and every vector unit multiplies them fast.
     struct I {
-        int32_t lane[16];
+        float lane[16];
     };
 
     template <class Function>
@@ -84,7 +85,7 @@ struct Portable {
         });
     }
     static F to_float(const I& value) {
-        return map([&](int i) { return static_cast<float>(value.lane[i]); });
+        return map([&](int i) { return value.lane[i]; });
     }
     static F load_u8(const uint8_t* from) {
         return map([&](int i) { return static_cast<float>(from[i]); });
@@ -118,16 +119,26 @@ struct Portable {
         });
     }
 
-    // The stored integers of quad `quad` of one row, as the payload line layout says.
+    // The stored integers of quad `quad`: one word per row, its 4 elements from the lowest byte on.
     template <class L>
-    static int stored(const uint8_t* payload, int quad, int lane) {
-        if constexpr (L::kBits == 8) return payload[quad * 64 + lane];
-        int value = payload[quad % 4 * 64 + lane] >> (quad / 4 * 4) & 15;
-        if constexpr (L::kBits == 5) value |= (payload[256 + lane] >> quad & 1) << 4;
-        if constexpr (L::kBits == 6) {
-            value |= (payload[256 + quad / 4 * 64 + lane] >> (quad % 4 * 2) & 3) << 4;
+    static void load_stored(const uint8_t* payload, int quad, uint32_t (&words)[16]) {
+        static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are read as bytes");
+        if constexpr (L::kBits == 8) {
+            std::memcpy(words, payload + quad * 64, 64);
+            return;
         }
-        return value;
+        std::memcpy(words, payload + quad % 4 * 64, 64);
+        for (uint32_t& word : words) word = word >> (quad / 4 * 4) & 0x0f0f0f0f;
+        if constexpr (L::kBits == 5) {
+            uint32_t bits[16];
+            std::memcpy(bits, payload + 256, 64);
+            for (int r = 0; r < 16; ++r) words[r] |= (bits[r] >> quad & 0x01010101) << 4;
+        }
+        if constexpr (L::kBits == 6) {
+            uint32_t bits[16];
+            std::memcpy(bits, payload + 256 + quad / 4 * 64, 64);
+            for (int r = 0; r < 16; ++r) words[r] |= (bits[r] >> (quad % 4 * 2) & 0x03030303) << 4;
+        }
     }
 
     // Adds the dot products of one 32-block: quads 0-3 to `low`, 4-7 to `high`.
@@ -135,21 +146,24 @@ struct Portable {
     static void dot(const uint8_t* payload, const int8_t* x, int64_t stride, I (&low)[Tokens],
                     I (&high)[Tokens]) {
         for (int quad = 0; quad < 8; ++quad) {
-            int line[64];
-            for (int lane = 0; lane < 64; ++lane) line[lane] = stored<L>(payload, quad, lane);
-            for (int m = 0; m < Tokens; ++m) {
-                const int8_t* q = x + m * stride + quad * 4;
-                I& sum = quad < 4 ? low[m] : high[m];
+            uint32_t words[16];
+            load_stored<L>(payload, quad, words);
+            for (int j = 0; j < 4; ++j) {
+                float weights[16];
                 for (int r = 0; r < 16; ++r) {
-                    sum.lane[r] += line[r * 4] * q[0] + line[r * 4 + 1] * q[1] +
-                                   line[r * 4 + 2] * q[2] + line[r * 4 + 3] * q[3];
+                    weights[r] = static_cast<float>(static_cast<int32_t>(words[r] >> (8 * j) & 255));
+                }
+                for (int m = 0; m < Tokens; ++m) {
+                    const float q = x[m * stride + quad * 4 + j];
+                    I& sum = quad < 4 ? low[m] : high[m];
+                    for (int r = 0; r < 16; ++r) sum.lane[r] += weights[r] * q;
                 }
             }
         }
     }
     static I broadcast_shifted(const int32_t* value, int shift) {
         I out;
-        for (int i = 0; i < 16; ++i) out.lane[i] = *value * (1 << shift);
+        for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<float>(*value * (1 << shift));
         return out;
     }
     static I zero_int() { return I{}; }
