@@ -39,6 +39,11 @@ class Embedding:
         return f"Embedding({self.vocab_size}x{self.hidden_size}, {self._dtype})"
 
     @property
+    def is_native(self) -> bool:
+        """Whether a native kernel computes the head that shares this matrix."""
+        return self._native_head is not None
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of weights held; a mapped file's pages are not counted."""
         if self._native_head is not None:
