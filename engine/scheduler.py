@@ -27,6 +27,7 @@ from engine.block_pool import NULL_BLOCK, BlockPool
 from engine.prefix_cache import BlockKey, PrefixCache
 from engine.prefix_tree import PrefixNode
 from engine.sequence import Sequence, SequenceState
+from engine.slot_pool import NULL_SLOT, SlotPool
 
 # Prefill chunks are not cut smaller than this when memory is short: smaller ones save nothing.
 MIN_PREFILL_CHUNK: Final = 16
@@ -69,16 +70,26 @@ class Scheduler:
     """See the module's text. `context` is the most tokens one sequence may have."""
 
     def __init__(
-        self, settings: EngineSettings, pool: BlockPool, block_size: int, context: int
+        self,
+        settings: EngineSettings,
+        pool: BlockPool,
+        block_size: int,
+        context: int,
+        slots: SlotPool | None = None,
     ) -> None:
+        """Take the pools; `slots` only for a hybrid, whose sequences hold one each."""
         assert pool.num_usable * block_size >= context, "one full-length sequence must fit"
         self.pool = pool
-        self.prefix_cache = PrefixCache(pool, block_size, is_enabled=settings.prefix_cache)
+        self.slots = slots
+        is_enabled = settings.prefix_cache and slots is None
+        self.prefix_cache = PrefixCache(pool, block_size, is_enabled=is_enabled)
         self.block_size = block_size
         self.context = context
         self.token_budget = settings.max_num_batched_tokens
         # Every decoding sequence must fit into one step, so seats never outnumber the budget.
         self.max_running = min(settings.max_num_seqs, self.token_budget)
+        if slots is not None:
+            self.max_running = min(self.max_running, slots.num_slots)
         self.max_queue_depth = settings.max_queue_depth
         self.max_prefill_chunk = min(settings.max_prefill_chunk, self.token_budget)
         self.waiting: deque[Sequence] = deque()
@@ -124,6 +135,8 @@ class Scheduler:
             self.waiting.popleft()
             self.prefix_cache.take(sequence, found)
             sequence.state = SequenceState.RUNNING
+            if self.slots is not None:
+                sequence.state_slot = self.slots.allocate()
             self.running.append(sequence)
             if not self._waits_for(prefills, sequence):
                 budget -= self._plan_chunk(prefills, sequence, num_tokens)
@@ -141,7 +154,7 @@ class Scheduler:
             self._seat_limit = min(self._seat_limit * 2, self.max_running)
 
     def finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
-        """Remove a sequence, wherever it stands, and release its blocks.
+        """Remove a sequence, wherever it stands, and release its blocks and its state slot.
 
         When it `is_tainted`, nothing that begins like it is kept for others.
         """
@@ -163,6 +176,10 @@ class Scheduler:
         Returns the sequence that cannot be helped when it was alone and at the minimum.
         """
         self._clean_steps = 0
+        if self.slots is not None:
+            # Some layers have advanced their state by this step's tokens, others have not.
+            for row in plan.rows:
+                row.sequence.num_computed = 0
         longest = max(row.num_tokens for row in plan.rows)
         if longest > MIN_PREFILL_CHUNK:
             self._chunk_limit = max(MIN_PREFILL_CHUNK, longest // 2)
@@ -251,6 +268,8 @@ class Scheduler:
         """Return the cached prefix of the first waiting sequence, or None when it must wait."""
         if not self.waiting or len(self.running) >= self._seat_limit:
             return None
+        if self.slots is not None and not self.slots.num_free:
+            return None
         sequence = self.waiting[0]
         found = self.prefix_cache.find(sequence)
         # Without room for all its tokens it would only be preempted again.
@@ -271,6 +290,9 @@ class Scheduler:
         self.pool.release(sequence.block_table[::-1])
         sequence.block_table = []
         sequence.prefix_node = None
+        if self.slots is not None and sequence.state_slot != NULL_SLOT:
+            self.slots.release(sequence.state_slot)
+            sequence.state_slot = NULL_SLOT
 
     def _unclaimed_blocks(self) -> int:
         """Free blocks less those that running prompts still need."""

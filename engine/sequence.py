@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from cortexd.messages.inference import Submit
 from engine.prefix_tree import PrefixNode
+from engine.slot_pool import NULL_SLOT
 
 
 class SequenceState(enum.Enum):
@@ -39,6 +40,7 @@ class Sequence:
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     prefix_node: PrefixNode | None = None  # the blocks before this and its own are shareable
+    state_slot: int = NULL_SLOT  # of a hybrid model's recurrent state, while it runs
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
 
