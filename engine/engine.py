@@ -209,6 +209,7 @@ class Engine:
     def _execute(self, plan: StepPlan) -> Iterator[SampledToken] | None:
         """Return the sampled tokens in row order, or None when memory ran out."""
         try:
+            self._copy_states(plan)
             batch = build_batch(plan, self.cache.block_size, self._device)
             sequences = [row.sequence for row in plan.rows if row.samples]
             logits = self.model.forward(batch, self.cache)
@@ -219,6 +220,12 @@ class Engine:
         # Only here, past the handler, are the failed step's tensors free.
         devices.release_cached_memory(self._device)
         return None
+
+    def _copy_states(self, plan: StepPlan) -> None:
+        states = self.cache.states
+        for source, target in plan.state_copies:
+            assert states is not None, "only a hybrid's plan moves states"
+            states.copy(source, target)
 
     def _shrink(self, plan: StepPlan) -> None:
         sequence = self.scheduler.reduce(plan)

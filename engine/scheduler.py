@@ -24,10 +24,11 @@ from typing import Final
 from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
 from engine.block_pool import NULL_BLOCK, BlockPool
-from engine.prefix_cache import BlockKey, PrefixCache
+from engine.prefix_cache import PrefixCache, PublicationKey
 from engine.prefix_tree import PrefixNode
 from engine.sequence import Sequence, SequenceState
 from engine.slot_pool import NULL_SLOT, SlotPool
+from engine.snapshots import Snapshots, StateCopy
 
 # Prefill chunks are not cut smaller than this when memory is short: smaller ones save nothing.
 MIN_PREFILL_CHUNK: Final = 16
@@ -47,10 +48,14 @@ class PlannedRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The rows of one step: decode rows first, `num_decodes` of them, then prefill rows."""
+    """The rows of one step: decode rows first, `num_decodes` of them, then prefill rows.
+
+    `state_copies` move a hybrid's states between slots before anything is computed.
+    """
 
     rows: list[PlannedRow] = field(default_factory=list)
     num_decodes: int = 0
+    state_copies: list[StateCopy] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +68,7 @@ class PrefillRows:
     """The prefill rows of a plan in the making, and the blocks that they compute next."""
 
     rows: list[PlannedRow] = field(default_factory=list)
-    keys: set[BlockKey] = field(default_factory=set)
+    keys: set[PublicationKey] = field(default_factory=set)
 
 
 class Scheduler:
@@ -81,8 +86,10 @@ class Scheduler:
         assert pool.num_usable * block_size >= context, "one full-length sequence must fit"
         self.pool = pool
         self.slots = slots
-        is_enabled = settings.prefix_cache and slots is None
-        self.prefix_cache = PrefixCache(pool, block_size, is_enabled=is_enabled)
+        self.snapshots = None if slots is None else Snapshots(slots)
+        self.prefix_cache = PrefixCache(
+            pool, block_size, is_enabled=settings.prefix_cache, snapshots=self.snapshots
+        )
         self.block_size = block_size
         self.context = context
         self.token_budget = settings.max_num_batched_tokens
@@ -128,19 +135,21 @@ class Scheduler:
         decodes, prefills, budget = self._plan_running()
         while (found := self._admissible()) is not None:
             sequence = self.waiting[0]
-            num_left = sequence.num_uncomputed - len(found) * self.block_size
+            # What waits has computed nothing.
+            num_left = self._num_left(sequence, len(found) * self.block_size)
             num_tokens = self._chunk_size(num_left, budget, is_first=not prefills.rows)
             if num_tokens == 0:
                 break
             self.waiting.popleft()
             self.prefix_cache.take(sequence, found)
+            if self.snapshots is not None and sequence.state_slot == NULL_SLOT:
+                sequence.state_slot = self.snapshots.allocate()
             sequence.state = SequenceState.RUNNING
-            if self.slots is not None:
-                sequence.state_slot = self.slots.allocate()
             self.running.append(sequence)
             if not self._waits_for(prefills, sequence):
                 budget -= self._plan_chunk(prefills, sequence, num_tokens)
-        return StepPlan(decodes + prefills.rows, len(decodes))
+        copies = [] if self.snapshots is None else self.snapshots.take_copies()
+        return StepPlan(decodes + prefills.rows, len(decodes), copies)
 
     def complete(self, plan: StepPlan) -> None:
         """Count the plan's tokens as computed; call it before sampled tokens are appended."""
@@ -168,6 +177,7 @@ class Scheduler:
             return
         sequence.state = SequenceState.FINISHED
         self._release_blocks(sequence)
+        self._release_slot(sequence)
 
     def reduce(self, plan: StepPlan) -> Sequence | None:
         """Make the next plans smaller, since this one ran out of memory and nothing of it counts.
@@ -179,7 +189,9 @@ class Scheduler:
         if self.slots is not None:
             # Some layers have advanced their state by this step's tokens, others have not.
             for row in plan.rows:
+                self._release_blocks(row.sequence)
                 row.sequence.num_computed = 0
+                row.sequence.num_cached_tokens = 0
         longest = max(row.num_tokens for row in plan.rows)
         if longest > MIN_PREFILL_CHUNK:
             self._chunk_limit = max(MIN_PREFILL_CHUNK, longest // 2)
@@ -215,7 +227,7 @@ class Scheduler:
                 else:
                     self._preempt(sequence)
             elif not self._waits_for(prefills, sequence):
-                num_left = sequence.num_uncomputed
+                num_left = self._num_left(sequence, sequence.num_computed)
                 num_tokens = self._chunk_size(num_left, budget, is_first=not prefills.rows)
                 # When an older one's chunk does not fit, no newer one overtakes it.
                 budget -= self._plan_chunk(prefills, sequence, num_tokens) or budget
@@ -225,6 +237,13 @@ class Scheduler:
         """Tell whether a row of this step computes what the sequence can take over in the next."""
         key = self.prefix_cache.next_key(sequence)
         return key in prefills.keys and self.prefix_cache.could_take_next(sequence)
+
+    def _num_left(self, sequence: Sequence, start: int) -> int:
+        """Return how many tokens from `start` on a single chunk may have."""
+        end = len(sequence.token_ids)
+        if self.snapshots is not None:
+            end = self.prefix_cache.next_cut(sequence, start) or end
+        return end - start
 
     def _chunk_size(self, num_left: int, budget: int, *, is_first: bool) -> int:
         """Return the tokens of the next chunk of a sequence; 0 when it does not fit this step.
@@ -268,7 +287,7 @@ class Scheduler:
         """Return the cached prefix of the first waiting sequence, or None when it must wait."""
         if not self.waiting or len(self.running) >= self._seat_limit:
             return None
-        if self.slots is not None and not self.slots.num_free:
+        if self.snapshots is not None and not self.snapshots.has_room:
             return None
         sequence = self.waiting[0]
         found = self.prefix_cache.find(sequence)
@@ -279,6 +298,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release_blocks(sequence)
+        self._release_slot(sequence)
         sequence.state = SequenceState.WAITING
         sequence.num_computed = 0
         sequence.num_preemptions += 1
@@ -290,6 +310,8 @@ class Scheduler:
         self.pool.release(sequence.block_table[::-1])
         sequence.block_table = []
         sequence.prefix_node = None
+
+    def _release_slot(self, sequence: Sequence) -> None:
         if self.slots is not None and sequence.state_slot != NULL_SLOT:
             self.slots.release(sequence.state_slot)
             sequence.state_slot = NULL_SLOT

@@ -14,17 +14,23 @@ from engine.prefix_cache import PrefixCache
 from engine.prefix_tree import PrefixTree
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState
+from engine.slot_pool import SlotPool
+from engine.snapshots import Snapshots
 from tests.engine.doubles import make_sequence
 from tests.engine.kv_model import KVModel
 
 BLOCK_SIZE = 8
+NUMS_OF_SLOTS = (0, 3, 12)  # a dense model, and hybrids with few and with many states
 
 
-def make_model(num_blocks: int = 64, context: int = 256, **fields: Any) -> KVModel:
-    """Return a checked memory and its scheduler over blocks of eight tokens."""
+def make_model(
+    num_blocks: int = 64, context: int = 256, num_slots: int = 0, **fields: Any
+) -> KVModel:
+    """Return a checked memory and its scheduler over blocks of eight tokens; slots: a hybrid's."""
     fields = {"max_num_batched_tokens": 64, "max_prefill_chunk": 32, "max_num_seqs": 4, **fields}
     settings = EngineSettings(**fields)
-    return KVModel(Scheduler(settings, BlockPool(num_blocks + 1), BLOCK_SIZE, context))
+    slots = SlotPool(num_slots) if num_slots else None
+    return KVModel(Scheduler(settings, BlockPool(num_blocks + 1), BLOCK_SIZE, context, slots))
 
 
 def run(model: KVModel, *sequences: Sequence) -> list[int]:
@@ -165,6 +171,67 @@ def test_eviction_takes_the_least_recently_used_end_first() -> None:
     assert run(model, make_sequence(first, max_tokens=1)) == [16]
 
 
+def test_hybrid_goes_on_from_the_last_turn_mark() -> None:
+    """Only at a cut there is a state, and only up to it blocks are kept."""
+    model = make_model(num_slots=8)
+    first = make_sequence(chat(45), max_tokens=4, stable_length=42)
+    assert run(model, first) == [0]
+    assert model.scheduler.pool.num_cached == 5
+    assert run(model, make_sequence([*chat(42), 9, 9], max_tokens=1, stable_length=42)) == [40]
+    assert run(model, make_sequence(chat(40), max_tokens=1, stable_length=40)) == [0]
+    assert run(model, make_sequence([*chat(39), 9, 9], max_tokens=1, stable_length=39)) == [0]
+
+
+def test_hybrid_answers_to_one_prompt_share_its_state() -> None:
+    """One computes up to the cut, the others wait for its state and compute the rest."""
+    model = make_model(num_slots=8, max_prefill_chunk=16)
+    same = [
+        make_sequence(chat(60), max_tokens=2, stable_length=57, sequence_id=index)
+        for index in range(3)
+    ]
+    for sequence in same:
+        model.scheduler.submit(sequence)
+    # Chunks end at 16, 32, 48 and the cut at 56; then all have four tokens left.
+    assert [model.step().num_tokens for _ in range(5)] == [16, 16, 16, 8, 12]
+    run(model)
+    assert [sequence.num_cached_tokens for sequence in same] == [0, 56, 56]
+
+
+def test_hybrid_long_prompt_is_cut_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that leaves the common path in its middle goes on from a cut before."""
+    monkeypatch.setattr("engine.prefix_cache.SNAPSHOT_INTERVAL", 32)
+    model = make_model(num_slots=8)
+    assert run(model, make_sequence(chat(120), max_tokens=1, stable_length=119)) == [0]
+    other = [*chat(80), 0, 0, 0, 0]
+    assert run(model, make_sequence(other, max_tokens=1, stable_length=83)) == [64]
+
+
+def test_hybrid_sequences_displace_snapshots_which_take_their_blocks_along() -> None:
+    """Running comes first: the least recently used state goes, and the blocks only it needed."""
+    model = make_model(num_slots=2)
+    first, second = ([token] * 30 for token in (1, 2))
+    run(model, make_sequence(first, max_tokens=1, stable_length=29))
+    assert model.scheduler.pool.num_cached == 3
+    run(model, make_sequence(second, max_tokens=1, stable_length=29))
+    assert model.scheduler.pool.num_cached == 3
+    assert run(model, make_sequence(second, max_tokens=1, stable_length=29)) == [24]
+    assert run(model, make_sequence(first, max_tokens=1, stable_length=29)) == [0]
+
+
+def test_hybrid_sequence_may_displace_the_very_snapshot_it_goes_on_from() -> None:
+    """With no other slot left, the snapshot's own becomes the sequence's."""
+    model = make_model(num_slots=2)
+    run(model, make_sequence([1] * 30, max_tokens=1, stable_length=29))
+    model.scheduler.submit(make_sequence([2] * 30, max_tokens=20))
+    model.step()
+    again = make_sequence([1] * 30, max_tokens=5)
+    model.scheduler.submit(again)
+    model.step()
+    assert again.num_cached_tokens == 24
+    assert repr(model.scheduler.snapshots) == "<Snapshots: 0, <SlotPool: 2 used, 0 free>>"
+    run(model)
+
+
 def test_tree_keeps_no_root_without_children() -> None:
     """Salts come from outside, so a salt without blocks must not stay."""
     tree = PrefixTree(2)
@@ -175,10 +242,10 @@ def test_tree_keeps_no_root_without_children() -> None:
     assert repr(node) == "<PrefixNode of 1 blocks, 0 children>"
 
 
-def random_traffic(seed: int) -> None:
+def random_traffic(seed: int, num_slots: int = 0) -> None:
     """Conversations that branch, with cancels, memory failures and too few blocks for all."""
     rng = random.Random(seed)
-    model = make_model(num_blocks=20, context=150, max_num_seqs=5)
+    model = make_model(num_blocks=20, context=150, max_num_seqs=5, num_slots=num_slots)
     scheduler = model.scheduler
     histories = [[rng.randrange(3)] * rng.randrange(1, 30) for _ in range(4)]
     everything: list[Sequence] = []
@@ -191,6 +258,7 @@ def random_traffic(seed: int) -> None:
                 max_tokens=rng.randrange(1, 6),
                 sequence_id=step,
                 cache_salt=rng.choice(["", "", "other"]),
+                stable_length=rng.randrange(len(prompt)),
             )
             scheduler.submit(sequence)
             everything.append(sequence)
@@ -212,18 +280,22 @@ def random_traffic(seed: int) -> None:
     assert scheduler.pool.num_used == 0
     assert scheduler.pool.num_cached == len(scheduler.prefix_cache.tree)
     assert scheduler.prefix_cache.num_hit_tokens > 0
+    if scheduler.slots is not None and scheduler.snapshots is not None:
+        assert scheduler.slots.num_used == len(scheduler.snapshots)
 
 
 def all_traffic() -> None:
     """Run all seeds of the test below."""
     for seed in range(12):
-        random_traffic(seed)
+        for num_slots in NUMS_OF_SLOTS:
+            random_traffic(seed, num_slots)
 
 
+@pytest.mark.parametrize("num_slots", NUMS_OF_SLOTS)
 @pytest.mark.parametrize("seed", range(12))
-def test_random_conversations_read_only_their_own_prefix(seed: int) -> None:
+def test_random_conversations_read_only_their_own_prefix(seed: int, num_slots: int) -> None:
     """Whatever is shared, evicted, cancelled or repeated, KV is that of the reader's tokens."""
-    random_traffic(seed)
+    random_traffic(seed, num_slots)
 
 
 def _ignore_last_token(patch: pytest.MonkeyPatch) -> None:
@@ -255,6 +327,23 @@ def _forget_nothing_on_eviction(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixCache, "_evict", lambda self, block: self.pool.forget(block))
 
 
+def _save_after_the_next_step(patch: pytest.MonkeyPatch) -> None:
+    """As if a snapshot aliased the live state."""
+    real = Snapshots.take_copies
+    late: list[tuple[int, int]] = []
+
+    def take_copies(self: Snapshots) -> list[tuple[int, int]]:
+        due, late[:] = late.copy(), real(self)
+        return due
+
+    patch.setattr(Snapshots, "take_copies", take_copies)
+
+
+def _publish_away_from_cuts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Snapshots, "__contains__", lambda *_: True)
+    patch.setattr(Snapshots, "restore", lambda self, node, slot: slot or self.allocate())
+
+
 def _share_without_a_reference(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockPool, "share", lambda self, blocks: None)
 
@@ -267,6 +356,8 @@ def _share_without_a_reference(patch: pytest.MonkeyPatch) -> None:
         _publish_before_the_step,
         _forget_nothing_on_eviction,
         _share_without_a_reference,
+        _save_after_the_next_step,
+        _publish_away_from_cuts,
     ],
 )
 def test_random_conversations_notice_a_broken_cache(
