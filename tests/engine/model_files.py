@@ -95,9 +95,11 @@ def write_gguf(
     writer.add_uint32(f"{prefix}.attention.value_length", spec.head_dim)
     writer.add_float32(f"{prefix}.attention.layer_norm_rms_epsilon", spec.rms_norm_eps)
     writer.add_float32(f"{prefix}.rope.freq_base", spec.rope.theta)
+    extra_keys = extra_keys or {}
     for key, value in {**hybrid_keys(spec), **moe_keys(spec)}.items():
-        writer.add_uint32(f"{prefix}.{key}", value)
-    for key, value in (extra_keys or {}).items():
+        if f"{prefix}.{key}" not in extra_keys:
+            writer.add_uint32(f"{prefix}.{key}", value)
+    for key, value in extra_keys.items():
         writer.add_key_value(key, value, _value_type(value))
     for name, (array, ggml_type) in tensors.items():
         stored = array
