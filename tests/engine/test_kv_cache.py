@@ -74,7 +74,8 @@ def test_hybrid_needs_room_for_two_states_as_well() -> None:
     )
     spec = msgspec.structs.replace(SPEC, linear_layers=(0, 1, 2), linear_attention=linear)
     assert spec.state_bytes_per_sequence(4) == 215040
-    assert size_for(spec, max_num_seqs=8).num_state_slots == 8
+    assert size_for(spec, max_num_seqs=8).num_state_slots == 16  # as many again for snapshots
+    assert size_for(spec, max_num_seqs=8, prefix_cache=False).num_state_slots == 8
     tight = size_for(spec, kv_cache_mib=2)
     assert (tight.num_state_slots, tight.num_blocks) == (3, 2**21 // 32768 - 27)
     with pytest.raises(errors.InsufficientMemory, match="and two recurrent states") as caught:
