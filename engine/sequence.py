@@ -36,6 +36,7 @@ class Sequence:
     max_tokens: int  # clamped to the context
     stop_token_ids: frozenset[int]  # empty when end tokens are ignored
     seed: int
+    bad_words: list[list[int]] = field(default_factory=list)  # none is empty
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
