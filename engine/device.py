@@ -40,18 +40,19 @@ def choose_device(settings: EngineSettings) -> torch.device:
 
 
 def choose_dtype(
-    settings: EngineSettings, device: torch.device, spec: ModelSpec, is_gguf: bool
+    settings: EngineSettings, device: torch.device, spec: ModelSpec, is_quantized: bool
 ) -> torch.dtype:
     """Return the compute dtype.
 
-    "auto" is bfloat16 on CUDA; on a CPU it is bfloat16 for bfloat16 safetensors and float32 for all
-    else: GGUF kernels take float32 activations, and float16 arithmetic is slow there.
+    "auto" is bfloat16 on CUDA; on a CPU it is bfloat16 for bfloat16 safetensors that stay dense and
+    float32 for all else: kernels of quantised weights take float32 activations, and float16
+    arithmetic is slow there.
     """
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     if device.type == "cuda":
         return torch.bfloat16
-    return torch.bfloat16 if spec.torch_dtype == "bfloat16" and not is_gguf else torch.float32
+    return torch.bfloat16 if spec.torch_dtype == "bfloat16" and not is_quantized else torch.float32
 
 
 def set_num_threads(settings: EngineSettings) -> None:

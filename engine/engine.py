@@ -103,7 +103,8 @@ class Engine:
         """
         devices.set_num_threads(settings)
         device = devices.choose_device(settings)
-        dtype = devices.choose_dtype(settings, device, spec, files.format == "gguf")
+        is_quantized = files.format == "gguf" or files.quant is not None
+        dtype = devices.choose_dtype(settings, device, spec, is_quantized)
         weights = Weights.open(
             files,
             spec,
