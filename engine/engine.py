@@ -114,6 +114,7 @@ class Engine:
             progress=lambda done, total: progress(done / max(total, 1), "loading weights"),
         )
         try:
+            weights.check_memory()
             model: Model = load_class(spec.model_type)(spec, weights)
             weights.check_all_used()
         finally:

@@ -21,11 +21,13 @@ from torch import Tensor
 from cortexd.errors import BadModelFile
 from cortexd.log import event
 from cortexd.models import ModelFiles, ModelSpec
+from engine import device as devices
 from engine.formats.checkpoint import Checkpoint, CheckpointTensor, listing
 from engine.formats.checkpoint_check import check_plan
 from engine.formats.in_situ import in_situ_type, type_for_columns
 from engine.layers.embedding import Embedding, tied_embedding
 from engine.layers.linear import Backend, Linear, Weight, pack_native
+from engine.memory_check import check_weights_fit
 from engine.models.registry import REGISTRY
 from engine.quant.quantize import quantize_rows
 from engine.quant.tensor import QuantizedTensor
@@ -115,6 +117,16 @@ class Weights:
         except BaseException:
             checkpoint.close()
             raise
+
+    def check_memory(self) -> None:
+        """Raise InsufficientMemory when the device has no room for the weights; none is read."""
+        check_weights_fit(
+            [self._checkpoint[name] for name in self._checked],
+            self.dtype.itemsize,
+            self._in_situ,
+            available_bytes=devices.free_memory_bytes(self.device),
+            device=str(self.device),
+        )
 
     @property
     def total_bytes(self) -> int:
