@@ -40,20 +40,21 @@ def choose_device(settings: EngineSettings) -> torch.device:
 
 
 def choose_dtype(
-    settings: EngineSettings, device: torch.device, spec: ModelSpec, is_gguf: bool
+    settings: EngineSettings, device: torch.device, spec: ModelSpec, is_quantized: bool
 ) -> torch.dtype:
     """Return the compute dtype.
 
     "auto" is bfloat16 on CUDA. On a CPU it is float32: the native kernels multiply weights as they
     are stored with float32 activations, and float16 arithmetic is slow there. Only bfloat16
-    safetensors run in bfloat16 where there are no native kernels, as float32 would double them.
+    safetensors that stay dense run in bfloat16 where there are no native kernels, as float32 would
+    double them.
     """
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     if device.type == "cuda":
         return torch.bfloat16
     is_native = settings.backend == "auto" and native.available()
-    is_bfloat16 = spec.torch_dtype == "bfloat16" and not is_gguf
+    is_bfloat16 = spec.torch_dtype == "bfloat16" and not is_quantized
     return torch.bfloat16 if is_bfloat16 and not is_native else torch.float32
 
 

@@ -105,7 +105,8 @@ class Engine:
         progress(0.0, "preparing")
         devices.set_num_threads(settings)
         device = devices.choose_device(settings)
-        dtype = devices.choose_dtype(settings, device, spec, files.format == "gguf")
+        is_quantized = files.format == "gguf" or files.quant is not None
+        dtype = devices.choose_dtype(settings, device, spec, is_quantized)
         weights = Weights.open(
             files,
             spec,
@@ -115,6 +116,7 @@ class Engine:
             progress=lambda done, total: progress(done / max(total, 1), "loading weights"),
         )
         try:
+            weights.check_memory()
             model: Model = load_class(spec.model_type)(spec, weights)
             weights.check_all_used()
         finally:

@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
-    ("where", "stored", "is_gguf", "setting", "expected"),
+    ("where", "stored", "is_quantized", "setting", "expected"),
     [
         (CPU, "bfloat16", True, "auto", torch.float32),
         (CPU, "bfloat16", False, "auto", torch.float32),
@@ -31,11 +31,11 @@ CUDA = torch.device("cuda", 0)
     ],
 )
 def test_choose_dtype_follows_device_and_file(
-    where: torch.device, stored: str, is_gguf: bool, setting: Any, expected: torch.dtype
+    where: torch.device, stored: str, is_quantized: bool, setting: Any, expected: torch.dtype
 ) -> None:
     """What "auto" means, and that a setting overrides it."""
     spec = msgspec.structs.replace(SPEC, torch_dtype=stored)
-    assert device.choose_dtype(EngineSettings(dtype=setting), where, spec, is_gguf) == expected
+    assert device.choose_dtype(EngineSettings(dtype=setting), where, spec, is_quantized) == expected
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
