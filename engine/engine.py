@@ -38,8 +38,8 @@ class Model(Protocol):
     """What `engine/models/*` provide."""
 
     @property
-    def is_native(self) -> bool:
-        """Whether the CPU's own kernels run every operation."""
+    def backend_name(self) -> str:
+        """What computes: "native", "native linears" or "reference"."""
         ...
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -78,7 +78,7 @@ class Engine:
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self.backend_name = "native" if model.is_native else "reference"
+        self.backend_name = model.backend_name
         self._device = device
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
@@ -101,9 +101,12 @@ class Engine:
 
         Raises: BadModelFile, UnsupportedArchitecture, InsufficientMemory, ConfigError.
         """
+        # The first use on a machine may compile the CPU kernels, which takes some seconds.
+        progress(0.0, "preparing")
         devices.set_num_threads(settings)
         device = devices.choose_device(settings)
-        dtype = devices.choose_dtype(settings, device, spec, files.format == "gguf")
+        is_quantized = files.format == "gguf" or files.quant is not None
+        dtype = devices.choose_dtype(settings, device, spec, is_quantized)
         weights = Weights.open(
             files,
             spec,
@@ -113,6 +116,7 @@ class Engine:
             progress=lambda done, total: progress(done / max(total, 1), "loading weights"),
         )
         try:
+            weights.check_memory()
             model: Model = load_class(spec.model_type)(spec, weights)
             weights.check_all_used()
         finally:
