@@ -15,12 +15,9 @@ import aiohttp
 import msgspec
 
 from cortexd.errors import (
-    ERRORS_BY_CODE,
-    CortexError,
     DeadlineExceeded,
     NoHealthyNode,
     NotFound,
-    UpstreamError,
 )
 from cortexd.messages import NeuronReport
 from cortexd.messages.neurons import NodeDevice, NodeModel
@@ -28,6 +25,7 @@ from cortexd.models import LoadOptions
 from cortexd.neuron_list import base_url
 from cortexd.neuron_wire import (
     BadAnswer,
+    answered_error,
     read_devices,
     read_models,
     read_openai_models,
@@ -212,17 +210,6 @@ class _PolledNeuron:
                 return response.status
         except (aiohttp.ClientError, OSError):
             return 0
-
-
-def answered_error(node: str, status: int, body: bytes) -> CortexError:
-    """Return the error a neuron answered: of its own class when the code is known here."""
-    try:
-        error = msgspec.json.decode(body, type=dict[str, dict[str, object]])["error"]
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
-        error = {}
-    message = str(error.get("message") or f"HTTP {status}")
-    error_class = ERRORS_BY_CODE.get(str(error.get("code")), UpstreamError)
-    return error_class(f'node "{node}": {message}')
 
 
 async def _nothing() -> bytes | None:

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from cortexd.errors import ERRORS_BY_CODE, CortexError, UpstreamError
 from cortexd.messages.neurons import NodeDevice, NodeModel
 from cortexd.models import ModelLimits, ModelState
 
@@ -90,6 +91,17 @@ def read_devices(body: bytes) -> list[NodeDevice]:
     """Return the devices of a neuron's `/discovery`. Raises: BadAnswer."""
     found = _entries(_json(body, dict).get("devices"), _Device)
     return [NodeDevice(device.index, device.vram_total_mb) for device in found]
+
+
+def answered_error(node: str, status: int, body: bytes) -> CortexError:
+    """Return the error a neuron answered: of its own class when the code is known here."""
+    try:
+        error = msgspec.json.decode(body, type=dict[str, dict[str, object]])["error"]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
+        error = {}
+    message = str(error.get("message") or f"HTTP {status}")
+    error_class = ERRORS_BY_CODE.get(str(error.get("code")), UpstreamError)
+    return error_class(f'node "{node}": {message}')
 
 
 def with_load(
