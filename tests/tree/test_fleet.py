@@ -52,9 +52,10 @@ class Hosts:
         return {node["name"]: node for node in self.gateway.admin("status")["nodes"]}
 
     def loaded_on(self, node: str) -> bool:
-        """Tell whether the gateway sees the model loaded on a node."""
-        models = self.nodes()[node]["models"]
-        return any(m["model_id"] == self.model and m["state"] == "loaded" for m in models)
+        """Tell whether the gateway sees the node answering with the model loaded."""
+        seen = self.nodes()[node]
+        states = {model["model_id"]: model["state"] for model in seen["models"]}
+        return bool(seen["is_healthy"]) and states.get(self.model) == "loaded"
 
     def requests_by_node(self) -> Counter[str]:
         """Return how many requests each node has ended, from the gateway's metrics."""
