@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 # Strings whole, so that no bracket or quote inside one is taken for structure.
-_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]:]', re.DOTALL)
+_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]:,]', re.DOTALL)
 _OPENING: Final = b"{["
 _CLOSING: Final = b"}]"
 
@@ -30,8 +30,8 @@ def with_model(body: bytes, model: str) -> bytes:
             is_value = False
         elif text in _CLOSING:
             depth -= 1
-        elif text == b":":
-            is_value = depth == 1
+        elif text in b":,":
+            is_value = text == b":" and depth == 1
         elif depth == 1 and is_value:
             is_value = False
             if _is_model(key):

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from actors.front.server import Server
 from actors.front.services import Services
 from actors.front.text_models import TextModels
 from cortexd.errors import CortexError
-from cortexd.settings import Gateway, Settings
+from cortexd.settings import Gateway, NeuronEntry, Settings
 from tests.doubles.fleet import LEADER, MODEL, Fleet
 from tests.doubles.text import ByteTextModel
 
@@ -125,13 +125,16 @@ def _listener(send_buffer_bytes: int | None) -> socket.socket:
 
 @asynccontextmanager
 async def served_front(
-    *, send_buffer_bytes: int | None = None, **gateway: Any
+    *,
+    send_buffer_bytes: int | None = None,
+    neurons: Sequence[NeuronEntry] = (),
+    **gateway: Any,
 ) -> AsyncIterator[ServedFront]:
     """Serve until the block ends; then nothing of any request may be left."""
     fleet = Fleet()
     text_model = ByteTextModel()
     services = Services(
-        settings=Settings(gateway=Gateway(**gateway)),
+        settings=Settings(gateway=Gateway(**gateway), neurons=list(neurons)),
         bus=fleet,
         log=logging.getLogger("front"),
         sequences=SequenceTable(),
