@@ -18,6 +18,7 @@ _MODEL_GAUGES = {
     "cortex_model_tok_s_prefill": "Prefill speed, tokens/s",
     "cortex_model_tok_s_decode": "Decode speed, tokens/s",
     "cortex_model_kv_blocks_used": "KV blocks in use",
+    "cortex_model_kv_blocks_cached": "Free KV blocks with known KV",
     "cortex_model_kv_blocks": "KV blocks in all",
     "cortex_model_preemptions": "Preemptions since load",
 }
@@ -87,6 +88,7 @@ def _of_engine(load: LoadReport) -> Iterator[_Series]:
     yield "cortex_model_tok_s_prefill", load.model_id, load.tok_s_prefill
     yield "cortex_model_tok_s_decode", load.model_id, load.tok_s_decode
     yield "cortex_model_kv_blocks_used", load.model_id, load.kv_blocks_used
+    yield "cortex_model_kv_blocks_cached", load.model_id, load.kv_blocks_cached
     yield "cortex_model_kv_blocks", load.model_id, load.kv_blocks_total
     yield "cortex_model_preemptions", load.model_id, load.num_preemptions
 

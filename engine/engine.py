@@ -29,6 +29,7 @@ from engine.outbox import Outbox
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import PlannedRow, Scheduler, StepPlan
 from engine.sequence import Sequence
+from engine.slot_pool import SlotPool
 from engine.submission import make_sequence
 from engine.throughput import MovingRate
 
@@ -37,8 +38,8 @@ class Model(Protocol):
     """What `engine/models/*` provide."""
 
     @property
-    def is_native(self) -> bool:
-        """Whether the CPU's own kernels run every operation."""
+    def backend_name(self) -> str:
+        """What computes: "native", "native linears" or "reference"."""
         ...
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -66,14 +67,18 @@ class Engine:
         self.spec = spec
         self.cache = KVCache(spec, size, settings.block_size, dtype, device)
         self.scheduler = Scheduler(
-            settings, BlockPool(size.num_blocks), settings.block_size, size.context
+            settings,
+            BlockPool(size.num_blocks),
+            settings.block_size,
+            size.context,
+            SlotPool(size.num_state_slots) if size.num_state_slots else None,
         )
         self.sampler = Sampler()
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self.backend_name = "native" if model.is_native else "reference"
+        self.backend_name = model.backend_name
         self._device = device
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
@@ -96,9 +101,12 @@ class Engine:
 
         Raises: BadModelFile, UnsupportedArchitecture, InsufficientMemory, ConfigError.
         """
+        # The first use on a machine may compile the CPU kernels, which takes some seconds.
+        progress(0.0, "preparing")
         devices.set_num_threads(settings)
         device = devices.choose_device(settings)
-        dtype = devices.choose_dtype(settings, device, spec, files.format == "gguf")
+        is_quantized = files.format == "gguf" or files.quant is not None
+        dtype = devices.choose_dtype(settings, device, spec, is_quantized)
         weights = Weights.open(
             files,
             spec,
@@ -108,6 +116,7 @@ class Engine:
             progress=lambda done, total: progress(done / max(total, 1), "loading weights"),
         )
         try:
+            weights.check_memory()
             model: Model = load_class(spec.model_type)(spec, weights)
             weights.check_all_used()
         finally:
@@ -191,6 +200,8 @@ class Engine:
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
             steps=self._steps,
+            num_cached_tokens=self.scheduler.prefix_cache.num_hit_tokens,
+            kv_blocks_cached=pool.num_cached,
         )
 
     def close(self) -> None:
@@ -202,6 +213,7 @@ class Engine:
     def _execute(self, plan: StepPlan) -> Iterator[SampledToken] | None:
         """Return the sampled tokens in row order, or None when memory ran out."""
         try:
+            self._copy_states(plan)
             batch = build_batch(plan, self.cache.block_size, self._device)
             sequences = [row.sequence for row in plan.rows if row.samples]
             logits = self.model.forward(batch, self.cache)
@@ -212,6 +224,12 @@ class Engine:
         # Only here, past the handler, are the failed step's tensors free.
         devices.release_cached_memory(self._device)
         return None
+
+    def _copy_states(self, plan: StepPlan) -> None:
+        states = self.cache.states
+        for source, target in plan.state_copies:
+            assert states is not None, "only a hybrid's plan moves states"
+            states.copy(source, target)
 
     def _shrink(self, plan: StepPlan) -> None:
         sequence = self.scheduler.reduce(plan)
@@ -234,7 +252,7 @@ class Engine:
                 f"request {sequence.submit.request_id}: the model's logits held NaN or infinity "
                 f"at token {len(sequence.token_ids)}; only this request failed"
             )
-            self._fail(sequence, error)
+            self._fail(sequence, error, is_tainted=True)
         elif token.token_id in sequence.stop_token_ids:
             self._finish(sequence)
             self._outbox.add_end(sequence, "stop")
@@ -246,12 +264,14 @@ class Engine:
                 self._finish(sequence)
             self._outbox.add_token(sequence, token, "length" if is_last else None)
 
-    def _fail(self, sequence: Sequence, error: errors.CortexError) -> None:
-        self._finish(sequence)
+    def _fail(
+        self, sequence: Sequence, error: errors.CortexError, *, is_tainted: bool = False
+    ) -> None:
+        self._finish(sequence, is_tainted=is_tainted)
         self._outbox.add_end(sequence, "error", error)
 
-    def _finish(self, sequence: Sequence) -> None:
-        self.scheduler.finish(sequence)
+    def _finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
+        self.scheduler.finish(sequence, is_tainted=is_tainted)
         self.sampler.release(sequence)
         del self._sequences[sequence.owner, sequence.sequence_id]
 

@@ -2,31 +2,52 @@
 
 Plan first, copy second: opening checks every name, shape and type against the architecture's plan
 (nothing copied yet); then the model's constructor asks for its layers one by one. Quantised tensors
-stay quantised; dense ones take the compute dtype. A tensor is copied (or packed) once, straight
+stay quantised; dense ones take the compute dtype, or are quantised here when the user asked for it.
+A tensor is copied (or packed) once, straight
 from the mapping, so the peak is the model plus one tensor. Called by `Engine.load` on one rank.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from cortexd.errors import BadModelFile
+from cortexd.log import event
 from cortexd.models import ModelFiles, ModelSpec
-from engine.formats.checkpoint import Checkpoint, CheckpointTensor
+from engine import device as devices
+from engine.formats.checkpoint import Checkpoint, CheckpointTensor, listing
 from engine.formats.checkpoint_check import check_plan
+from engine.formats.in_situ import in_situ_type, type_for_columns
 from engine.layers.embedding import Embedding, tied_embedding
 from engine.layers.linear import Backend, Linear, Weight, pack_native
+from engine.memory_check import check_weights_fit
 from engine.models.registry import REGISTRY
+from engine.quant.quantize import quantize_rows
 from engine.quant.tensor import QuantizedTensor
 from engine.tensor_plan import HEAD
 from engine.tensor_views import TORCH_DTYPES, bytes_view, dense_view, stack_rows
 
 Layer = TypeVar("Layer", Linear, Embedding)
+RowSelection = Tensor | slice | None  # int64 row ids, a range, or all rows
 ProgressCallback = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Rows of a stored tensor that are a matrix of their own, in this order."""
+
+    name: str
+    num_rows: int
+    bias_name: str | None = None
+    selection: RowSelection = None
+    is_exact: bool = False
 
 
 class Weights:
@@ -41,7 +62,9 @@ class Weights:
         dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
         progress: ProgressCallback | None = None,
+        quant: str | None = None,
     ) -> None:
+        """Take `quant`: what dense matrices are quantised to while they are loaded."""
         entry = REGISTRY[spec.model_type]
         plan = entry.plan(spec)
         check_plan(checkpoint, plan, spec)
@@ -49,8 +72,11 @@ class Weights:
         self.device = torch.device(device)
         self.backend: Backend = backend
         self.memory_bytes = 0  # of all layers handed out so far
+        self.has_native_layers = False  # whether native kernels compute any of them
         self._checkpoint = checkpoint
         self._spec = spec
+        self._in_situ = None if quant is None else in_situ_type(quant)
+        self._kept_dense: list[str] = []
         self._checked = plan.required
         self._unused = dict.fromkeys(plan.required)
         self._permuted_heads = (
@@ -81,11 +107,27 @@ class Weights:
         checkpoint = Checkpoint.open(files)
         try:
             return cls(
-                checkpoint, spec, device=device, dtype=dtype, backend=backend, progress=progress
+                checkpoint,
+                spec,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                progress=progress,
+                quant=None if checkpoint.is_gguf else files.quant,
             )
         except BaseException:
             checkpoint.close()
             raise
+
+    def check_memory(self) -> None:
+        """Raise InsufficientMemory when the device has no room for the weights; none is read."""
+        check_weights_fit(
+            [self._checkpoint[name] for name in self._checked],
+            self.dtype.itemsize,
+            self._in_situ,
+            available_bytes=devices.free_memory_bytes(self.device),
+            device=str(self.device),
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -93,10 +135,20 @@ class Weights:
         return self._total_bytes
 
     def linear(
-        self, name: str, out_features: int, in_features: int, bias_name: str | None = None
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        bias_name: str | None = None,
+        *,
+        is_exact: bool = False,
     ) -> Linear:
-        """Return the layer of the matrix `name` (out_features, in_features)."""
-        return self._track(self._linear([name], [out_features], in_features, [bias_name]))
+        """Return the layer of the matrix `name` (out_features, in_features).
+
+        `is_exact`: never quantised at load.
+        """
+        rows = StoredRows(name, out_features, bias_name, is_exact=is_exact)
+        return self._track(self._linear([rows], in_features))
 
     def merged_linear(
         self,
@@ -104,19 +156,33 @@ class Weights:
         out_features: Sequence[int],
         in_features: int,
         bias_names: Sequence[str | None] | None = None,
+        *,
+        selections: Sequence[RowSelection] | None = None,
+        is_exact: Sequence[bool] | None = None,
     ) -> Linear:
         """Return one layer over several matrices with the same input, outputs concatenated.
 
         Matrices of one stored type become one matrix; of different types, parts of one layer.
+        `selections` says which rows of a stored tensor, all dimensions but the last taken as rows,
+        make the matrix of `out_features` rows; None: all. `is_exact` parts are never quantised at
+        load.
         """
         biases = list(bias_names or [None] * len(names))
-        kinds = {self._checkpoint[name].ggml_type for name in names}
-        if len(kinds) == 1 and all((b is None) == (biases[0] is None) for b in biases):
-            return self._track(self._linear(names, out_features, in_features, biases))
-        parts = [
-            self._linear([name], [rows], in_features, [bias])
-            for name, rows, bias in zip(names, out_features, biases, strict=True)
+        rows = [
+            StoredRows(*part)
+            for part in zip(
+                names,
+                out_features,
+                biases,
+                selections or [None] * len(names),
+                is_exact or [False] * len(names),
+                strict=True,
+            )
         ]
+        kinds = {(self._checkpoint[part.name].ggml_type, part.is_exact) for part in rows}
+        if len(kinds) == 1 and all((b is None) == (biases[0] is None) for b in biases):
+            return self._track(self._linear(rows, in_features))
+        parts = [self._linear([part], in_features) for part in rows]
         return self._track(Linear.concatenated(parts))
 
     def embedding(self, name: str, rows: int, columns: int) -> Embedding:
@@ -124,14 +190,16 @@ class Weights:
 
         For a tied model its `as_linear()` is the head.
         """
-        mapped = self._matrix(name, rows, columns)
+        mapped = self._matrix(StoredRows(name, rows, is_exact=True), columns)
         embedding = None
         is_tied = self._spec.tie_word_embeddings
+        # Rows that are only looked up take no time, so they stay as exact as they are stored.
+        head = self._quantized(name, mapped) if is_tied else mapped
         if is_tied and self.device.type == "cpu":
-            embedding = tied_embedding(mapped, dtype=self.dtype, backend=self.backend)
+            embedding = tied_embedding(mapped, head, dtype=self.dtype, backend=self.backend)
         if embedding is None:
-            # Rows that are only looked up are converted then: half the memory of bf16 as float32.
-            owned = self._own(mapped, self.dtype if is_tied else None)
+            # Dense rows are converted on look-up: half the memory of bf16 as float32.
+            owned = self._own(head, self.dtype if is_tied else None)
             embedding = Embedding(owned, dtype=self.dtype)
         return self._track(embedding)
 
@@ -141,11 +209,15 @@ class Weights:
             return embedding.as_linear()
         return self.linear(HEAD, self._spec.vocab_size, self._spec.hidden_size)
 
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a small dense tensor on the device, in `dtype` and of this `shape`."""
+        return self.vector(name, math.prod(shape), dtype).view(shape)
+
     def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the vector `name` (size,) on the device, in `dtype` (default: compute dtype)."""
         tensor = self._take(name)
-        assert tensor.shape == (size,), f"{name}: planned {tensor.shape}, asked for ({size},)"
-        values = self._unpermuted(name, dense_view(tensor))
+        assert tensor.num_elements == size, f"{name}: planned {tensor.shape}, asked for ({size},)"
+        values = self._unpermuted(name, dense_view(tensor)).view(size)
         owned = torch.empty(size, dtype=dtype or self.dtype, device=self.device).copy_(values)
         self.memory_bytes += owned.numel() * owned.element_size()
         return owned
@@ -165,33 +237,34 @@ class Weights:
         return factors.to(self.device)
 
     def check_all_used(self) -> None:
-        """Check that the model asked for every planned tensor; a fault here is the model's."""
+        """Check that the model asked for every planned tensor; a fault here is the model's.
+
+        Logs which matrices could not be quantised as the user wanted.
+        """
         assert not self._unused, f"never asked for: {list(self._unused)[:10]}"
+        if self._in_situ is not None and self._kept_dense:
+            event(
+                logging.getLogger("cortexd.engine"),
+                "weights.kept_dense",
+                logging.WARNING,
+                quant=self._in_situ.name,
+                reason="rows are no multiple of 32",
+                tensors=listing("tensor", sorted(set(self._kept_dense))),
+            )
 
     def close(self) -> None:
         """Let go of the files. Layers stay valid; mapped pages leave this process."""
         self._checkpoint.release_pages()
         self._checkpoint.close()
 
-    def _linear(
-        self,
-        names: Sequence[str],
-        out_features: Sequence[int],
-        in_features: int,
-        bias_names: Sequence[str | None],
-    ) -> Linear:
-        matrices = [
-            self._matrix(name, rows, in_features)
-            for name, rows in zip(names, out_features, strict=True)
-        ]
-        biases = [
-            self.vector(bias, rows)
-            for bias, rows in zip(bias_names, out_features, strict=True)
-            if bias is not None
-        ]
+    def _linear(self, rows: Sequence[StoredRows], in_features: int) -> Linear:
+        matrices = [self._matrix(part, in_features) for part in rows]
+        biases = [self._bias(part) for part in rows if part.bias_name is not None]
         bias = torch.cat(biases) if biases else None
         weight = stack_rows(matrices)
-        packed = pack_native(weight, bias, self.backend) if self.device.type == "cpu" else None
+        packed = None
+        if self.device.type == "cpu":
+            packed = pack_native(weight, bias, self.dtype, self.backend)
         if packed is not None:
             return Linear.from_products([packed], in_features)
         owned = (
@@ -200,6 +273,13 @@ class Weights:
             else self._own(weight, self.dtype)
         )
         return Linear(owned, bias, dtype=self.dtype, backend="reference")
+
+    def _bias(self, part: StoredRows) -> Tensor:
+        assert part.bias_name is not None, f"{part.name} has no bias"
+        if part.selection is None:
+            return self.vector(part.bias_name, part.num_rows)
+        stored = self._take(part.bias_name)
+        return self.vector(part.bias_name, stored.num_elements)[part.selection]
 
     def _take(self, name: str) -> CheckpointTensor:
         """Return the planned tensor, count it as used and report progress."""
@@ -211,16 +291,22 @@ class Weights:
                 self._progress(self._done_bytes, self._total_bytes)
         return tensor
 
-    def _matrix(self, name: str, rows: int, columns: int) -> Weight:
-        """Return the matrix as stored: a view of the mapping, except for un-permuted rows."""
-        tensor = self._take(name)
-        shape = (rows, columns)
-        assert tensor.shape == shape, f"{name}: planned {tensor.shape}, asked for {shape}"
+    def _matrix(self, part: StoredRows, columns: int) -> Weight:
+        """Return the matrix as stored: a view of the mapping, except for rows in a new order."""
+        tensor = self._take(part.name)
+        assert tensor.shape[-1] == columns, f"{part.name}: planned {tensor.shape}, not {columns}"
         if tensor.ggml_type in TORCH_DTYPES:
-            return self._unpermuted(name, dense_view(tensor))
-        assert tensor.ggml_type is not None, f"{name}: {tensor.type_name} passed the plan"
-        packed = self._unpermuted(name, bytes_view(tensor).view(rows, -1))
-        return QuantizedTensor(tensor.ggml_type, shape, packed)
+            rows = self._unpermuted(part.name, dense_view(tensor)).view(-1, columns)
+        else:
+            rows = self._unpermuted(part.name, bytes_view(tensor).view(*tensor.shape[:-1], -1))
+            rows = rows.view(-1, rows.shape[-1])
+        if part.selection is not None:
+            rows = rows[part.selection]
+        assert len(rows) == part.num_rows, f"{part.name}: {len(rows)} rows, not {part.num_rows}"
+        if tensor.ggml_type in TORCH_DTYPES:
+            return rows if part.is_exact else self._quantized(part.name, rows)
+        assert tensor.ggml_type is not None, f"{part.name}: {tensor.type_name} passed the plan"
+        return QuantizedTensor(tensor.ggml_type, (part.num_rows, columns), rows)
 
     def _unpermuted(self, name: str, rows: Tensor) -> Tensor:
         """Undo the GGUF converter's reordering of query and key rows (llama only).
@@ -234,8 +320,24 @@ class Weights:
         pairs = rows.view(num_heads, self._spec.head_dim // 2, 2, -1)
         return pairs.transpose(1, 2).reshape(rows.shape)
 
+    def _quantized(self, name: str, weight: Weight) -> Weight:
+        """Return a dense matrix quantised on the device, if the model is to be and its rows fit."""
+        if self._in_situ is None or isinstance(weight, QuantizedTensor):
+            return weight
+        ggml_type = type_for_columns(self._in_situ, weight.shape[1])
+        if ggml_type is None:
+            self._kept_dense.append(name)
+            return weight
+        rows = weight.to(self.device)
+        if not bool(torch.isfinite(rows).all()):
+            path = self._checkpoint[name].file.path
+            raise BadModelFile(f"{path}: tensor {name} holds NaN or infinity; cannot be quantised")
+        return quantize_rows(rows, ggml_type)
+
     def _own(self, weight: Weight, dtype: torch.dtype | None) -> Weight:
         """Return a copy on the device: quantised as it is, dense in `dtype` (None: as stored)."""
+        if self._in_situ is not None and isinstance(weight, QuantizedTensor):
+            return weight  # made here, and on the device
         if isinstance(weight, QuantizedTensor):
             packed = weight.packed.to(self.device, copy=True)
             return QuantizedTensor(weight.ggml_type, weight.shape, packed)
@@ -249,4 +351,5 @@ class Weights:
 
     def _track(self, layer: Layer) -> Layer:
         self.memory_bytes += layer.num_bytes
+        self.has_native_layers |= layer.is_native
         return layer

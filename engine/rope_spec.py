@@ -19,7 +19,9 @@ _MAX_FACTOR: Final = 1e6
 _MAX_POSITIONS: Final = 1 << 30
 
 
-def rope_from_config(fields: Fields, max_position_embeddings: int) -> RopeSpec:
+def rope_from_config(
+    fields: Fields, max_position_embeddings: int, *, default_partial: float = 1.0
+) -> RopeSpec:
     """Return the rope of a Hugging Face configuration (theta defaults to 10000 there)."""
     nested = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
     if any(isinstance(value, dict) for value in nested.values()):
@@ -30,12 +32,16 @@ def rope_from_config(fields: Fields, max_position_embeddings: int) -> RopeSpec:
     rope = Fields(nested, f"{fields.file} rope parameters")
     flat_theta = fields.number("rope_theta", minimum=0.0, maximum=_MAX_THETA, default=10000.0)
     theta = rope.number("rope_theta", minimum=0.0, maximum=_MAX_THETA, default=flat_theta)
-    flat_partial = fields.number("partial_rotary_factor", minimum=0.0, maximum=1.0, default=1.0)
+    flat_partial = fields.number(
+        "partial_rotary_factor", minimum=0.0, maximum=1.0, default=default_partial
+    )
     partial = rope.number("partial_rotary_factor", minimum=0.0, maximum=1.0, default=flat_partial)
     rope_type = nested.get("rope_type", nested.get("type", "default"))
     check_rope_type(fields.file, rope_type)
     if rope_type == "default":
         return RopeSpec(theta=theta, partial_rotary_factor=partial)
+    if rope_type == "yarn":
+        _refuse_yarn_variants(rope)
     original = rope.integer(
         "original_max_position_embeddings", maximum=_MAX_POSITIONS, default=max_position_embeddings
     )
@@ -54,6 +60,15 @@ def rope_from_config(fields: Fields, max_position_embeddings: int) -> RopeSpec:
             attention_factor=_optional_factor(rope, "attention_factor"),
         ),
     )
+
+
+def _refuse_yarn_variants(rope: Fields) -> None:
+    """Refuse what other families than ours add to yarn: it would be computed without."""
+    for key in ("mscale", "mscale_all_dim"):
+        if rope.values.get(key) is not None:
+            raise UnsupportedArchitecture(f"{rope.file}: {key} is not supported for yarn")
+    if not rope.boolean("truncate", default=True):
+        raise UnsupportedArchitecture(f"{rope.file}: truncate = false is not supported for yarn")
 
 
 def rope_from_gguf(

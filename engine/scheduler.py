@@ -4,10 +4,17 @@ Called by the engine: `submit`, then `plan` / `complete` once per step, `finish`
 ends. Owns the waiting queue, the running list and, through the block pool, all block tables. Pure
 Python and deterministic: a tensor-parallel leader can send a plan to its workers as it is.
 
-A step holds one token of every decoding sequence, then prefill chunks, oldest first, within the
-token budget; waiting sequences are admitted first in, first out. When blocks run out, the newest
-running sequence gives its blocks back, keeps its tokens, and waits at the head of the queue to be
-computed again.
+Waiting sequences are admitted first in, first out. A step holds one token of every decoding
+sequence, then prefill chunks within the token budget: those of the prompt that needs the fewest
+first, so that a long one does not hold up all that come after it. A prompt that a newer one
+overtakes moves up by one chunk, so it is overtaken at most as often as it has chunks. When blocks
+run out, the newest running sequence that is not in the step gives its blocks back, keeps its
+tokens, and waits at the head of the queue to be computed again.
+
+Equal prefixes are computed once. A sequence takes over what the prefix cache holds when it is
+admitted, and also while it prefills; and when a row of the plan is about to compute the very block
+that it needs next, it sits this step out and takes the block in the next one. So of n answers to
+one prompt, or of equal prompts sent together, one computes and the others follow a step behind.
 """
 
 from __future__ import annotations
@@ -19,7 +26,11 @@ from typing import Final
 from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
 from engine.block_pool import NULL_BLOCK, BlockPool
+from engine.prefix_cache import PrefixCache, PublicationKey
+from engine.prefix_tree import PrefixNode
 from engine.sequence import Sequence, SequenceState
+from engine.slot_pool import NULL_SLOT, SlotPool
+from engine.snapshots import Snapshots, StateCopy
 
 # Prefill chunks are not cut smaller than this when memory is short: smaller ones save nothing.
 MIN_PREFILL_CHUNK: Final = 16
@@ -39,10 +50,14 @@ class PlannedRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The rows of one step: decode rows first, `num_decodes` of them, then prefill rows."""
+    """The rows of one step: decode rows first, `num_decodes` of them, then prefill rows.
+
+    `state_copies` move a hybrid's states between slots before anything is computed.
+    """
 
     rows: list[PlannedRow] = field(default_factory=list)
     num_decodes: int = 0
+    state_copies: list[StateCopy] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -50,19 +65,54 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
 
+@dataclass(slots=True)
+class PlanInMaking:
+    """The rows so far, whose they are, and what their sequences publish next."""
+
+    decodes: list[PlannedRow] = field(default_factory=list)
+    prefills: list[PlannedRow] = field(default_factory=list)
+    planned: set[Sequence] = field(default_factory=set)
+    keys: set[PublicationKey] = field(default_factory=set)
+
+    def add_decode(self, row: PlannedRow) -> None:
+        """Add the row of a sequence that decodes."""
+        self.decodes.append(row)
+        self.planned.add(row.sequence)
+
+    def add_prefill(self, row: PlannedRow, key: PublicationKey | None) -> None:
+        """Add a chunk of a prompt."""
+        self.prefills.append(row)
+        self.planned.add(row.sequence)
+        if key is not None:
+            self.keys.add(key)
+
+
 class Scheduler:
     """See the module's text. `context` is the most tokens one sequence may have."""
 
     def __init__(
-        self, settings: EngineSettings, pool: BlockPool, block_size: int, context: int
+        self,
+        settings: EngineSettings,
+        pool: BlockPool,
+        block_size: int,
+        context: int,
+        slots: SlotPool | None = None,
     ) -> None:
+        """Take the pools; `slots` only for a hybrid, whose sequences hold one each."""
         assert pool.num_usable * block_size >= context, "one full-length sequence must fit"
         self.pool = pool
+        self.slots = slots
+        self.snapshots = None if slots is None else Snapshots(slots)
+        self.prefix_cache = PrefixCache(
+            pool, block_size, is_enabled=settings.prefix_cache, snapshots=self.snapshots
+        )
         self.block_size = block_size
         self.context = context
         self.token_budget = settings.max_num_batched_tokens
         # Every decoding sequence must fit into one step, so seats never outnumber the budget.
         self.max_running = min(settings.max_num_seqs, self.token_budget)
+        if slots is not None:
+            self.max_running = min(self.max_running, slots.num_slots)
         self.max_queue_depth = settings.max_queue_depth
         self.max_prefill_chunk = min(settings.max_prefill_chunk, self.token_budget)
         self.waiting: deque[Sequence] = deque()
@@ -98,29 +148,39 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Choose the next step's rows and give them their blocks."""
-        decodes, prefills, budget = self._plan_running()
-        while self._can_admit():
-            num_tokens = self._chunk_size(self.waiting[0], budget, is_first=not prefills)
-            if num_tokens == 0:
-                break
-            sequence = self.waiting.popleft()
-            sequence.state = SequenceState.RUNNING
-            self.running.append(sequence)
-            budget -= self._plan_chunk(prefills, sequence, num_tokens)
-        return StepPlan(decodes + prefills, len(decodes))
+        for sequence in self.running:
+            self.prefix_cache.take(sequence, self.prefix_cache.find(sequence))
+        while (found := self._admissible()) is not None:
+            self._admit(self.waiting.popleft(), found)
+        num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
+        budget = self.token_budget - num_decodes
+        if num_decodes:
+            # Decoding sequences wait for the whole step: bound what prefill adds to it.
+            budget = min(budget, self._chunk_limit)
+        making = PlanInMaking()
+        self._plan_decodes(making)
+        self._plan_prefills(making, budget)
+        copies = [] if self.snapshots is None else self.snapshots.take_copies()
+        return StepPlan(making.decodes + making.prefills, len(making.decodes), copies)
 
     def complete(self, plan: StepPlan) -> None:
         """Count the plan's tokens as computed; call it before sampled tokens are appended."""
         for row in plan.rows:
             row.sequence.num_computed = row.start + row.num_tokens
+            self.prefix_cache.publish(row.sequence)
         self._clean_steps += 1
         if self._clean_steps >= STEPS_TO_REGROW:
             self._clean_steps = 0
             self._chunk_limit = min(self._chunk_limit * 2, self.max_prefill_chunk)
             self._seat_limit = min(self._seat_limit * 2, self.max_running)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Remove a sequence, wherever it stands, and release its blocks."""
+    def finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
+        """Remove a sequence, wherever it stands, and release its blocks and its state slot.
+
+        When it `is_tainted`, nothing that begins like it is kept for others.
+        """
+        if is_tainted:
+            self.prefix_cache.discard(sequence)
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
         elif sequence.state is SequenceState.WAITING:
@@ -129,6 +189,7 @@ class Scheduler:
             return
         sequence.state = SequenceState.FINISHED
         self._release_blocks(sequence)
+        self._release_slot(sequence)
 
     def reduce(self, plan: StepPlan) -> Sequence | None:
         """Make the next plans smaller, since this one ran out of memory and nothing of it counts.
@@ -137,6 +198,12 @@ class Scheduler:
         Returns the sequence that cannot be helped when it was alone and at the minimum.
         """
         self._clean_steps = 0
+        if self.slots is not None:
+            # Some layers have advanced their state by this step's tokens, others have not.
+            for row in plan.rows:
+                self._release_blocks(row.sequence)
+                row.sequence.num_computed = 0
+                row.sequence.num_cached_tokens = 0
         longest = max(row.num_tokens for row in plan.rows)
         if longest > MIN_PREFILL_CHUNK:
             self._chunk_limit = max(MIN_PREFILL_CHUNK, longest // 2)
@@ -148,61 +215,85 @@ class Scheduler:
             return plan.rows[0].sequence
         return None
 
-    def _plan_running(self) -> tuple[list[PlannedRow], list[PlannedRow], int]:
-        """Return decode rows, prefill rows and the budget that is left.
-
-        Oldest first, so that blocks are only ever taken from sequences not planned yet: the oldest
-        one always moves on, whatever the others do.
-        """
-        num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
-        budget = self.token_budget - num_decodes
-        if num_decodes:
-            # Decoding sequences wait for the whole step: bound what prefill adds to it.
-            budget = min(budget, self._chunk_limit)
-        decodes: list[PlannedRow] = []
-        prefills: list[PlannedRow] = []
+    def _plan_decodes(self, making: PlanInMaking) -> None:
         for sequence in list(self.running):
-            if sequence.state is not SequenceState.RUNNING:
-                continue  # preempted by an older one in this very loop
-            if sequence.num_uncomputed == 1:
-                if self._take_blocks(sequence, 1):
-                    decodes.append(PlannedRow(sequence, sequence.num_computed, 1, samples=True))
-                else:
-                    self._preempt(sequence)
+            if sequence.state is not SequenceState.RUNNING or sequence.num_uncomputed != 1:
+                continue  # preempted by an older one in this very loop, or prefills
+            if self._take_blocks(making, sequence, 1):
+                making.add_decode(PlannedRow(sequence, sequence.num_computed, 1, samples=True))
             else:
-                num_tokens = self._chunk_size(sequence, budget, is_first=not prefills)
-                # When an older one's chunk does not fit, no newer one overtakes it.
-                budget -= self._plan_chunk(prefills, sequence, num_tokens) or budget
-        return decodes, prefills, budget
+                self._preempt(sequence)
 
-    def _chunk_size(self, sequence: Sequence, budget: int, *, is_first: bool) -> int:
-        """Return the tokens of the sequence's next chunk; 0 when it does not fit this step.
+    def _plan_prefills(self, making: PlanInMaking, budget: int) -> None:
+        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        passed_over: list[Sequence] = []
+        for sequence in sorted(prefilling, key=self._prefill_rank):  # stable: else oldest first
+            if sequence.state is not SequenceState.RUNNING or self._waits_for(making, sequence):
+                continue
+            num_left = self._num_left(sequence, sequence.num_computed)
+            num_tokens = self._chunk_size(num_left, budget, is_first=not making.prefills)
+            if num_tokens == 0:
+                # Nobody behind one whose chunk does not fit gets what is left.
+                budget = 0
+            num_tokens = self._take_blocks(making, sequence, num_tokens)
+            if num_tokens == 0:
+                passed_over.append(sequence)
+                continue
+            budget -= num_tokens
+            samples = num_tokens == sequence.num_uncomputed
+            row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
+            making.add_prefill(row, self.prefix_cache.next_key(sequence))
+        self._count_overtaken(making, passed_over)
+
+    def _prefill_rank(self, sequence: Sequence) -> int:
+        """Return how many chunks a sequence needs, less one for each time it was overtaken."""
+        num_chunks = -(-sequence.num_uncomputed // self._chunk_limit)
+        return max(num_chunks - sequence.num_overtaken, 0)
+
+    def _count_overtaken(self, making: PlanInMaking, passed_over: list[Sequence]) -> None:
+        if not passed_over or not making.prefills:
+            return
+        age = {sequence: index for index, sequence in enumerate(self.running)}
+        newest = max(age[row.sequence] for row in making.prefills)
+        for sequence in passed_over:
+            if age.get(sequence, newest) < newest:
+                sequence.num_overtaken += 1
+
+    def _waits_for(self, making: PlanInMaking, sequence: Sequence) -> bool:
+        """Tell whether a row of this step computes what the sequence can take over in the next."""
+        key = self.prefix_cache.next_key(sequence)
+        return key in making.keys and self.prefix_cache.could_take_next(sequence)
+
+    def _num_left(self, sequence: Sequence, start: int) -> int:
+        """Return how many tokens from `start` on a single chunk may have."""
+        end = len(sequence.token_ids)
+        if self.snapshots is not None:
+            end = self.prefix_cache.next_cut(sequence, start) or end
+        return end - start
+
+    def _chunk_size(self, num_left: int, budget: int, *, is_first: bool) -> int:
+        """Return the tokens of the next chunk of a sequence; 0 when it does not fit this step.
 
         Only a step's first chunk is cut to the budget: else the cuts, and with them the last bits
         of a prompt's KV, would depend on what else happens to run.
         """
-        num_tokens = min(sequence.num_uncomputed, self._chunk_limit)
+        num_tokens = min(num_left, self._chunk_limit)
         if num_tokens <= budget:
             return num_tokens
         return budget if is_first else 0
 
-    def _plan_chunk(self, prefills: list[PlannedRow], sequence: Sequence, num_tokens: int) -> int:
-        """Add a prefill row of at most `num_tokens`; return for how many there were blocks."""
-        num_tokens = self._take_blocks(sequence, num_tokens)
-        if num_tokens:
-            samples = num_tokens == sequence.num_uncomputed
-            prefills.append(PlannedRow(sequence, sequence.num_computed, num_tokens, samples))
-        return num_tokens
-
-    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+    def _take_blocks(self, making: PlanInMaking, sequence: Sequence, num_tokens: int) -> int:
         """Give the sequence blocks for `num_tokens` more; return for how many there was room.
 
-        Newer sequences are preempted as far as needed.
+        Newer sequences that the step does not compute are preempted as far as needed.
         """
         held = len(sequence.block_table)
         missing = self._blocks_for(sequence.num_computed + num_tokens) - held
-        while missing > self.pool.num_free and self.running[-1] is not sequence:
-            self._preempt(self.running[-1])
+        while missing > self.pool.num_free:
+            victim = self._newest_victim(making, sequence)
+            if victim is None:
+                break
+            self._preempt(victim)
         missing = min(missing, self.pool.num_free)
         if missing > 0:
             last = sequence.block_table[-1] if held else NULL_BLOCK
@@ -210,16 +301,38 @@ class Scheduler:
         room = len(sequence.block_table) * self.block_size - sequence.num_computed
         return min(num_tokens, room)
 
-    def _can_admit(self) -> bool:
+    def _newest_victim(self, making: PlanInMaking, sequence: Sequence) -> Sequence | None:
+        """Return the newest sequence that holds blocks and may lose them to `sequence`."""
+        for candidate in reversed(self.running):
+            if candidate is sequence:
+                return None
+            if candidate.block_table and candidate not in making.planned:
+                return candidate
+        return None
+
+    def _admit(self, sequence: Sequence, found: list[PrefixNode]) -> None:
+        self.prefix_cache.take(sequence, found)
+        if self.snapshots is not None and sequence.state_slot == NULL_SLOT:
+            sequence.state_slot = self.snapshots.allocate()
+        sequence.state = SequenceState.RUNNING
+        self.running.append(sequence)
+
+    def _admissible(self) -> list[PrefixNode] | None:
+        """Return the cached prefix of the first waiting sequence, or None when it must wait."""
         if not self.waiting or len(self.running) >= self._seat_limit:
-            return False
+            return None
+        if self.snapshots is not None and not self.snapshots.has_room:
+            return None
+        sequence = self.waiting[0]
+        found = self.prefix_cache.find(sequence)
         # Without room for all its tokens it would only be preempted again.
-        needed = self._blocks_for(len(self.waiting[0].token_ids) + 1)
-        return not self.running or self._unclaimed_blocks() >= needed
+        needed = self._blocks_for(len(sequence.token_ids) + 1) - self.prefix_cache.num_held(found)
+        return found if not self.running or self._unclaimed_blocks() >= needed else None
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release_blocks(sequence)
+        self._release_slot(sequence)
         sequence.state = SequenceState.WAITING
         sequence.num_computed = 0
         sequence.num_preemptions += 1
@@ -230,6 +343,12 @@ class Scheduler:
         # Last block first: the head of a prompt is the part that others may share, keep it longest.
         self.pool.release(sequence.block_table[::-1])
         sequence.block_table = []
+        sequence.prefix_node = None
+
+    def _release_slot(self, sequence: Sequence) -> None:
+        if self.slots is not None and sequence.state_slot != NULL_SLOT:
+            self.slots.release(sequence.state_slot)
+            sequence.state_slot = NULL_SLOT
 
     def _unclaimed_blocks(self) -> int:
         """Free blocks less those that running prompts still need."""

@@ -77,6 +77,15 @@ def test_intake_survives_any_body(body: bytes) -> None:
     assert intake.admit([good, body]) is None or not letters.counts
 
 
+def test_intake_survives_text_that_is_no_utf8() -> None:
+    """The codec reports this one fault under another name."""
+    intake, letters = _intake()
+    good = msgspec.msgpack.encode(Header(1, 0, PEER, OWN))
+    body = b"\x94\xa5Route\xa1\xff\xa1r\xc2"
+    assert intake.admit([good, body]) is None
+    assert letters.counts["bad_decode"] == 1
+
+
 def test_dead_letters_keep_a_bounded_tail() -> None:
     """Counters go on, headers do not pile up."""
     letters = DeadLetters()

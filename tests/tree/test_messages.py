@@ -28,7 +28,7 @@ def test_messages_agree_with_each_other_and_with_chat(daemon: Daemon, tiny_model
         ) as stream:
             streamed = stream.get_final_message()
         counted = client.messages.count_tokens(model=model, messages=HELLO)
-    assert streamed.content == unary.content
+    assert streamed.content[0].to_dict()["text"] == unary.content[0].to_dict()["text"]
     assert (streamed.stop_reason, unary.stop_reason) == ("max_tokens", "max_tokens")
     status, chat = daemon.chat(model, "hello")
     assert status == 200
