@@ -55,6 +55,15 @@ from cortexd.messages.fleet import (
     UnloadModelNow,
 )
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
+from cortexd.messages.neurons import (
+    LoadOnNode,
+    NeuronReport,
+    NodeFailed,
+    Place,
+    RoutedHere,
+    RoutedRemote,
+    UnloadOnNode,
+)
 
 Body = (
     ErrorInfo
@@ -81,6 +90,13 @@ Body = (
     | Stop
     | StopGroup
     | Welcome
+    | LoadOnNode
+    | NeuronReport
+    | NodeFailed
+    | Place
+    | RoutedHere
+    | RoutedRemote
+    | UnloadOnNode
     | DescribeModel
     | EndRequest
     | EvictionProposal
@@ -131,13 +147,17 @@ __all__ = [
     "HostReport",
     "ListModels",
     "LoadModel",
+    "LoadOnNode",
     "LoadProgress",
     "LoadReport",
     "MetricsSample",
     "ModelList",
     "ModelLoaded",
+    "NeuronReport",
+    "NodeFailed",
     "Ok",
     "Ping",
+    "Place",
     "Pong",
     "Progress",
     "ProposeEviction",
@@ -150,6 +170,8 @@ __all__ = [
     "ResolvedFiles",
     "Route",
     "Routed",
+    "RoutedHere",
+    "RoutedRemote",
     "SetLogLevel",
     "StartGroup",
     "Stop",
@@ -158,5 +180,6 @@ __all__ = [
     "TokenBatch",
     "UnloadIdle",
     "UnloadModelNow",
+    "UnloadOnNode",
     "Welcome",
 ]
