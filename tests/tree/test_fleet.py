@@ -153,6 +153,8 @@ def test_models_and_health_are_those_of_the_fleet(hosts: Hosts) -> None:
     assert cards["tier/small"]["alias_of"] == hosts.model
     assert cards["org/huge"]["feasible_on"] == []
     assert (cards[MODEL]["max_model_len"], cards[MODEL]["locations"][0]["node"]) == (2048, "stub")
+    listed = hosts.gateway.admin("models")["models"]
+    assert {model["node"] for model in listed} == {"one", "stub"}
     health = json.loads(hosts.gateway.get("/health")[1])
     assert (health["status"], health["nodes"]) == ("ok", {"healthy": 3, "total": 3})
     _, metrics = hosts.gateway.get("/metrics", port=hosts.gateway.metrics_port)
