@@ -138,7 +138,7 @@ def test_request_goes_where_the_model_is_loaded(hosts: Hosts) -> None:
         assert events[-1] == "[DONE]"
     status, message = hosts.gateway.post("/v1/messages", {"model": "tier/small", **body})
     assert (status, message["type"]) == (200, "message")
-    assert set(hosts.requests_by_node()) == {"one"}
+    wait_for(lambda: set(hosts.requests_by_node()) == {"one"}, 10, "counting the requests")
     assert not any(actor.get("group") for actor in hosts.gateway.actors().values())
 
 
@@ -227,7 +227,7 @@ def test_cold_model_is_loaded_once_on_the_node_it_is_pinned_to(hosts: Hosts) -> 
     assert [status for status, _ in answers] == [200] * 6, answers
     loads = [line for line in hosts.two.log().splitlines() if '"model.loading"' in line]
     assert len(loads) == 1, loads
-    assert hosts.requests_by_node()["two"] == 6
+    wait_for(lambda: hosts.requests_by_node()["two"] == 6, 10, "counting the requests")
 
 
 def test_burst_on_two_replicas_is_balanced(hosts: Hosts) -> None:
@@ -244,6 +244,8 @@ def test_burst_on_two_replicas_is_balanced(hosts: Hosts) -> None:
             )
         )
     assert [status for status, _ in answers] == [200] * 32
+    total = before.total() + 32
+    wait_for(lambda: hosts.requests_by_node().total() == total, 10, "counting all requests")
     share = hosts.requests_by_node() - before
     assert abs(share["one"] - 16) <= 4, share
     assert share["one"] + share["two"] == 32
