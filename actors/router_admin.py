@@ -63,10 +63,22 @@ class RouterAdmin:
 
     async def _models(self, command: AdminCommand) -> object:
         _decode(command, NoArgs)
-        return {
-            "models": [model.status() for model in self._router.models.values()],
-            "aliases": self._router.aliases,
-        }
+        here = [msgspec.to_builtins(model.status()) for model in self._router.models.values()]
+        remote = [
+            {
+                "model_id": model.model_id,
+                "state": model.state,
+                "node": node.name,
+                "in_flight": model.in_flight + model.queue_depth,
+                "memory_bytes": (model.memory_mib or 0) << 20,
+                "limits": msgspec.to_builtins(model.limits),
+                "stage": model.detail,
+            }
+            for node in self._router.fleet.statuses()
+            if node.is_healthy
+            for model in node.models
+        ]
+        return {"models": here + remote, "aliases": self._router.aliases}
 
     async def _requests(self, command: AdminCommand) -> object:
         _decode(command, NoArgs)

@@ -118,9 +118,11 @@ def models_table(models: list[Document], *, colour: bool) -> str:
 def _detail(model: Mapping[str, object]) -> str:
     if model.get("error"):
         return str(model["error"])
+    node = f"on {model['node']}" if model.get("node") else ""
     if model.get("state") in ("loading", "recovering"):
-        return progress_text(model)
-    details = [str(model["quant"])] if model.get("quant") else []
+        return " ".join(filter(None, (node, progress_text(model))))
+    details = [node] if node else []
+    details += [str(model["quant"])] if model.get("quant") else []
     ranks = model.get("tensor_parallel")
     if isinstance(ranks, int) and ranks > 1:
         details.append(f"tp {ranks}")

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from cli.main import main
+from cli.status import render
 from cortexd.errors import DeadlineExceeded
 from tests.cli.fake_daemon import Document, FakeDaemon
 
@@ -125,3 +126,11 @@ def test_daemon_that_does_not_answer_exits_124(
     daemon.answers["status"] = DeadlineExceeded("status: no answer within 10 s")
     assert main(["status"]) == 124
     assert capsys.readouterr().err == "cortexd: status: no answer within 10 s\n"
+
+
+def test_status_shows_remote_neurons() -> None:
+    """One line for each, with what is wrong with it."""
+    node = {"name": "beast", "kind": "cortex", "endpoint": "http://h:1", "is_healthy": False}
+    node |= {"models": [{"state": "loaded"}, {"state": "unloaded"}], "dispatched": 3, "error": "no"}
+    line = render({**STATUS, "nodes": [node]}, colour=False).splitlines()[-1].split()
+    assert line == ["beast", "cortex", "down", "http://h:1", "1", "2", "3", "no"]

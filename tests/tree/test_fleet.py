@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import urllib.error
 import urllib.request
@@ -74,12 +75,14 @@ def hosts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folders = {name: tmp_path_factory.mktemp(name) for name in ("gateway", "one", "two")}
     one = NeuronDaemon(folders["one"], "--role", "neuron", "--model", str(tiny_model))
     two = NeuronDaemon(folders["two"], "--role", "neuron")
+    cold_model = shutil.copytree(tiny_model, folders["gateway"] / "cold")
     with Stub() as stub:
         catalogue = folders["gateway"] / "models.toml"
         catalogue.write_text(
             f'[[models]]\nid = "{tiny_model}"\n[[models]]\nid = "org/huge"\n'
             f'min_device_vram_mb = 99000000\n[aliases]\n"tier/small" = "{tiny_model}"\n'
-            f'"tier/ext" = "{MODEL}"\n'
+            f'"tier/ext" = "{MODEL}"\n"tier/cold" = "{cold_model}"\n[[models]]\n'
+            f'id = "{cold_model}"\npinned_on = ["two"]\n'
         )
         gateway = Daemon(
             folders["gateway"],
@@ -150,6 +153,8 @@ def test_models_and_health_are_those_of_the_fleet(hosts: Hosts) -> None:
     assert cards["tier/small"]["alias_of"] == hosts.model
     assert cards["org/huge"]["feasible_on"] == []
     assert (cards[MODEL]["max_model_len"], cards[MODEL]["locations"][0]["node"]) == (2048, "stub")
+    listed = hosts.gateway.admin("models")["models"]
+    assert {model["node"] for model in listed} == {"one", "stub"}
     health = json.loads(hosts.gateway.get("/health")[1])
     assert (health["status"], health["nodes"]) == ("ok", {"healthy": 3, "total": 3})
     _, metrics = hosts.gateway.get("/metrics", port=hosts.gateway.metrics_port)
@@ -215,24 +220,22 @@ def test_restarted_gateway_router_knows_the_fleet_again(hosts: Hosts) -> None:
     assert status == 200, answer
 
 
-def test_cold_model_is_loaded_once_on_the_second_node(hosts: Hosts) -> None:
-    """With node one gone the catalogue's model is loaded on node two, however many ask."""
-    hosts.one.stop(signal.SIGKILL)
+def test_cold_model_is_loaded_once_on_the_node_it_is_pinned_to(hosts: Hosts) -> None:
+    """A model that only the gateway's catalogue knows is loaded there, however many ask."""
     with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda n: hosts.gateway.chat(hosts.model, f"hello {n}"), range(6)))
+        answers = list(pool.map(lambda n: hosts.gateway.chat("tier/cold", f"hi {n}"), range(6)))
     assert [status for status, _ in answers] == [200] * 6, answers
-    assert hosts.loaded_on("two")
-    assert not hosts.nodes()["one"]["is_healthy"]
     loads = [line for line in hosts.two.log().splitlines() if '"model.loading"' in line]
     assert len(loads) == 1, loads
-    hosts.one.start()
-    wait_for(lambda: hosts.loaded_on("one"), 60, "node one's return")
+    assert hosts.requests_by_node()["two"] == 6
 
 
 def test_burst_on_two_replicas_is_balanced(hosts: Hosts) -> None:
     """Own dispatches count at once: a burst between two polls does not land on one node."""
+    body = {"model_id": hosts.model}
+    assert hosts.two.post("/models/load", body, port=hosts.two.neuron_port)[0] == 200
+    wait_for(lambda: hosts.loaded_on("two"), 10, "seeing the model on node two")
     assert hosts.loaded_on("one")
-    assert hosts.loaded_on("two")
     before = hosts.requests_by_node()
     with ThreadPoolExecutor(32) as pool:
         answers = list(
