@@ -22,6 +22,7 @@ import pytest
 
 from tests.tree.daemon import Daemon, streamed_text, wait_for
 from tests.tree.fleet_stub import ANSWER, EVENTS, MODEL, Stub
+from tests.tree.tiny_model import CONTEXT
 
 pytestmark = pytest.mark.tree
 
