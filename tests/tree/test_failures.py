@@ -56,9 +56,10 @@ def test_killed_leader_ends_streams_with_an_error_event_and_comes_back(
 ) -> None:
     """A stream gets a retriable error event and no [DONE]; then the model serves again."""
     before = streamed_text(list(daemon.stream(str(tiny_model), "hello")))
-    stream = daemon.stream(str(tiny_model), "hello", max_tokens=480, ignore_eos=True)
+    pid = int(daemon.actors()[_leader(daemon)]["pid"])
+    stream = daemon.stream(str(tiny_model), "hello", max_tokens=4000, ignore_eos=True)
     events: list[dict[str, Any] | str] = [next(stream), next(stream)]
-    daemon.kill(_leader(daemon))
+    os.kill(pid, signal.SIGKILL)
     events += list(stream)
     assert isinstance(events[-1], dict), events[-1]
     assert events[-1]["error"]["code"] == "engine_restarting"

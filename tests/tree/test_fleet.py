@@ -22,6 +22,7 @@ import pytest
 
 from tests.tree.daemon import Daemon, streamed_text, wait_for
 from tests.tree.fleet_stub import ANSWER, EVENTS, MODEL, Stub
+from tests.tree.tiny_model import CONTEXT
 
 pytestmark = pytest.mark.tree
 
@@ -149,7 +150,7 @@ def test_models_and_health_are_those_of_the_fleet(hosts: Hosts) -> None:
     assert card["loaded"] is True
     assert [(place["node"], place["status"]) for place in card["locations"]] == [("one", "loaded")]
     assert sorted(card["feasible_on"]) == ["one", "two"]
-    assert card["limit"]["context"] == 512
+    assert card["limit"]["context"] == CONTEXT
     assert cards["tier/small"]["alias_of"] == hosts.model
     assert cards["org/huge"]["feasible_on"] == []
     assert (cards[MODEL]["max_model_len"], cards[MODEL]["locations"][0]["node"]) == (2048, "stub")
@@ -254,7 +255,7 @@ def test_burst_on_two_replicas_is_balanced(hosts: Hosts) -> None:
 def test_node_that_dies_in_the_middle_of_a_stream_ends_it_with_an_error(hosts: Hosts) -> None:
     """The client gets an error event, no [DONE]; then 503 while nobody serves; then it is back."""
     body = json.dumps(
-        {"model": hosts.model, "max_tokens": 480, "ignore_eos": True}
+        {"model": hosts.model, "max_tokens": 4000, "ignore_eos": True}
         | {"messages": [{"role": "user", "content": "x"}], "stream": True}
     ).encode()
     hosts.two.stop(signal.SIGKILL)

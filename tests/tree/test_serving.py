@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.tree.daemon import Daemon, streamed_text, wait_for
+from tests.tree.tiny_model import CONTEXT
 
 pytestmark = pytest.mark.tree
 
@@ -96,8 +97,8 @@ def test_prompt_over_context_is_400_with_both_numbers(daemon: Daemon, tiny_model
     assert status == 400
     error = answer["error"]
     assert error["code"] == "context_length_exceeded"
-    assert error["max"] == 512
-    assert error["prompt_len"] > 512
+    assert error["max"] == CONTEXT
+    assert error["prompt_len"] > CONTEXT
 
 
 def test_client_that_vanishes_mid_stream_frees_its_sequence(
@@ -109,7 +110,7 @@ def test_client_that_vanishes_mid_stream_frees_its_sequence(
             "model": str(tiny_model),
             "messages": [{"role": "user", "content": "hello"}],
             "stream": True,
-            "max_tokens": 480,
+            "max_tokens": 4000,
             "ignore_eos": True,
         }
     )

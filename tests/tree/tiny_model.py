@@ -10,6 +10,8 @@ TEMPLATE = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Long enough that a stream is still running when a test has done something to it.
+CONTEXT = 4096
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -45,7 +47,7 @@ def make_tiny_model(directory: Path, *, architecture: str = "llama", seed: int =
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=512,
+        max_position_embeddings=CONTEXT,
         eos_token_id=vocabulary["<|im_end|>"],
         bos_token_id=vocabulary["<|endoftext|>"],
         pad_token_id=None,
