@@ -3,7 +3,8 @@
 Plan first, copy second: opening checks every name, shape and type against the architecture's plan
 (nothing copied yet); then the model's constructor asks for its layers one by one. Quantised tensors
 stay quantised; dense ones take the compute dtype. A tensor is copied (or packed) once, straight
-from the mapping, so the peak is the model plus one tensor. Called by `Engine.load` on one rank.
+from the mapping, so the peak is the model plus one tensor. Called on every rank, which reads only
+its own part of each tensor.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from engine.models.registry import REGISTRY
 from engine.quant.tensor import QuantizedTensor
 from engine.tensor_plan import HEAD
 from engine.tensor_views import TORCH_DTYPES, bytes_view, dense_view, stack_rows
+from engine.tp.comm import Comm
+from engine.tp.layers import GatheredHead, RowParallelLinear, VocabParallelEmbedding
+from engine.tp.sharding import Rule, rule_of
 
 Layer = TypeVar("Layer", Linear, Embedding)
 ProgressCallback = Callable[[int, int], None]  # bytes done, bytes in all
@@ -41,26 +45,30 @@ class Weights:
         dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
         progress: ProgressCallback | None = None,
+        comm: Comm | None = None,
     ) -> None:
+        """Take the whole model's spec; `comm` says which part of it this rank holds."""
         entry = REGISTRY[spec.model_type]
         plan = entry.plan(spec)
         check_plan(checkpoint, plan, spec)
+        self._comm = comm or Comm()
         self.dtype = dtype
         self.device = torch.device(device)
         self.backend: Backend = backend
         self.memory_bytes = 0  # of all layers handed out so far
         self._checkpoint = checkpoint
         self._spec = spec
+        local = self._comm.shard.local_spec(spec)
         self._checked = plan.required
         self._unused = dict.fromkeys(plan.required)
         self._permuted_heads = (
-            {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
+            {"q_proj": local.num_attention_heads, "k_proj": local.num_key_value_heads}
             if checkpoint.is_gguf and entry.has_permuted_rope_rows
             else {}
         )
         self._progress = progress
         self._done_bytes = 0
-        self._total_bytes = sum(checkpoint[name].num_bytes for name in plan.required)
+        self._total_bytes = sum(self._local(name).num_bytes for name in plan.required)
 
     @classmethod
     def open(
@@ -72,6 +80,7 @@ class Weights:
         dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
         progress: ProgressCallback | None = None,
+        comm: Comm | None = None,
     ) -> Weights:
         """Open the files and check the whole plan; no weight byte is read.
 
@@ -81,7 +90,13 @@ class Weights:
         checkpoint = Checkpoint.open(files)
         try:
             return cls(
-                checkpoint, spec, device=device, dtype=dtype, backend=backend, progress=progress
+                checkpoint,
+                spec,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                progress=progress,
+                comm=comm,
             )
         except BaseException:
             checkpoint.close()
@@ -89,14 +104,24 @@ class Weights:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors of the plan, as stored."""
+        """Bytes that this rank reads of all tensors of the plan, as stored."""
         return self._total_bytes
 
     def linear(
         self, name: str, out_features: int, in_features: int, bias_name: str | None = None
     ) -> Linear:
-        """Return the layer of the matrix `name` (out_features, in_features)."""
-        return self._track(self._linear([name], [out_features], in_features, [bias_name]))
+        """Return the layer of the matrix `name` (out_features, in_features).
+
+        Of a matrix that is split by columns, `in_features` are this rank's, and the layer adds up
+        what all ranks make.
+        """
+        if self._comm.shard.is_whole or rule_of(name) is not Rule.COLUMNS:
+            return self._track(self._linear([name], [out_features], in_features, [bias_name]))
+        if bias_name is not None and self._comm.rank:
+            self._take(bias_name)  # rank 0 adds it, once
+            bias_name = None
+        local = self._linear([name], [out_features], in_features, [bias_name])
+        return RowParallelLinear(self._track(local), self._comm)
 
     def merged_linear(
         self,
@@ -124,6 +149,12 @@ class Weights:
 
         For a tied model its `as_linear()` is the head.
         """
+        if self._comm.shard.is_whole:
+            return self._embedding(name, rows, columns)
+        local = self._embedding(name, self._local(name).shape[0], columns)
+        return VocabParallelEmbedding(local, self._comm, rows)
+
+    def _embedding(self, name: str, rows: int, columns: int) -> Embedding:
         mapped = self._matrix(name, rows, columns)
         embedding = None
         is_tied = self._spec.tie_word_embeddings
@@ -139,7 +170,11 @@ class Weights:
         """Return the output head: the embedding's matrix when tied, lm_head otherwise."""
         if self._spec.tie_word_embeddings:
             return embedding.as_linear()
-        return self.linear(HEAD, self._spec.vocab_size, self._spec.hidden_size)
+        vocab_size = self._spec.vocab_size
+        if self._comm.shard.is_whole:
+            return self.linear(HEAD, vocab_size, self._spec.hidden_size)
+        local = self.linear(HEAD, self._local(HEAD).shape[0], self._spec.hidden_size)
+        return GatheredHead(local, self._comm, vocab_size)
 
     def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the vector `name` (size,) on the device, in `dtype` (default: compute dtype)."""
@@ -202,14 +237,22 @@ class Weights:
         return Linear(owned, bias, dtype=self.dtype, backend="reference")
 
     def _take(self, name: str) -> CheckpointTensor:
-        """Return the planned tensor, count it as used and report progress."""
+        """Return this rank's part of the planned tensor, count it as used, report progress."""
         assert name in self._checked, f"{name} is not in the plan of {self._spec.model_type}"
-        tensor = self._checkpoint[name]
+        tensor = self._local(name)
         if self._unused.pop(name, False) is None:
             self._done_bytes += tensor.num_bytes
             if self._progress is not None:
                 self._progress(self._done_bytes, self._total_bytes)
         return tensor
+
+    def _local(self, name: str) -> CheckpointTensor:
+        """Return this rank's part of a tensor."""
+        tensor = self._checkpoint[name]
+        shard = self._comm.shard
+        if shard.is_whole or rule_of(name) is Rule.REPLICATED:
+            return tensor
+        return tensor.part(shard.regions(name, tensor.shape, self._spec))
 
     def _matrix(self, name: str, rows: int, columns: int) -> Weight:
         """Return the matrix as stored: a view of the mapping, except for un-permuted rows."""
