@@ -3,7 +3,8 @@
 Fronts send `Submit` and `Cancel`; every step's output goes to each front as one `TokenBatch`. The
 root starts it through `StartGroup`; `on_start` loads the model, so READY means "can generate". An
 unforeseen error in a step ends the process: the group restarts and clients get a retriable error,
-which is honest, where going on with unknown engine state is not.
+which is honest, where going on with unknown engine state is not. When the model is split over
+several ranks, this one decides and the workers get every step's plan through the `RankGroup`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from actors.actor import handles
-from actors.sync_actor import SyncActor
+from actors.rank_group import Deadlines, RankGroup, leave_meeting_place, meeting_address
+from actors.step_watchdog import StepWatchdog
+from actors.sync_actor import POISONED_EXIT_CODE, SyncActor
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import CortexError, MailboxFull
 from cortexd.log import event
@@ -34,7 +37,9 @@ from cortexd.messages.inference import SequenceDelta
 from cortexd.models import RankArgs
 
 if TYPE_CHECKING:
+    from engine.device import Device
     from engine.engine import Engine
+    from engine.tp.comm import Comm
 
 _PROGRESS_PERIOD_S = 0.2
 
@@ -47,14 +52,29 @@ class Leader(SyncActor):
 
     def on_start(self) -> None:
         """Load the model; raises what the engine raises, which the root passes to the router."""
+        from engine.device import choose_device
         from engine.engine import Engine
 
         self.args = msgspec.msgpack.decode(self.context.args, type=RankArgs)
         self._step = 0
         self._last_progress = 0.0
         started = time.monotonic()
+        self._ranks: RankGroup | None = None
+        device = choose_device(
+            self.context.settings.engine, self.args.options.device_of(self.context.rank)
+        )
+        comm = self._meet_workers(device) if self.context.world_size > 1 else None
         self.engine = Engine.load(
-            self.args.files, self.args.spec, self.context.settings.engine, self._progress
+            self.args.files,
+            self.args.spec,
+            self.context.settings.engine,
+            self._progress,
+            comm=comm,
+            device=device,
+            lockstep=self._ranks,
+        )
+        self._watchdog = StepWatchdog(
+            self.context.settings.supervision.step_timeout_s, POISONED_EXIT_CODE, self.log
         )
         self._load_s = time.monotonic() - started
         event(
@@ -67,7 +87,38 @@ class Leader(SyncActor):
             backend=self.engine.backend_name,
             memory_bytes=self.engine.memory_bytes,
             context=self.engine.limits.context,
+            ranks=self.context.world_size,
         )
+
+    def _meet_workers(self, device: Device) -> Comm:
+        """Find all workers, join the collectives, test them, and let the shards be loaded."""
+        from engine.tp.comm import Comm
+        from engine.tp.sharding import Shard
+
+        supervision = self.context.settings.supervision
+        ranks = self._ranks = RankGroup(
+            self,
+            self.context.address,
+            self.context.world_size,
+            Deadlines(
+                supervision.start_timeout_s, self.args.load_timeout_s, supervision.step_timeout_s
+            ),
+            model_id=self.args.options.model_id,
+        )
+        ranks.ping()
+        address = meeting_address(self.context.runtime_dir, self.context.address)
+        shard = Shard(0, self.context.world_size)
+        comm = ranks.join(
+            address,
+            lambda where: Comm.join(where, shard, device, timeout_s=supervision.step_timeout_s),
+        )
+        leave_meeting_place(address)
+        ranks.check_sanity(lambda: comm.sanity_sum(device))
+        event(self.log, "ranks.joined", world_size=comm.world_size, devices=ranks.devices)
+        ranks.begin_load(
+            msgspec.json.encode(self.args.spec), self.args.files.weights, self.args.files.quant
+        )
+        return comm
 
     def _progress(self, fraction: float, stage: str) -> None:
         now = time.monotonic()
@@ -122,8 +173,11 @@ class Leader(SyncActor):
         if not self.engine.has_work:
             return False
         try:
-            outputs = self.engine.step()
+            with self._watchdog:
+                outputs = self.engine.step()
         except Exception as error:
+            if self.is_stopping:
+                return False  # the other ranks were told to stop too, and were faster
             event(self.log, "engine.step_failed", 40, exc_info=True, error=repr(error))
             self.exit_poisoned(f"engine step failed: {error!r}")
         self._step += 1

@@ -364,10 +364,10 @@ class Router(AsyncActor):
 
     def add_model(self, options: LoadOptions, *, is_known: bool) -> ManagedModel:
         """Add or update an entry that is not running."""
-        if options.tensor_parallel > 1:
+        if options.devices is not None and len(options.devices) != options.tensor_parallel:
             raise ConfigError(
-                f'model "{options.model_id}": tensor_parallel = {options.tensor_parallel} is not '
-                "supported yet; use 1"
+                f'model "{options.model_id}": {len(options.devices)} devices for tensor_parallel = '
+                f"{options.tensor_parallel}; allowed: exactly one device for each rank"
             )
         model = self.models.get(options.model_id)
         if model is None:

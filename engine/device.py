@@ -16,6 +16,8 @@ from cortexd.models import ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine.kernels import cpu as native
 
+Device = torch.device  # for those who may not import torch
+
 DTYPES: Final = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -81,6 +83,13 @@ def free_memory_bytes(device: torch.device, world_size: int = 1) -> int:
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + held
     return int(psutil.virtual_memory().available) // world_size
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """Return how much memory the device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total)
 
 
 def device_name(device: torch.device) -> str:

@@ -55,6 +55,7 @@ from cortexd.messages.fleet import (
     UnloadModelNow,
 )
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
+from cortexd.messages.rpc import Reply, Request
 
 Body = (
     ErrorInfo
@@ -106,6 +107,8 @@ Body = (
     | Cancel
     | Submit
     | TokenBatch
+    | Request
+    | Reply
 )
 
 __all__ = [
