@@ -119,10 +119,11 @@ class SyncActor:
         """Handle messages in `on_start` already, until `is_done`; the rest follows after it."""
         self._is_serving_early = True
         while not is_done():
-            self._poller.wait(_IDLE_WAIT_S)
-            self._take_in()
+            self._take_in()  # first: the welcome may have come after requests
             if self._is_stopping:
                 raise _Stopped
+            if not is_done():
+                self._poller.wait(_IDLE_WAIT_S)
         self._is_serving_early = False
 
     def reply(self, envelope: Envelope, body: Message) -> None:
@@ -245,9 +246,13 @@ class SyncActor:
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         self._is_stopping = True
 
+    @property
+    def _may_dispatch(self) -> bool:
+        return (self._is_started or self._is_serving_early) and not self._is_deferring
+
     def _take_in(self) -> None:
         """Handle every waiting message; deferred ones first, they came first."""
-        if self._early and self._is_started and not self._is_deferring:
+        if self._early and self._may_dispatch:
             self._replay_early()
         self._take_in_control()
         while True:
@@ -322,7 +327,7 @@ class SyncActor:
                 self._link.late_answer(envelope)
         elif isinstance(envelope.body, Ping):
             self._link.reply(envelope, Pong())
-        elif (self._is_started or self._is_serving_early) and not self._is_deferring:
+        elif self._may_dispatch:
             self._dispatch(envelope)
         elif len(self._early) < _MAX_EARLY:
             self._early.append(envelope)

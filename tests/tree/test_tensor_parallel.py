@@ -16,7 +16,7 @@ from tests.tree.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.tree
 
-STEP_TIMEOUT_S = 4.0
+STEP_TIMEOUT_S = 3.0
 PROMPTS = [f"question {number} " + "word " * (7 * number) for number in range(4)]
 
 
@@ -69,9 +69,7 @@ def _ask(daemon: Daemon, model: str, prompt: str) -> str:
 
 def _rank(daemon: Daemon, rank: int) -> str:
     return next(
-        name
-        for name, actor in daemon.actors().items()
-        if actor["group"] and actor["rank"] == rank
+        name for name, actor in daemon.actors().items() if actor["group"] and actor["rank"] == rank
     )
 
 
@@ -103,7 +101,7 @@ def test_abandoned_stream_frees_its_seat_on_all_ranks(
     assert _ask(split, model, PROMPTS[0]) == answers[0]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, 0])
 def test_killed_rank_ends_streams_retriably_and_the_group_is_back(
     split: Daemon, model: str, answers: list[str], rank: int
 ) -> None:
@@ -121,6 +119,9 @@ def test_stopped_worker_misses_the_step_deadline_and_the_group_is_back(
     split: Daemon, model: str, answers: list[str]
 ) -> None:
     """A rank that hangs in a collective ends the group, not the service."""
+    # Afresh: a group that failed twice waits seconds before its third start.
+    assert split.post("/models/unload", {"model_id": model}, port=split.neuron_port)[0] == 200
+    assert _load(split, model, tensor_parallel=2, devices=[0, 1])[0] == 200
     stream = split.stream(model, "hello", max_tokens=400, ignore_eos=True)
     events: list[Any] = [next(stream), next(stream)]
     os.kill(int(split.actors()[_rank(split, 1)]["pid"]), signal.SIGSTOP)
@@ -160,7 +161,10 @@ def test_unloaded_model_ends_all_its_ranks(split: Daemon, model: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "sizes"),
-    [("llama", {"num_attention_heads": 12, "num_key_value_heads": 3}), ("qwen3", {})],
+    [
+        ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 96}),
+        ("qwen3", {}),
+    ],
 )
 def test_three_and_four_ranks_answer_as_one(
     daemon: Daemon, tmp_path: Path, architecture: str, sizes: dict[str, int]
@@ -170,7 +174,7 @@ def test_three_and_four_ranks_answer_as_one(
     found = []
     for world_size in (1, 3, 4) if sizes else (1, 4):
         status, answer = _load(daemon, model, tensor_parallel=world_size)
-        if sizes and world_size == 4:
+        if sizes and world_size == 4:  # 6 heads
             assert status == 400, answer
             break
         assert status == 200, answer
