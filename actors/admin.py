@@ -11,18 +11,31 @@ import asyncio
 import logging
 import os
 import signal
-import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final
 
 import msgspec
-from msgspec import Meta
 
+from actors.admin_request import (
+    PROTOCOL_VERSION,
+    ActorArgs,
+    CancelArgs,
+    EventsArgs,
+    LevelArgs,
+    LogsArgs,
+    NoArgs,
+    OperationArgs,
+    RawArgs,
+    Request,
+    ShutdownArgs,
+    decode_args,
+    decode_request,
+)
 from actors.events import Event
 from actors.group import Groups
-from actors.incarnation import Host, Incarnation
-from actors.logs import RING_LINES
+from actors.host import Host
+from actors.incarnation import Incarnation
 from actors.operations import (
     Document,
     EventKind,
@@ -31,8 +44,9 @@ from actors.operations import (
     decode_json,
     error_document,
 )
+from actors.status import DaemonInfo, Status
 from actors.supervisor import Supervisor
-from actors.transport import MAX_ADMIN_BYTES, AdminSocket
+from actors.transport import AdminSocket
 from cortexd import __version__
 from cortexd.errors import (
     ActorDown,
@@ -42,20 +56,14 @@ from cortexd.errors import (
     InvalidValue,
     NotFound,
     Overloaded,
-    RequestTooLarge,
 )
-from cortexd.messages import ListModels, ModelList
 from cortexd.messages.admin import AdminCommand, AdminProgress, AdminReply
 from cortexd.messages.control import SetLogLevel
 from cortexd.messages.envelope import ROOT
 
-PROTOCOL_VERSION: Final = 1
-_Args = TypeVar("_Args")
-_MODELS_DEADLINE_S: Final = 1.0
 _COMMAND_DEADLINE_S: Final = 10.0
 _STACK_DUMP_S: Final = 0.3
 _MAX_STREAMS: Final = 64
-_LEVELS: Final = ("debug", "info", "warning", "error")
 # Handed to an actor; the long ones report with AdminProgress after their first answer.
 _FORWARDED: Final = {
     "models": "router",
@@ -64,62 +72,9 @@ _FORWARDED: Final = {
     "model.unload": "router",
     "model.retry": "router",
     "model.pull": "store",
+    "host": "poller",
 }
 _LONG: Final = frozenset({"model.load", "model.unload", "model.retry", "model.pull"})
-
-
-class _Request(msgspec.Struct):
-    """One request; `v` is checked first."""
-
-    v: int
-    id: str
-    op: str
-    args: dict[str, msgspec.Raw] = {}
-
-
-class _Name(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-
-
-class _LogsArgs(msgspec.Struct, forbid_unknown_fields=True):
-    name: str | None = None
-    lines: Annotated[int, Meta(ge=0, le=RING_LINES)] = 100
-    follow: bool = False
-
-
-class _EventsArgs(msgspec.Struct, forbid_unknown_fields=True):
-    since: Annotated[int, Meta(ge=0)] = 0
-    follow: bool = False
-
-
-class _LevelArgs(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-    level: str
-
-
-class _ShutdownArgs(msgspec.Struct, forbid_unknown_fields=True):
-    now: bool = False
-
-
-class _CancelArgs(msgspec.Struct, forbid_unknown_fields=True):
-    id: str
-
-
-class _OperationArgs(msgspec.Struct, forbid_unknown_fields=True):
-    op_id: str
-
-
-class _NoArgs(msgspec.Struct, forbid_unknown_fields=True):
-    pass
-
-
-@dataclass(slots=True, frozen=True)
-class DaemonInfo:
-    """What `status` says of the daemon as a whole."""
-
-    role: str
-    addresses: dict[str, str]
-    started_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(slots=True, frozen=True)
@@ -147,17 +102,15 @@ class Admin:
         self._host = host
         self._supervisor = supervisor
         self._groups = groups
-        self._info = info
+        self._status = Status(host, supervisor, groups, info)
         self._command_stop = command_stop
         self._operations = Operations()
         self._streams: dict[_Client, Callable[[], None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.is_started = False
-        self.is_stopping = False
-        self._ops: dict[str, Callable[[_Client, dict[str, msgspec.Raw]], Awaitable[object]]] = {
+        self._ops: dict[str, Callable[[_Client, RawArgs], Awaitable[object]]] = {
             "ping": self._ping,
             "version": self._version,
-            "status": self._status,
+            "status": self._status_document,
             "actors": self._actors,
             "actor.stop": self._actor_stop,
             "actor.start": self._actor_start,
@@ -177,6 +130,14 @@ class Admin:
 
     def __repr__(self) -> str:
         return f"Admin({self._operations}, {len(self._streams)} streams)"
+
+    def started(self) -> None:
+        """All actors are ready."""
+        self._status.is_started = True
+
+    def stopping(self) -> None:
+        """The daemon is on its way out."""
+        self._status.is_stopping = True
 
     def on_progress(self, progress: AdminProgress) -> None:
         """Pass on an event of a long operation."""
@@ -214,16 +175,13 @@ class Admin:
         try:
             if len(frames) != 2:
                 raise InvalidJson(f"a request is one frame, not {len(frames) - 1}")
-            if len(frames[1]) > MAX_ADMIN_BYTES:
-                raise RequestTooLarge(
-                    f"a request of {len(frames[1])} bytes; allowed: {MAX_ADMIN_BYTES}"
-                )
-            client, request = _decode_request(frames)
-            self._spawn(self._serve(client, request))
+            request = decode_request(frames[1])
         except CortexError as error:
             self._answer_error(client, error)
+        else:
+            self._spawn(self._serve(_Client(frames[0], request.id), request))
 
-    async def _serve(self, client: _Client, request: _Request) -> None:
+    async def _serve(self, client: _Client, request: Request) -> None:
         try:
             if request.op in _FORWARDED:
                 await self._forward(client, request)
@@ -242,7 +200,7 @@ class Admin:
             if result is not None:  # None: the handler has answered already
                 self._answer(client, result)
 
-    async def _forward(self, client: _Client, request: _Request) -> None:
+    async def _forward(self, client: _Client, request: Request) -> None:
         """Let the owner of the subject carry it out."""
         target = _FORWARDED[request.op]
         operation = self._operations.begin(request.op, target)
@@ -282,103 +240,49 @@ class Admin:
         operation.listen(lambda kind, one, data: self._on_operation(client, kind, one, data))
         self._spawn(_finish(operation, work))
 
-    async def _ping(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        _decode(args, _NoArgs)
+    async def _ping(self, client: _Client, args: RawArgs) -> Document:
+        decode_args(args, NoArgs)
         return {"pong": True}
 
-    async def _version(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        _decode(args, _NoArgs)
+    async def _version(self, client: _Client, args: RawArgs) -> Document:
+        decode_args(args, NoArgs)
         return {"version": __version__, "protocol": PROTOCOL_VERSION}
 
-    async def _actors(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        _decode(args, _NoArgs)
-        return {"actors": self._actor_lines()}
+    async def _actors(self, client: _Client, args: RawArgs) -> Document:
+        decode_args(args, NoArgs)
+        return {"actors": self._status.actors()}
 
-    async def _status(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        _decode(args, _NoArgs)
-        models, models_error = await self._models()
-        status: Document = {
-            "v": PROTOCOL_VERSION,
-            "pid": os.getpid(),
-            "version": __version__,
-            "uptime_s": round(time.monotonic() - self._info.started_at, 3),
-            "role": self._info.role,
-            "state": self._state(models),
-            "listen": self._info.addresses,
-            "actors": self._actor_lines(),
-            "models": models,
-            "dead_letters": self._dead_letter_counts(),
-        }
-        if models_error is not None:
-            status["models_error"] = models_error
-        return status
+    async def _status_document(self, client: _Client, args: RawArgs) -> Document:
+        decode_args(args, NoArgs)
+        return await self._status.document()
 
-    async def _models(self) -> tuple[list[Document] | None, str | None]:
-        try:
-            router = self._supervisor.find("router")
-            if router is None or not router.is_ready:
-                raise ActorDown('actor "router" is not running')
-            answer = await self._host.bus.ask(
-                router.address, ListModels(), deadline_s=_MODELS_DEADLINE_S
-            )
-        except CortexError as error:
-            return None, error.message
-        if not isinstance(answer, ModelList):
-            return None, f"the router answered {type(answer).__name__}"
-        return [msgspec.to_builtins(model) for model in answer.models], None
-
-    def _state(self, models: list[Document] | None) -> str:
-        if self.is_stopping:
-            return "stopping"
-        if not self.is_started:
-            return "starting"
-        all_ready = all(m.lifecycle.state == "ready" for m in self._supervisor.members)
-        any_failed = self._groups.has_failed or any(
-            model["state"] == "failed" for model in models or []
-        )
-        return "ok" if all_ready and not any_failed and models is not None else "degraded"
-
-    def _actor_lines(self) -> list[Document]:
-        members = self._supervisor.members + self._groups.members
-        return [
-            {key: value for key, value in msgspec.structs.asdict(info).items() if key != "endpoint"}
-            for info in (member.info() for member in members)
-        ]
-
-    def _dead_letter_counts(self) -> Document:
-        counts: Document = {"root": self._host.bus.dead_letters.snapshot()}
-        for member in self._supervisor.members + self._groups.members:
-            if member.dead_letters:
-                counts[member.spec.name] = member.dead_letters
-        return counts
-
-    async def _dead_letters(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        _decode(args, _NoArgs)
+    async def _dead_letters(self, client: _Client, args: RawArgs) -> Document:
+        decode_args(args, NoArgs)
         recent = [
             {"reason": reason, "header": msgspec.to_builtins(header)}
             for reason, header in self._host.bus.dead_letters.recent
         ]
-        return {"counts": self._dead_letter_counts(), "recent": recent}
+        return {"counts": self._status.dead_letters(), "recent": recent}
 
-    async def _actor_stop(self, client: _Client, args: dict[str, msgspec.Raw]) -> None:
+    async def _actor_stop(self, client: _Client, args: RawArgs) -> None:
         name = self._light_name(args)
         self._run_operation(client, "actor.stop", self._supervisor.stop_actor(name))
 
-    async def _actor_start(self, client: _Client, args: dict[str, msgspec.Raw]) -> None:
+    async def _actor_start(self, client: _Client, args: RawArgs) -> None:
         name = self._light_name(args)
         self._run_operation(client, "actor.start", self._supervisor.start_actor(name))
 
-    async def _actor_restart(self, client: _Client, args: dict[str, msgspec.Raw]) -> None:
+    async def _actor_restart(self, client: _Client, args: RawArgs) -> None:
         name = self._light_name(args)
         self._run_operation(client, "actor.restart", self._supervisor.restart_actor(name))
 
-    async def _actor_kill(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        name = _decode(args, _Name).name
+    async def _actor_kill(self, client: _Client, args: RawArgs) -> Document:
+        name = decode_args(args, ActorArgs).name
         self._running(name).kill("killed by operator")
         return {"killed": name}
 
-    async def _actor_stack(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        name = _decode(args, _Name).name
+    async def _actor_stack(self, client: _Client, args: RawArgs) -> Document:
+        name = decode_args(args, ActorArgs).name
         incarnation = self._running(name)
         lines: list[object] = []
 
@@ -394,10 +298,11 @@ class Admin:
             self._host.logs.unfollow(collect)
         return {"name": name, "lines": lines}
 
-    async def _actor_logs(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        wanted = _decode(args, _LogsArgs)
-        if wanted.name is not None and not self._is_known(wanted.name):
-            raise NotFound(f'no actor "{wanted.name}"; known: {", ".join(self._known_names())}')
+    async def _actor_logs(self, client: _Client, args: RawArgs) -> Document:
+        wanted = decode_args(args, LogsArgs)
+        name, names = wanted.name, self._status.names()
+        if name is not None and name not in names and not self._host.logs.knows(name):
+            raise NotFound(f'no actor "{name}"; known: {", ".join(names)}')
 
         def follower(actor: str, line: bytes) -> None:
             if wanted.name in {None, actor}:
@@ -409,8 +314,8 @@ class Admin:
         lines = self._host.logs.lines(wanted.name, wanted.lines)
         return {"lines": [msgspec.Raw(line) for line in lines]}
 
-    async def _follow_events(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        wanted = _decode(args, _EventsArgs)
+    async def _follow_events(self, client: _Client, args: RawArgs) -> Document:
+        wanted = decode_args(args, EventsArgs)
 
         def follower(event: Event) -> None:
             self._send(client, {"event": "event", "data": event})
@@ -420,17 +325,15 @@ class Admin:
             self._host.events.follow(follower)
         return {"events": self._host.events.since(wanted.since)}
 
-    async def _operation(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        return self._operations.get(_decode(args, _OperationArgs).op_id).describe()
+    async def _operation(self, client: _Client, args: RawArgs) -> Document:
+        return self._operations.get(decode_args(args, OperationArgs).op_id).describe()
 
-    async def _all_operations(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        _decode(args, _NoArgs)
+    async def _all_operations(self, client: _Client, args: RawArgs) -> Document:
+        decode_args(args, NoArgs)
         return {"operations": [one.describe() for one in self._operations.all()]}
 
-    async def _log_level(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        wanted = _decode(args, _LevelArgs)
-        if wanted.level not in _LEVELS:
-            raise InvalidValue(f'level "{wanted.level}"; allowed: {", ".join(_LEVELS)}')
+    async def _log_level(self, client: _Client, args: RawArgs) -> Document:
+        wanted = decode_args(args, LevelArgs)
         if wanted.name == "root":
             logging.getLogger().setLevel(wanted.level.upper())
         else:
@@ -438,20 +341,20 @@ class Admin:
             self._host.bus.tell(address, SetLogLevel(wanted.level))
         return {"name": wanted.name, "level": wanted.level}
 
-    async def _shutdown(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        now = _decode(args, _ShutdownArgs).now
+    async def _shutdown(self, client: _Client, args: RawArgs) -> Document:
+        now = decode_args(args, ShutdownArgs).now
         asyncio.get_running_loop().call_soon(self._command_stop, "shutdown by operator", now)
         return {"stopping": True, "pid": os.getpid()}
 
-    async def _cancel(self, client: _Client, args: dict[str, msgspec.Raw]) -> Document:
-        stream = _Client(client.identity, _decode(args, _CancelArgs).id)
+    async def _cancel(self, client: _Client, args: RawArgs) -> Document:
+        stream = _Client(client.identity, decode_args(args, CancelArgs).id)
         was_open = stream in self._streams
         self._end_stream(stream)
         return {"cancelled": was_open}
 
-    def _light_name(self, args: dict[str, msgspec.Raw]) -> str:
+    def _light_name(self, args: RawArgs) -> str:
         """Return the name of a light actor. Raises: NotFound, InvalidValue for a rank."""
-        name = _decode(args, _Name).name
+        name = decode_args(args, ActorArgs).name
         if self._groups.find(name) is not None:
             raise InvalidValue(
                 f'actor "{name}" is a rank of an engine group, which lives and dies as one; '
@@ -468,13 +371,6 @@ class Admin:
         if incarnation is None:
             raise ActorDown(f'actor "{name}" is not running')
         return incarnation
-
-    def _known_names(self) -> list[str]:
-        members = self._supervisor.members + self._groups.members
-        return ["root", *sorted(member.spec.name for member in members)]
-
-    def _is_known(self, name: str) -> bool:
-        return name in self._known_names() or self._host.logs.knows(name)
 
     def _add_stream(self, client: _Client, end: Callable[[], None]) -> None:
         if len(self._streams) >= _MAX_STREAMS:
@@ -513,24 +409,3 @@ async def _finish(operation: Operation, work: Coroutine[Any, Any, None]) -> None
         operation.add("failed", error_document(error.to_info()))
     else:
         operation.add("done", {})
-
-
-def _decode_request(frames: list[bytes]) -> tuple[_Client, _Request]:
-    """Return client and request. Raises: InvalidJson, InvalidValue."""
-    try:
-        request = msgspec.json.decode(frames[1], type=_Request)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidJson(
-            f'bad request: {error}; expected {{"v": 1, "id": text, "op": text, "args": object}}'
-        ) from error
-    if request.v != PROTOCOL_VERSION:
-        raise InvalidValue(f"protocol version {request.v}; this daemon speaks {PROTOCOL_VERSION}")
-    return _Client(frames[0], request.id), request
-
-
-def _decode(args: dict[str, msgspec.Raw], kind: type[_Args]) -> _Args:
-    """Return the arguments of an operation. Raises: InvalidValue."""
-    try:
-        return msgspec.json.decode(msgspec.json.encode(args), type=kind)
-    except msgspec.MsgspecError as error:
-        raise InvalidValue(f"bad arguments: {error}") from error

@@ -27,7 +27,7 @@ class ControlPeer(Protocol):
     """A live incarnation, as the bus sees it."""
 
     address: Address
-    is_welcome: bool
+    wants_events: bool
 
     def on_message(self, envelope: Envelope) -> None:
         """Take in a message of this child."""
@@ -69,7 +69,7 @@ class ControlBus:
 
     def welcome(self, peer: ControlPeer, actors: list[ActorInfo]) -> None:
         """Send the snapshot; every later event follows."""
-        peer.is_welcome = True
+        peer.wants_events = True
         self.tell(peer.address, Welcome(self.sequence, actors))
 
     def publish(self, make_event: Callable[[int], RegistryEvent]) -> None:
@@ -77,7 +77,7 @@ class ControlBus:
         self.sequence += 1
         registry_event = make_event(self.sequence)
         for peer in list(self._peers.values()):
-            if peer.is_welcome and not self.tell(peer.address, registry_event):
+            if peer.wants_events and not self.tell(peer.address, registry_event):
                 peer.kill("does not read its control link")
 
     def tell(self, dst: Address, body: Message | ErrorInfo, re: int = 0) -> bool:

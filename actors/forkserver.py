@@ -23,9 +23,12 @@ from multiprocessing import forkserver, reduction
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from actors import lifeline
 from cortexd.errors import Internal
 from cortexd.log import configure_logging, event
+from cortexd.settings import Settings
 
 LIGHT_PRELOAD: Final = ("uvloop", "zmq", "aiohttp.web", "actors.actor_loop", "actors.sync_actor")
 ENGINE_PRELOAD: Final = (*LIGHT_PRELOAD, "torch", "safetensors", "engine.engine")
@@ -65,6 +68,8 @@ def serve(
     if torch is not None and torch.cuda.is_initialized():
         event(log, "forkserver.cuda_initialised", 50, preload=preload)
         raise SystemExit(1)
+    # Builds the decoder's type tables once, here: 3 ms of every child's start otherwise.
+    msgspec.msgpack.decode(msgspec.msgpack.encode(Settings()), type=Settings)
     gc.collect()
     gc.freeze()  # keeps the collector from copying shared pages in every child
     os.write(ready_fd, b"1")

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from actors.incarnation import Host, Incarnation
+from actors.host import Host
+from actors.incarnation import Incarnation
 from actors.member import Member
 from actors.spec import (
     ChildSpec,

@@ -12,21 +12,19 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from actors.bootstrap import ActorStart, PassedFd
-from actors.control_bus import ControlBus
-from actors.events import EventLog
-from actors.logs import LogHub, LogPipe
+from actors.host import Host
+from actors.liveness import Hung, Liveness
+from actors.logs import LogPipe
 from actors.member import Member
-from actors.process import UNKNOWN_EXIT, ChildProcess, Launcher
+from actors.process import UNKNOWN_EXIT, ChildProcess
 from actors.spec import Exit
 from actors.transport import inbox_endpoint
 from cortexd.errors import CortexError, ErrorInfo
@@ -44,30 +42,12 @@ from cortexd.messages.control import (
     Stop,
 )
 from cortexd.messages.envelope import Address, Envelope
-from cortexd.settings import Settings
 
 # Time for a stack dump to be written before the kill.
 _DUMP_S: Final = 0.1
 _SIGTERM_GRACE_S: Final = 1.0
 # A root that was itself stopped or starved must not blame its children for the silence.
 _ROOT_LAG_S: Final = 0.5
-
-
-@dataclass(slots=True)
-class Host:
-    """What the root lends to everything that runs children."""
-
-    settings: Settings
-    runtime_dir: Path
-    lifeline_fd: int
-    listeners: dict[str, socket.socket]
-    launcher: Launcher
-    bus: ControlBus
-    logs: LogHub
-    events: EventLog
-    on_request: Callable[[Envelope], None]
-    on_gone: Callable[[str, str], None]  # actor name, reason
-    ready_actors: Callable[[], list[ActorInfo]]
 
 
 class Incarnation:
@@ -86,7 +66,7 @@ class Incarnation:
         self._on_ready = on_ready
         self._on_exit = on_exit
         self.address = Address(member.spec.name, member.incarnation)
-        self.is_welcome = False
+        self.wants_events = False
         self.error: ErrorInfo | None = None
         self.reason = ""
         self.exit_code: int | None = None
@@ -99,12 +79,9 @@ class Incarnation:
         self._endpoint = inbox_endpoint(host.runtime_dir, self.address)
         self._inbox_path = Path(self._endpoint.removeprefix("ipc://"))
         self._ready_at_s: float | None = None
-        self._last_beat_s = 0.0
-        self._steps = 0
-        self._steps_at_s = 0.0
-        self._progress: tuple[float, str] | None = None
-        self._start_deadline_s = 0.0
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._liveness: Liveness | None = None
+        self._check: asyncio.TimerHandle | None = None
+        self._check_due_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -157,6 +134,7 @@ class Incarnation:
 
     async def _stop_now(self, reason: str) -> None:
         self._move("stopping", reason)
+        self.wants_events = False  # else a full link of an exiting actor would count as a hang
         self._host.bus.tell(self.address, Stop())
         if await self._exits_within(self._member.stop_timeout_s(self._host.settings)):
             return
@@ -202,9 +180,14 @@ class Incarnation:
             )
         finally:
             os.close(write_fd)
-        timeout_s = member.start_timeout_s(self._host.settings)
-        self._start_deadline_s = time.monotonic() + timeout_s
-        self._later("start", timeout_s, self._check_start)
+        now_s = time.monotonic()
+        self._liveness = Liveness(
+            self._host.settings.supervision,
+            start_timeout_s=member.start_timeout_s(self._host.settings),
+            beats_while_starting=not member.group,
+            now_s=now_s,
+        )
+        self._schedule_check(now_s)
         self._pipe.pid = member.pid = self._process.pid
         self._host.events.add(
             "actor.started",
@@ -253,19 +236,17 @@ class Incarnation:
             case Beat():
                 self._on_beat(body)
             case Hello():
-                self._last_beat_s = time.monotonic()
                 self._host.bus.welcome(self, self._host.ready_actors())
-                if not self._member.group:  # a rank may hold the interpreter while it loads
-                    self._watch_beats()
+                self._on_health(lambda liveness, now_s: liveness.hello(now_s))
             case Ready():
                 self._on_ready_message()
             case Progress():
-                self._on_progress(body)
+                self._on_health(lambda liveness, now_s: liveness.progress(body, now_s))
             case ErrorInfo():
                 self.error = body
                 self._host.bus.tell(self.address, Stop())  # tells it that we have read this
             case Bye():
-                pass  # the exit follows; nothing depends on it
+                self.wants_events = False  # it closes its link and exits
             case _:
                 self._host.on_request(envelope)
 
@@ -274,10 +255,9 @@ class Incarnation:
             return
         now_s = time.monotonic()
         started_s = self._member.lifecycle.since_s
-        self._cancel("start")
-        self._ready_at_s = self._last_beat_s = self._steps_at_s = now_s
+        self._ready_at_s = now_s
         self._move("ready", "ready")
-        self._watch_beats()
+        self._on_health(lambda liveness, at_s: liveness.ready(at_s))
         info = self.info()
         self._host.events.add(
             "actor.ready",
@@ -293,73 +273,51 @@ class Incarnation:
         """Return its registry line."""
         return msgspec.structs.replace(self._member.info(), endpoint=self._endpoint)
 
-    def _on_progress(self, progress: Progress) -> None:
-        """Extend the start deadline, if this is progress indeed."""
-        now = (progress.fraction, progress.stage)
-        if now != self._progress:
-            self._progress = now
-            stall_s = self._host.settings.supervision.load_stall_timeout_s
-            self._start_deadline_s = max(self._start_deadline_s, time.monotonic() + stall_s)
-
-    def _check_start(self) -> None:
-        left_s = self._start_deadline_s - time.monotonic()
-        if left_s > 0:
-            self._later("start", left_s, self._check_start)
-        else:
-            self._condemn("did not get ready in time")
-
     def _on_beat(self, beat: Beat) -> None:
-        now_s = time.monotonic()
         member = self._member
         member.rss_bytes, member.lag_ms = beat.rss_bytes, beat.lag_ms
         member.mailbox_depth, member.dead_letters = beat.mailbox_depth, beat.dead_letters
-        self._last_beat_s = now_s
+        if self._liveness is not None:
+            self._liveness.beat(beat, time.monotonic())
         if member.lifecycle.state == "suspect" and not self._is_condemned:
             self._move("ready", "beats again")
-        if beat.progress != self._steps or not beat.busy:
-            self._steps, self._steps_at_s = beat.progress, now_s
-        elif (
-            self.is_ready
-            and now_s - self._steps_at_s > self._host.settings.supervision.step_timeout_s
-        ):
-            self._condemn(f"step {beat.progress + 1} does not end")
 
-    def _watch_beats(self) -> None:
-        delay_s = self._host.settings.supervision.suspect_after_s
-        self._beats_due_s = time.monotonic() + delay_s
-        self._later("beats", delay_s, self._check_beats)
+    def _on_health(self, take_in: Callable[[Liveness, float], None]) -> None:
+        """Take in a sign of life, and look again when that says so."""
+        if self._liveness is not None:
+            now_s = time.monotonic()
+            take_in(self._liveness, now_s)
+            self._schedule_check(now_s)
 
-    def _check_beats(self) -> None:
-        """Suspect, then condemn a child that is silent; reschedule for the next moment of truth."""
-        supervision = self._host.settings.supervision
-        self._host.bus.drain()
+    def _check_health(self) -> None:
+        """Suspect or condemn, and come back when the verdict may be another."""
+        assert self._liveness is not None
+        self._host.bus.drain()  # nobody is blamed for what only waits to be read
         now_s = time.monotonic()
         if self.exited.done() or self._is_condemned:
             return
-        if now_s - self._beats_due_s > _ROOT_LAG_S:
-            self._last_beat_s = now_s
-        silent_s = now_s - self._last_beat_s
-        state = self._member.lifecycle.state
-        if silent_s >= supervision.kill_after_s:
-            self._condemn(f"silent for {silent_s:.1f} s")
+        if now_s - self._check_due_s > _ROOT_LAG_S:
+            self._liveness.forgive_silence(now_s)
+        health = self._liveness.health(now_s)
+        if isinstance(health, Hung):
+            self._condemn(health.reason)
             return
-        next_s = supervision.suspect_after_s
-        if silent_s >= supervision.suspect_after_s:
-            if state == "ready":
-                self._suspect(silent_s)
-            next_s = supervision.kill_after_s
-        delay_s = max(0.01, next_s - silent_s)
-        self._beats_due_s = now_s + delay_s
-        self._later("beats", delay_s, self._check_beats)
+        if health == "silent" and self._member.lifecycle.state == "ready":
+            self._suspect()
+        self._schedule_check(now_s)
 
-    def _suspect(self, silent_s: float) -> None:
-        self._move("suspect", f"silent for {silent_s:.1f} s")
+    def _schedule_check(self, now_s: float) -> None:
+        assert self._liveness is not None
+        if self._check is not None:
+            self._check.cancel()
+        delay_s = self._liveness.next_check_s(now_s)
+        self._check_due_s = now_s + delay_s
+        self._check = asyncio.get_running_loop().call_later(delay_s, self._check_health)
+
+    def _suspect(self) -> None:
+        self._move("suspect", "silent")
         self._host.events.add(
-            "actor.suspect",
-            logging.WARNING,
-            actor=self.address.name,
-            pid=self._member.pid,
-            silent_s=round(silent_s, 2),
+            "actor.suspect", logging.WARNING, actor=self.address.name, pid=self._member.pid
         )
         self.signal(signal.SIGUSR1)
 
@@ -386,8 +344,8 @@ class Incarnation:
 
     def _finish(self, code: int, text: str) -> None:
         """It is dead: tell everybody."""
-        for name in list(self._timers):
-            self._cancel(name)
+        if self._check is not None:
+            self._check.cancel()
         if self._pipe is not None:
             self._pipe.close_soon()
         self._inbox_path.unlink(missing_ok=True)
@@ -430,15 +388,6 @@ class Incarnation:
 
     def _move(self, state: ActorState, reason: str) -> None:
         self._member.move(state, reason)
-
-    def _later(self, name: str, delay_s: float, callback: Callable[[], None]) -> None:
-        self._cancel(name)
-        self._timers[name] = asyncio.get_running_loop().call_later(delay_s, callback)
-
-    def _cancel(self, name: str) -> None:
-        timer = self._timers.pop(name, None)
-        if timer is not None:
-            timer.cancel()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

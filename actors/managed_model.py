@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 
 from cortexd.errors import CortexError
@@ -82,9 +83,13 @@ class ManagedModel:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def wait_changed(self) -> None:
-        """Return at the next change."""
-        await self._changed.wait()
+    def wait_changed(self) -> Coroutine[object, object, bool]:
+        """Await this to return at the next change after the call.
+
+        The event is taken now, not when a task made of this first runs: a change in between would
+        be missed.
+        """
+        return self._changed.wait()
 
     @property
     def cooldown_left_s(self) -> float:

@@ -11,11 +11,21 @@ import asyncio
 import platform
 import time
 
+import msgspec
+
 from actors.actor import AsyncActor, handles
 from actors.devices import DeviceProbe
-from cortexd.errors import ActorDown, CortexError, MailboxFull
+from cortexd.errors import ActorDown, CortexError, MailboxFull, NotFound
 from cortexd.log import event
-from cortexd.messages import GroupDown, HostReport, LoadReport, QueryHost, QueryLoad
+from cortexd.messages import (
+    AdminCommand,
+    AdminReply,
+    GroupDown,
+    HostReport,
+    LoadReport,
+    QueryHost,
+    QueryLoad,
+)
 from cortexd.messages.envelope import Envelope
 
 POLL_PERIOD_S = 1.0
@@ -49,6 +59,16 @@ class Poller(AsyncActor):
     async def on_query_host(self, message: QueryHost, envelope: Envelope) -> HostReport:
         """Answer the last report with its age."""
         return self._current()
+
+    @handles(AdminCommand)
+    async def on_admin(self, message: AdminCommand, envelope: Envelope) -> AdminReply:
+        """Answer `host`: devices and engine loads, as JSON objects."""
+        if message.op != "host" or message.args:
+            raise NotFound(f'unknown operation "{message.op}"; the poller knows host, no arguments')
+        report = msgspec.structs.asdict(self._current())
+        for name in ("devices", "loads"):
+            report[name] = [msgspec.structs.asdict(entry) for entry in report[name]]
+        return AdminReply(msgspec.json.encode(report))
 
     def on_group_down(self, down: GroupDown) -> None:
         """Forget the load of a dead group."""

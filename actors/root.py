@@ -18,18 +18,19 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, TextIO, cast
 
-from actors.admin import Admin, DaemonInfo
+from actors.admin import Admin
 from actors.bootstrap import event_loop_factory, set_title
 from actors.control_bus import ControlBus
 from actors.events import EventLog
 from actors.forkserver import ENGINE_PRELOAD, LIGHT_PRELOAD, ForkServer
 from actors.group import Groups
-from actors.incarnation import Host
+from actors.host import Host
 from actors.lifeline import Lifeline
 from actors.logs import HubStream, LogHub
 from actors.process import Launcher, become_subreaper
 from actors.runtime_dir import RuntimeDir
 from actors.spec import GROUP_STOP_ORDER, ChildSpec
+from actors.status import DaemonInfo
 from actors.supervisor import Supervisor
 from actors.transport import AdminSocket, Transport
 from cortexd.errors import ConfigError, CortexError, Internal
@@ -202,7 +203,7 @@ class Root:
     async def _start_and_watch(self) -> None:
         await self._supervisor.start()
         if self._supervisor.failed is None:
-            self._admin.is_started = True
+            self._admin.started()
             self._events.add("root.ready")
             self._on_ready()
             # Not before: its imports take seconds of processor time that the start needs.
@@ -217,7 +218,7 @@ class Root:
     async def _shut_down(self, reason: str) -> int:
         """Stop all in order; a second signal kills what is left."""
         assert self._killed is not None
-        self._admin.is_stopping = True
+        self._admin.stopping()
         self._events.add("root.stopping", reason=reason)
         stopping = asyncio.create_task(self._stop_in_order(reason))
         killed = asyncio.create_task(self._killed.wait())

@@ -12,7 +12,8 @@ import logging
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
-from actors.incarnation import Host, Incarnation
+from actors.host import Host
+from actors.incarnation import Incarnation
 from actors.member import Member
 from actors.spec import Backoff, ChildSpec, Exit, Intensity, RestartAfter, RestartRule
 from cortexd.errors import InvalidRequest, NotFound, ShuttingDown

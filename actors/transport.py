@@ -40,7 +40,6 @@ _Context = zmq.Context[zmq.Socket[bytes]]
 # A receiver drops the whole connection on a larger message and the sender sees nothing of it, so
 # the size is checked before the send as well.
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
-MAX_ADMIN_BYTES: Final = 1024 * 1024
 _HIGH_WATER_MARK: Final = 1000
 # Registry events go to every child; one that has not read this many is hung and will be killed.
 _CONTROL_HIGH_WATER_MARK: Final = 10_000

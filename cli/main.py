@@ -75,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_start(add("start", "cli.start:start", "run the daemon in the foreground"))
     status = add("status", "cli.status:status", "show actors and models; exit 6 when degraded")
     status.add_argument("--json", action="store_true", help="the daemon's own answer, as JSON")
+    top = add("top", "cli.dashboard:top", "watch actors, models, devices and events live")
+    top.add_argument(
+        "--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (1)"
+    )
     stop = add("stop", "cli.stop:stop", "stop the daemon, letting running requests finish")
     stop.add_argument("--now", action="store_true", help="do not wait for running requests")
     models = add("models", "cli.models:models", "list the models")
@@ -143,6 +147,16 @@ def _lines(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= _MAX_LINES):
         raise argparse.ArgumentTypeError(f'"{text}" is not a whole number from 0 to {_MAX_LINES}')
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from 0.1 to 3600')
+    return seconds
 
 
 def _devices(text: str) -> list[int]:

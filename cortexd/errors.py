@@ -110,6 +110,13 @@ class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
 
 
+class TemplateRenderFailed(InvalidRequest):
+    """The model's chat template leaves out what the request needs it to say, such as tools."""
+
+    code = "template_render_failed"
+    http_status = 422
+
+
 class ContextLengthExceeded(InvalidRequest):
     """Prompt (plus requested output) does not fit; details hold `max` and `prompt_len`."""
 

@@ -45,10 +45,58 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     attention_factor: float | None = None
 
 
+class LinearAttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The Gated DeltaNet layers of a hybrid: heads, sizes, and how the file stores them."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int = 4
+    # V head i reads K head i % num_key_heads (GGUF of qwen35), not i // (V heads per K head).
+    has_tiled_heads: bool = False
+    # Which input projections one stored tensor holds, interleaved per K head: none, b and a, or
+    # q, k, v, z in one and b, a in another.
+    projections: Literal["separate", "fused_ba", "fused"] = "separate"
+
+    @property
+    def key_size(self) -> int:
+        """Width of all K heads."""
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Width of all V heads."""
+        return self.num_value_heads * self.value_head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the causal convolution: queries, keys, values."""
+        return 2 * self.key_size + self.value_size
+
+    def state_bytes(self, element_size: int) -> int:
+        """Return the bytes of one sequence's state in one layer: float32 S, and the conv tail."""
+        recurrent = 4 * self.num_value_heads * self.key_head_dim * self.value_head_dim
+        return recurrent + (self.conv_kernel - 1) * self.conv_size * element_size
+
+
+class MoeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The mixture-of-experts feed-forward blocks, and how the file stores the experts."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int  # of one expert
+    shared_intermediate_size: int = 0  # of the expert that every token takes; 0: there is none
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()  # layers with a plain MLP instead
+    # One tensor per expert and matrix, or all experts stacked, gate and up apart or together.
+    expert_tensors: Literal["separate", "stacked", "stacked_gate_up"] = "separate"
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """An architecture's dimensions. `head_dim` is per head, `rms_norm_eps` dimensionless."""
 
-    model_type: str  # the registry key: llama, qwen3
+    model_type: str  # the registry key: llama, qwen3_5
     architecture: str  # as the file spells it: LlamaForCausalLM, or the GGUF general.architecture
     vocab_size: int
     hidden_size: int
@@ -61,15 +109,40 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_position_embeddings: int
     rope: RopeSpec
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q, k, v and o
+    qkv_bias: bool = False  # of q, k and v only
     mlp_bias: bool = False
     torch_dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    linear_layers: tuple[int, ...] = ()  # layers with linear instead of full attention
+    linear_attention: LinearAttentionSpec | None = None
+    moe: MoeSpec | None = None
+    # GGUF: multi-token-prediction blocks behind the layers, which are not run.
+    num_draft_layers: int = 0
+    # GGUF: norm weights are stored as 1 + w and the decay rate as -exp(A_log).
+    has_folded_weights: bool = False
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers with full attention, which are those with a KV cache."""
+        linear = frozenset(self.linear_layers)
+        return tuple(i for i in range(self.num_hidden_layers) if i not in linear)
 
     def kv_bytes_per_token(self, element_size: int) -> int:
         """Return the KV-cache bytes one token takes over all layers."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * element_size
+        num_layers = self.num_hidden_layers - len(self.linear_layers)
+        return 2 * num_layers * self.num_key_value_heads * self.head_dim * element_size
+
+    def state_bytes_per_sequence(self, element_size: int) -> int:
+        """Return the bytes of one sequence's recurrent state over all linear layers."""
+        if self.linear_attention is None:
+            return 0
+        return len(self.linear_layers) * self.linear_attention.state_bytes(element_size)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Tell whether this layer's feed-forward block is a mixture of experts."""
+        return self.moe is not None and layer not in self.moe.dense_layers
 
 
 class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 JsonObject = dict[str, Any]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -75,6 +75,7 @@ class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     chat_template_kwargs: JsonObject | None = None
     tools: list[JsonObject] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     # Not supported, refused by name.
     functions: Any = None
     function_call: Any = None
@@ -98,13 +99,20 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """How many of the generated tokens were reasoning."""
+
+    reasoning_tokens: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Token counts of one request."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,12 +145,38 @@ class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     text_offset: list[int]
 
 
+class FunctionCall(msgspec.Struct, frozen=True):
+    """The function a tool call names; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """One call of a tool, whole."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """A call in a stream; it comes in one piece, since it is only known to be one at its end."""
+
+    index: int
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The assistant's answer."""
+    """The assistant's answer. What it does not have of reasoning and tool calls is left out."""
 
     role: str = "assistant"
     content: str | None = None
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +205,8 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Protocol
 
 import torch
@@ -28,6 +28,8 @@ class StepRow(Protocol):
     def token_ids(self) -> Sequence[int]: ...
     @property
     def block_table(self) -> Sequence[int]: ...
+    @property
+    def state_slot(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -35,7 +37,8 @@ class BatchRow:
     """One sequence's query tokens start..end-1 of the batch, and where its KV stands.
 
     The KV is read in place from `first_slot` on when the blocks are consecutive (`block_ids` is
-    None), else gathered by `block_ids` (int64).
+    None), else gathered by `block_ids` (int64). `state_slot` holds a hybrid's recurrent state, of
+    no meaning yet when the row `is_fresh`.
     """
 
     start: int
@@ -43,6 +46,8 @@ class BatchRow:
     kv_len: int
     first_slot: int
     block_ids: Tensor | None
+    state_slot: int
+    is_fresh: bool  # no token of the sequence was computed before
     _mask: Tensor | None = None
 
     def mask(self, device: torch.device) -> Tensor | None:
@@ -59,17 +64,21 @@ class BatchRow:
 
 @dataclass(slots=True)
 class StepBatch:
-    """Device tensors, all int64: token_ids, positions, slots (num_tokens,), logit_rows (num_rows,).
+    """Device tensors, all int64: token_ids, positions, slots (num_tokens,), logit_rows.
 
     `slots` are the cache slots that the tokens' K and V go to; `logit_rows` the tokens whose logits
-    are wanted.
+    are wanted; `state_slots` and `is_fresh` (bool) are those of the rows. The first
+    `num_single_rows` rows have one token each.
     """
 
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
     logit_rows: Tensor
+    state_slots: Tensor
+    is_fresh: Tensor
     rows: list[BatchRow]
+    num_single_rows: int
 
 
 def build_batch(
@@ -89,11 +98,21 @@ def build_batch(
         slots += _slots(planned.block_table, begin, end, block_size)
         if planned.samples:
             logit_rows.append(len(token_ids) - 1)
-    packed = torch.tensor(
-        list(chain(token_ids, positions, slots, logit_rows)), dtype=torch.int64
-    ).to(device)  # one transfer for all four
-    parts = packed.split([len(token_ids), len(positions), len(slots), len(logit_rows)])
-    return StepBatch(parts[0], parts[1], parts[2], parts[3], rows)
+    state_slots = [row.state_slot for row in rows]
+    is_fresh = [int(row.is_fresh) for row in rows]
+    lists = [token_ids, positions, slots, logit_rows, state_slots, is_fresh]
+    packed = torch.tensor(list(chain(*lists)), dtype=torch.int64).to(device)  # one transfer for all
+    parts = packed.split([len(part) for part in lists])
+    return StepBatch(
+        token_ids=parts[0],
+        positions=parts[1],
+        slots=parts[2],
+        logit_rows=parts[3],
+        state_slots=parts[4],
+        is_fresh=parts[5].bool(),
+        rows=rows,
+        num_single_rows=sum(1 for _ in takewhile(lambda row: row.end - row.start == 1, rows)),
+    )
 
 
 def _slots(block_table: Sequence[int], begin: int, end: int, block_size: int) -> list[int]:
@@ -115,4 +134,6 @@ def _build_row(planned: StepRow, start: int, block_size: int, device: torch.devi
         kv_len=kv_len,
         first_slot=blocks[0] * block_size,
         block_ids=None if is_consecutive else torch.tensor(blocks, device=device),
+        state_slot=planned.state_slot,
+        is_fresh=planned.start == 0,
     )

@@ -26,6 +26,7 @@ from engine.outbox import Outbox
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import PlannedRow, Scheduler, StepPlan
 from engine.sequence import Sequence
+from engine.slot_pool import SlotPool
 from engine.submission import make_sequence
 from engine.throughput import MovingRate
 from engine.tp.comm import Comm
@@ -59,7 +60,11 @@ class Engine:
         self.spec = spec
         self.cache = KVCache(spec, size, settings.block_size, dtype, device)
         self.scheduler = Scheduler(
-            settings, BlockPool(size.num_blocks), settings.block_size, size.context
+            settings,
+            BlockPool(size.num_blocks),
+            settings.block_size,
+            size.context,
+            SlotPool(size.num_state_slots) if size.num_state_slots else None,
         )
         self.sampler = Sampler()
         self.limits = ModelLimits(context=size.context, output=size.context - 1)

@@ -84,6 +84,19 @@ class Fields:
             raise self.wrong(key, "true or false")
         return value
 
+    def integers(self, key: str, limit: int) -> frozenset[int]:
+        """Return a list of integers from 0 to limit - 1, as a set; empty when absent."""
+        value = self.values.get(key)
+        if value is None:
+            return frozenset()
+        if (
+            not isinstance(value, list)
+            or len(value) > limit
+            or not all(type(item) is int and 0 <= item < limit for item in value)
+        ):
+            raise self.wrong(key, f"a list of integers from 0 to {limit - 1}")
+        return frozenset(value)
+
     def strings(self, key: str) -> list[str]:
         """Return a list of strings; empty when absent."""
         value = self.values.get(key)

@@ -1,4 +1,4 @@
-"""The paged KV cache: how large it is, and the tensor that holds it.
+"""The paged KV cache and a hybrid's state slots: how large they are, and the tensors.
 
 Sized once when the engine loads. Blocks are handed out by `BlockPool` and not cleared: attention
 must read no slot beyond a sequence's length, where another one may have left a NaN.
@@ -15,6 +15,7 @@ from torch import Tensor
 from cortexd import errors
 from cortexd.models import ModelSpec
 from cortexd.settings import Engine as EngineSettings
+from engine.state_cache import StateCache
 
 MIB: Final = 1024 * 1024
 # Of the memory that is free after the weights: on a CPU others live there too.
@@ -29,12 +30,17 @@ class CacheSize:
 
     num_blocks: int
     context: int
+    num_state_slots: int = 0  # of a hybrid model's recurrent state; the null slot not included
 
 
 def choose_size(
     settings: EngineSettings, spec: ModelSpec, element_size: int, free_bytes: int, device_type: str
 ) -> CacheSize:
-    """Return the cache size. Raises: InsufficientMemory when not even two blocks fit."""
+    """Return the cache size.
+
+    A hybrid gets a state slot for each sequence that may run, but of half the budget at most.
+    Raises: InsufficientMemory when not even two blocks and one state fit.
+    """
     block_bytes = spec.kv_bytes_per_token(element_size) * settings.block_size
     context = spec.max_position_embeddings
     if settings.max_model_len:
@@ -43,22 +49,33 @@ def choose_size(
         budget = settings.kv_cache_mib * MIB
     else:
         budget = int(free_bytes * (CUDA_SHARE if device_type == "cuda" else CPU_SHARE))
+    slot_bytes = spec.state_bytes_per_sequence(element_size)
+    num_slots = 0
+    least = 2 * block_bytes
+    if slot_bytes:
+        least += 2 * slot_bytes
+        num_slots = max(1, min(settings.max_num_seqs, budget // 2 // slot_bytes - 1))
     blocks_per_sequence = -(-context // settings.block_size)
     useful_blocks = settings.max_num_seqs * blocks_per_sequence + 1
-    num_blocks = min(budget // block_bytes, useful_blocks)
+    state_bytes = (num_slots + 1) * slot_bytes if slot_bytes else 0
+    num_blocks = min((budget - state_bytes) // block_bytes, useful_blocks)
     if num_blocks < 2:
+        states = " and two recurrent states" if slot_bytes else ""
         raise errors.InsufficientMemory(
-            f"the KV cache needs at least {2 * block_bytes} bytes (two blocks of "
-            f"{settings.block_size} tokens), {budget} are available; free memory or raise "
-            "engine.kv_cache_mib",
-            needed_bytes=2 * block_bytes,
+            f"the KV cache needs at least {least} bytes (two blocks of {settings.block_size} "
+            f"tokens{states}), {budget} are available; free memory or raise engine.kv_cache_mib",
+            needed_bytes=least,
             available_bytes=budget,
         )
-    return CacheSize(num_blocks, min(context, (num_blocks - 1) * settings.block_size))
+    context = min(context, (num_blocks - 1) * settings.block_size)
+    return CacheSize(num_blocks, context, num_slots)
 
 
 class KVCache:
-    """K and V of all attention layers; see `layer`."""
+    """K and V of all attention layers (see `layer`), and `states` of the linear ones.
+
+    Layers are counted among their kind.
+    """
 
     def __init__(
         self,
@@ -70,17 +87,21 @@ class KVCache:
     ) -> None:
         num_heads = 2 * spec.num_key_value_heads
         # K heads, then V heads of a token side by side: one copy writes both.
-        shape = (spec.num_hidden_layers, size.num_blocks, block_size, num_heads, spec.head_dim)
+        num_layers = len(spec.attention_layers)
+        shape = (num_layers, size.num_blocks, block_size, num_heads, spec.head_dim)
         # Not touched before use, so a CPU maps memory only for blocks that were held once.
         self.blocks = torch.empty(shape, dtype=dtype, device=device)
         self.block_size = block_size
+        self.states: StateCache | None = None
+        if size.num_state_slots:
+            self.states = StateCache(spec, size.num_state_slots, dtype, device)
         self._layers = list(self.blocks.unbind())
         self._slots = list(self.blocks.flatten(1, 2).unbind())
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of the whole cache."""
-        return self.blocks.nbytes
+        return self.blocks.nbytes + (0 if self.states is None else self.states.memory_bytes)
 
     def layer(self, index: int) -> Tensor:
         """Return (num_blocks, block_size, 2 * num_kv_heads, head_dim): K heads first, then V."""

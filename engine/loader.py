@@ -9,7 +9,9 @@ its own part of each tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -30,7 +32,19 @@ from engine.tp.layers import GatheredHead, RowParallelLinear, VocabParallelEmbed
 from engine.tp.sharding import Rule, rule_of
 
 Layer = TypeVar("Layer", Linear, Embedding)
+RowSelection = Tensor | slice | None  # int64 row ids, a range, or all rows
 ProgressCallback = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Rows of a stored tensor that are a matrix of their own, in this order."""
+
+    name: str
+    num_rows: int
+    bias_name: str | None = None
+    selection: RowSelection = None
+    is_exact: bool = False
 
 
 class Weights:
@@ -108,20 +122,26 @@ class Weights:
         return self._total_bytes
 
     def linear(
-        self, name: str, out_features: int, in_features: int, bias_name: str | None = None
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        bias_name: str | None = None,
+        *,
+        is_exact: bool = False,
     ) -> Linear:
         """Return the layer of the matrix `name` (out_features, in_features).
 
-        Of a matrix that is split by columns, `in_features` are this rank's, and the layer adds up
-        what all ranks make.
+        `is_exact`: never quantised at load. Of a matrix that is split by columns, `in_features` are
+        this rank's, and the layer adds up what all ranks make.
         """
+        rows = StoredRows(name, out_features, bias_name, is_exact=is_exact)
         if self._comm.shard.is_whole or rule_of(name) is not Rule.COLUMNS:
-            return self._track(self._linear([name], [out_features], in_features, [bias_name]))
+            return self._track(self._linear([rows], in_features))
         if bias_name is not None and self._comm.rank:
             self._take(bias_name)  # rank 0 adds it, once
-            bias_name = None
-        local = self._linear([name], [out_features], in_features, [bias_name])
-        return RowParallelLinear(self._track(local), self._comm)
+            rows = replace(rows, bias_name=None)
+        return RowParallelLinear(self._track(self._linear([rows], in_features)), self._comm)
 
     def merged_linear(
         self,
@@ -129,19 +149,33 @@ class Weights:
         out_features: Sequence[int],
         in_features: int,
         bias_names: Sequence[str | None] | None = None,
+        *,
+        selections: Sequence[RowSelection] | None = None,
+        is_exact: Sequence[bool] | None = None,
     ) -> Linear:
         """Return one layer over several matrices with the same input, outputs concatenated.
 
         Matrices of one stored type become one matrix; of different types, parts of one layer.
+        `selections` says which rows of a stored tensor, all dimensions but the last taken as rows,
+        make the matrix of `out_features` rows; None: all. `is_exact` parts are never quantised at
+        load.
         """
         biases = list(bias_names or [None] * len(names))
-        kinds = {self._checkpoint[name].ggml_type for name in names}
-        if len(kinds) == 1 and all((b is None) == (biases[0] is None) for b in biases):
-            return self._track(self._linear(names, out_features, in_features, biases))
-        parts = [
-            self._linear([name], [rows], in_features, [bias])
-            for name, rows, bias in zip(names, out_features, biases, strict=True)
+        rows = [
+            StoredRows(*part)
+            for part in zip(
+                names,
+                out_features,
+                biases,
+                selections or [None] * len(names),
+                is_exact or [False] * len(names),
+                strict=True,
+            )
         ]
+        kinds = {(self._checkpoint[part.name].ggml_type, part.is_exact) for part in rows}
+        if len(kinds) == 1 and all((b is None) == (biases[0] is None) for b in biases):
+            return self._track(self._linear(rows, in_features))
+        parts = [self._linear([part], in_features) for part in rows]
         return self._track(Linear.concatenated(parts))
 
     def embedding(self, name: str, rows: int, columns: int) -> Embedding:
@@ -155,7 +189,7 @@ class Weights:
         return VocabParallelEmbedding(local, self._comm, rows)
 
     def _embedding(self, name: str, rows: int, columns: int) -> Embedding:
-        mapped = self._matrix(name, rows, columns)
+        mapped = self._matrix(StoredRows(name, rows), columns)
         embedding = None
         is_tied = self._spec.tie_word_embeddings
         if is_tied and self.device.type == "cpu":
@@ -176,11 +210,15 @@ class Weights:
         local = self.linear(HEAD, self._local(HEAD).shape[0], self._spec.hidden_size)
         return GatheredHead(local, self._comm, vocab_size)
 
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a small dense tensor on the device, in `dtype` and of this `shape`."""
+        return self.vector(name, math.prod(shape), dtype).view(shape)
+
     def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the vector `name` (size,) on the device, in `dtype` (default: compute dtype)."""
         tensor = self._take(name)
-        assert tensor.shape == (size,), f"{name}: planned {tensor.shape}, asked for ({size},)"
-        values = self._unpermuted(name, dense_view(tensor))
+        assert tensor.num_elements == size, f"{name}: planned {tensor.shape}, asked for ({size},)"
+        values = self._unpermuted(name, dense_view(tensor)).view(size)
         owned = torch.empty(size, dtype=dtype or self.dtype, device=self.device).copy_(values)
         self.memory_bytes += owned.numel() * owned.element_size()
         return owned
@@ -208,22 +246,9 @@ class Weights:
         self._checkpoint.release_pages()
         self._checkpoint.close()
 
-    def _linear(
-        self,
-        names: Sequence[str],
-        out_features: Sequence[int],
-        in_features: int,
-        bias_names: Sequence[str | None],
-    ) -> Linear:
-        matrices = [
-            self._matrix(name, rows, in_features)
-            for name, rows in zip(names, out_features, strict=True)
-        ]
-        biases = [
-            self.vector(bias, rows)
-            for bias, rows in zip(bias_names, out_features, strict=True)
-            if bias is not None
-        ]
+    def _linear(self, rows: Sequence[StoredRows], in_features: int) -> Linear:
+        matrices = [self._matrix(part, in_features) for part in rows]
+        biases = [self._bias(part) for part in rows if part.bias_name is not None]
         bias = torch.cat(biases) if biases else None
         weight = stack_rows(matrices)
         packed = pack_native(weight, bias, self.backend) if self.device.type == "cpu" else None
@@ -235,6 +260,13 @@ class Weights:
             else self._own(weight, self.dtype)
         )
         return Linear(owned, bias, dtype=self.dtype, backend="reference")
+
+    def _bias(self, part: StoredRows) -> Tensor:
+        assert part.bias_name is not None, f"{part.name} has no bias"
+        if part.selection is None:
+            return self.vector(part.bias_name, part.num_rows)
+        stored = self._take(part.bias_name)
+        return self.vector(part.bias_name, stored.num_elements)[part.selection]
 
     def _take(self, name: str) -> CheckpointTensor:
         """Return this rank's part of the planned tensor, count it as used, report progress."""
@@ -254,16 +286,22 @@ class Weights:
             return tensor
         return tensor.part(shard.regions(name, tensor.shape, self._spec))
 
-    def _matrix(self, name: str, rows: int, columns: int) -> Weight:
-        """Return the matrix as stored: a view of the mapping, except for un-permuted rows."""
-        tensor = self._take(name)
-        shape = (rows, columns)
-        assert tensor.shape == shape, f"{name}: planned {tensor.shape}, asked for {shape}"
+    def _matrix(self, part: StoredRows, columns: int) -> Weight:
+        """Return the matrix as stored: a view of the mapping, except for rows in a new order."""
+        tensor = self._take(part.name)
+        assert tensor.shape[-1] == columns, f"{part.name}: planned {tensor.shape}, not {columns}"
         if tensor.ggml_type in TORCH_DTYPES:
-            return self._unpermuted(name, dense_view(tensor))
-        assert tensor.ggml_type is not None, f"{name}: {tensor.type_name} passed the plan"
-        packed = self._unpermuted(name, bytes_view(tensor).view(rows, -1))
-        return QuantizedTensor(tensor.ggml_type, shape, packed)
+            rows = self._unpermuted(part.name, dense_view(tensor)).view(-1, columns)
+        else:
+            rows = self._unpermuted(part.name, bytes_view(tensor).view(*tensor.shape[:-1], -1))
+            rows = rows.view(-1, rows.shape[-1])
+        if part.selection is not None:
+            rows = rows[part.selection]
+        assert len(rows) == part.num_rows, f"{part.name}: {len(rows)} rows, not {part.num_rows}"
+        if tensor.ggml_type in TORCH_DTYPES:
+            return rows
+        assert tensor.ggml_type is not None, f"{part.name}: {tensor.type_name} passed the plan"
+        return QuantizedTensor(tensor.ggml_type, (part.num_rows, columns), rows)
 
     def _unpermuted(self, name: str, rows: Tensor) -> Tensor:
         """Undo the GGUF converter's reordering of query and key rows (llama only).

@@ -15,9 +15,11 @@ from cortexd.errors import BadModelFile, InvalidValue
 from cortexd.models import ModelFiles, ModelSpec
 from engine.formats.checkpoint import Checkpoint
 from engine.formats.checkpoint_check import check_plan
-from engine.formats.gguf import GGUFFile
+from engine.formats.gguf_model import GGUFModel
+from engine.gguf_spec import spec_from_gguf
 from engine.models.registry import REGISTRY
-from engine.spec import spec_from_config, spec_from_gguf
+from engine.spec import spec_from_config
+from engine.stored_layout import with_stored_layout
 from engine.tp.sharding import Rule, allowed_world_sizes, check_world_size, rule_of
 
 MAX_CONFIG_BYTES: Final = 16 * 1024 * 1024
@@ -31,6 +33,7 @@ def inspect(files: ModelFiles) -> ModelSpec:
     spec = read_spec(files)
     checkpoint = Checkpoint.open(files)
     try:
+        spec = with_stored_layout(spec, checkpoint)
         check_plan(checkpoint, REGISTRY[spec.model_type].plan(spec), spec)
     finally:
         checkpoint.close()
@@ -71,7 +74,7 @@ def _check_block_boundaries(checkpoint: Checkpoint, spec: ModelSpec, world_size:
 def read_spec(files: ModelFiles) -> ModelSpec:
     """Return the spec from the model's own description, without looking at its tensors."""
     if files.format == "gguf":
-        gguf = GGUFFile.open(files.weights[0])
+        gguf = GGUFModel.open(files.weights)
         try:
             return spec_from_gguf(gguf)
         finally:

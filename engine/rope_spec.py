@@ -19,7 +19,9 @@ _MAX_FACTOR: Final = 1e6
 _MAX_POSITIONS: Final = 1 << 30
 
 
-def rope_from_config(fields: Fields, max_position_embeddings: int) -> RopeSpec:
+def rope_from_config(
+    fields: Fields, max_position_embeddings: int, *, default_partial: float = 1.0
+) -> RopeSpec:
     """Return the rope of a Hugging Face configuration (theta defaults to 10000 there)."""
     nested = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
     if any(isinstance(value, dict) for value in nested.values()):
@@ -30,7 +32,9 @@ def rope_from_config(fields: Fields, max_position_embeddings: int) -> RopeSpec:
     rope = Fields(nested, f"{fields.file} rope parameters")
     flat_theta = fields.number("rope_theta", minimum=0.0, maximum=_MAX_THETA, default=10000.0)
     theta = rope.number("rope_theta", minimum=0.0, maximum=_MAX_THETA, default=flat_theta)
-    flat_partial = fields.number("partial_rotary_factor", minimum=0.0, maximum=1.0, default=1.0)
+    flat_partial = fields.number(
+        "partial_rotary_factor", minimum=0.0, maximum=1.0, default=default_partial
+    )
     partial = rope.number("partial_rotary_factor", minimum=0.0, maximum=1.0, default=flat_partial)
     rope_type = nested.get("rope_type", nested.get("type", "default"))
     check_rope_type(fields.file, rope_type)

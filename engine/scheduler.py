@@ -20,6 +20,7 @@ from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
 from engine.block_pool import NULL_BLOCK, BlockPool
 from engine.sequence import Sequence, SequenceState
+from engine.slot_pool import NULL_SLOT, SlotPool
 
 # Prefill chunks are not cut smaller than this when memory is short: smaller ones save nothing.
 MIN_PREFILL_CHUNK: Final = 16
@@ -46,6 +47,11 @@ class PlannedRow:
         """The sequence's KV blocks, in order."""
         return self.sequence.block_table
 
+    @property
+    def state_slot(self) -> int:
+        """Where a hybrid's recurrent state of the sequence is."""
+        return self.sequence.state_slot
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -64,15 +70,24 @@ class Scheduler:
     """See the module's text. `context` is the most tokens one sequence may have."""
 
     def __init__(
-        self, settings: EngineSettings, pool: BlockPool, block_size: int, context: int
+        self,
+        settings: EngineSettings,
+        pool: BlockPool,
+        block_size: int,
+        context: int,
+        slots: SlotPool | None = None,
     ) -> None:
+        """Take the pools; `slots` only for a hybrid, whose sequences hold one each."""
         assert pool.num_usable * block_size >= context, "one full-length sequence must fit"
         self.pool = pool
+        self.slots = slots
         self.block_size = block_size
         self.context = context
         self.token_budget = settings.max_num_batched_tokens
         # Every decoding sequence must fit into one step, so seats never outnumber the budget.
         self.max_running = min(settings.max_num_seqs, self.token_budget)
+        if slots is not None:
+            self.max_running = min(self.max_running, slots.num_slots)
         self.max_queue_depth = settings.max_queue_depth
         self.max_prefill_chunk = min(settings.max_prefill_chunk, self.token_budget)
         self.waiting: deque[Sequence] = deque()
@@ -115,6 +130,8 @@ class Scheduler:
                 break
             sequence = self.waiting.popleft()
             sequence.state = SequenceState.RUNNING
+            if self.slots is not None:
+                sequence.state_slot = self.slots.allocate()
             self.running.append(sequence)
             budget -= self._plan_chunk(prefills, sequence, num_tokens)
         return StepPlan(decodes + prefills, len(decodes))
@@ -130,7 +147,7 @@ class Scheduler:
             self._seat_limit = min(self._seat_limit * 2, self.max_running)
 
     def finish(self, sequence: Sequence) -> None:
-        """Remove a sequence, wherever it stands, and release its blocks."""
+        """Remove a sequence, wherever it stands, and release its blocks and its state slot."""
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
         elif sequence.state is SequenceState.WAITING:
@@ -147,6 +164,10 @@ class Scheduler:
         Returns the sequence that cannot be helped when it was alone and at the minimum.
         """
         self._clean_steps = 0
+        if self.slots is not None:
+            # Some layers have advanced their state by this step's tokens, others have not.
+            for row in plan.rows:
+                row.sequence.num_computed = 0
         longest = max(row.num_tokens for row in plan.rows)
         if longest > MIN_PREFILL_CHUNK:
             self._chunk_limit = max(MIN_PREFILL_CHUNK, longest // 2)
@@ -223,6 +244,8 @@ class Scheduler:
     def _can_admit(self) -> bool:
         if not self.waiting or len(self.running) >= self._seat_limit:
             return False
+        if self.slots is not None and not self.slots.num_free:
+            return False
         # Without room for all its tokens it would only be preempted again.
         needed = self._blocks_for(len(self.waiting[0].token_ids) + 1)
         return not self.running or self._unclaimed_blocks() >= needed
@@ -240,6 +263,9 @@ class Scheduler:
         # Last block first: the head of a prompt is the part that others may share, keep it longest.
         self.pool.release(sequence.block_table[::-1])
         sequence.block_table = []
+        if self.slots is not None and sequence.state_slot != NULL_SLOT:
+            self.slots.release(sequence.state_slot)
+            sequence.state_slot = NULL_SLOT
 
     def _unclaimed_blocks(self) -> int:
         """Free blocks less those that running prompts still need."""

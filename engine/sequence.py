@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass, field
 
 from cortexd.messages.inference import Submit
+from engine.slot_pool import NULL_SLOT
 
 
 class SequenceState(enum.Enum):
@@ -37,6 +38,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    state_slot: int = NULL_SLOT  # of a hybrid model's recurrent state, while it runs
     num_preemptions: int = 0
     num_cached_tokens: int = 0
 

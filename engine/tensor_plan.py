@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from cortexd.models import ModelSpec
-
-Shape = tuple[int, ...]
+from engine.layer_shapes import (
+    Shape,
+    attention_shapes,
+    linear_attention_shapes,
+    mlp_shapes,
+    moe_shapes,
+)
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 FINAL_NORM: Final = "model.norm.weight"
@@ -29,46 +34,44 @@ class TensorPlan:
 
     required: Mapping[str, Shape]
     ignored: frozenset[str] = frozenset()
+    ignored_prefixes: tuple[str, ...] = ()  # parts of the model that are not run
 
     def is_ignored(self, name: str) -> bool:
         """Tell whether an additional tensor of this name is harmless."""
-        return name in self.ignored or _LEFTOVER.search(name) is not None
+        return (
+            name in self.ignored
+            or name.startswith(self.ignored_prefixes)
+            or _LEFTOVER.search(name) is not None
+        )
 
 
-def dense_decoder_plan(spec: ModelSpec, *, has_qk_norm: bool) -> TensorPlan:
-    """Return the plan of a dense pre-norm decoder: llama, and qwen3 with per-head q/k norms."""
+def decoder_plan(
+    spec: ModelSpec,
+    *,
+    has_qk_norm: bool,
+    has_output_gate: bool = False,
+    ignored_prefixes: tuple[str, ...] = (),
+) -> TensorPlan:
+    """Return the plan of a pre-norm decoder, whatever attention and feed-forward its layers have.
+
+    `has_output_gate`: q_proj also makes one gate per query head.
+    """
     shapes: dict[str, Shape] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    linear_layers = frozenset(spec.linear_layers)
+    full_attention = attention_shapes(spec, has_qk_norm, has_output_gate)
     for layer in range(spec.num_hidden_layers):
         prefix = f"model.layers.{layer}."
-        for name, shape in _layer_shapes(spec, has_qk_norm).items():
-            shapes[prefix + name] = shape
+        parts = {
+            "input_layernorm.weight": (spec.hidden_size,),
+            **(linear_attention_shapes(spec) if layer in linear_layers else full_attention),
+            "post_attention_layernorm.weight": (spec.hidden_size,),
+            **(moe_shapes(spec) if spec.is_sparse(layer) else mlp_shapes(spec)),
+        }
+        shapes.update({prefix + name: shape for name, shape in parts.items()})
     shapes[FINAL_NORM] = (spec.hidden_size,)
+    drafts = range(spec.num_hidden_layers, spec.num_hidden_layers + spec.num_draft_layers)
+    skipped = (*ignored_prefixes, *(f"blk.{block}." for block in drafts))
     if spec.tie_word_embeddings:
-        return TensorPlan(shapes, frozenset({HEAD}))
+        return TensorPlan(shapes, frozenset({HEAD}), skipped)
     shapes[HEAD] = (spec.vocab_size, spec.hidden_size)
-    return TensorPlan(shapes)
-
-
-def _layer_shapes(spec: ModelSpec, has_qk_norm: bool) -> dict[str, Shape]:
-    hidden, intermediate = spec.hidden_size, spec.intermediate_size
-    query_rows = spec.num_attention_heads * spec.head_dim
-    kv_rows = spec.num_key_value_heads * spec.head_dim
-    shapes: dict[str, Shape] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (query_rows, hidden),
-        "self_attn.k_proj.weight": (kv_rows, hidden),
-        "self_attn.v_proj.weight": (kv_rows, hidden),
-        "self_attn.o_proj.weight": (hidden, query_rows),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (intermediate, hidden),
-        "mlp.up_proj.weight": (intermediate, hidden),
-        "mlp.down_proj.weight": (hidden, intermediate),
-    }
-    biased = [name for name in shapes if "self_attn" in name] if spec.attention_bias else []
-    biased += [name for name in shapes if "mlp." in name] if spec.mlp_bias else []
-    for name in biased:
-        shapes[name.removesuffix("weight") + "bias"] = shapes[name][:1]
-    if has_qk_norm:
-        shapes["self_attn.q_norm.weight"] = (spec.head_dim,)
-        shapes["self_attn.k_norm.weight"] = (spec.head_dim,)
-    return shapes
+    return TensorPlan(shapes, ignored_prefixes=skipped)

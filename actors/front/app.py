@@ -1,4 +1,4 @@
-"""Routes and the one middleware: request ids in and out, every error in the OpenAI envelope."""
+"""Routes and the one middleware: request ids in and out, every error in the client's envelope."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from aiohttp.typedefs import Handler
 from actors.front import health, models, neuron_api
 from actors.front.chat import ChatDialect
 from actors.front.completions import CompletionDialect
-from actors.front.error_response import error_response, from_http_exception
+from actors.front.count_tokens import count_tokens
+from actors.front.error_response import (
+    anthropic_error_response,
+    error_response,
+    from_http_exception,
+    set_request_id,
+    speaks_anthropic,
+)
 from actors.front.inference import InferenceHandler
+from actors.front.messages import MessagesDialect
 from actors.front.services import REQUEST_ID, SERVICES, Services
 from cortexd.errors import CortexError, Internal
 from cortexd.log import event
@@ -30,6 +38,8 @@ def build_app(services: Services, listener: str) -> web.Application:
     app[SERVICES] = services
     app.router.add_post("/v1/chat/completions", InferenceHandler(ChatDialect()).handle)
     app.router.add_post("/v1/completions", InferenceHandler(CompletionDialect()).handle)
+    app.router.add_post("/v1/messages", InferenceHandler(MessagesDialect()).handle)
+    app.router.add_post("/v1/messages/count_tokens", count_tokens)
     app.router.add_get("/v1/models", models.list_models)
     app.router.add_get("/v1/models/{model_id:.+}", models.get_model)
     app.router.add_get("/livez", health.livez)
@@ -56,19 +66,25 @@ async def _envelope_middleware(request: web.Request, handler: Handler) -> web.St
     try:
         response = await handler(request)
     except CortexError as error:
-        response = error_response(error)
+        response = _answer_error(request, error)
     except web.HTTPException as exception:
-        response = error_response(from_http_exception(exception, request))
+        response = _answer_error(request, from_http_exception(exception, request))
     except ConnectionError:
         raise  # the client is gone; there is nobody to answer
     except Exception as error:
         _log_failure(services, request, error)
-        response = error_response(Internal("the server failed; see its log"))
+        response = _answer_error(request, Internal("the server failed; see its log"))
     if not response.prepared:
-        response.headers["x-request-id"] = request[REQUEST_ID]
+        set_request_id(response, request[REQUEST_ID])
         if services.is_draining:
             response.force_close()
     return response
+
+
+def _answer_error(request: web.Request, error: CortexError) -> web.Response:
+    if speaks_anthropic(request):
+        return anthropic_error_response(error, request[REQUEST_ID])
+    return error_response(error)
 
 
 def _log_failure(services: Services, request: web.Request, error: Exception) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 
 from actors.front.choice import ChoiceOutput, TokenScore
-from actors.front.dialect import Answer, ChunkEncoder, data_event
+from actors.front.dialect import COMMENT, DONE, Answer, ChunkEncoder, data_event
+from actors.front.error_response import envelope
 from actors.front.request import InferenceRequest
 from actors.front.validate import parse_chat
+from cortexd.errors import CortexError
 from cortexd.openai import (
     ChatChoice,
     ChatChunk,
@@ -16,10 +20,14 @@ from cortexd.openai import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    FunctionCall,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     TopLogprob,
     Usage,
 )
+from engine.text.answer import Piece, Reasoning, Text
 
 _SPLIT_AT = "\x00"
 
@@ -49,7 +57,7 @@ class ChatDialect:
                 choices=[
                     ChatChoice(
                         index=output.index,
-                        message=ChatMessage(content=output.text),
+                        message=_message(output.pieces),
                         logprobs=_logprobs(output.scores),
                         finish_reason=output.finish_reason,
                     )
@@ -66,28 +74,57 @@ class ChatEncoder:
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._has_role: set[int] = set()
+        self._num_calls: Counter[int] = Counter()
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def chunk(self, output: ChoiceOutput) -> bytes:
-        """Return role, text and finish events as far as the output has them."""
+        """Return role, content and finish events as far as the output has them."""
         events = self._role(output.index)
-        if output.scores:
-            delta = ChatDelta(content=output.text)
-            events += self._event(output.index, delta, logprobs=_logprobs(output.scores))
-        elif output.text:
-            head, tail = self._frame(output.index)
-            events += head + msgspec.json.encode(output.text) + tail
+        logprobs = _logprobs(output.scores)
+        for piece in output.pieces:
+            if isinstance(piece, Text) and logprobs is None:
+                head, tail = self._frame(output.index)
+                events += head + msgspec.json.encode(piece.text) + tail
+            else:
+                delta = self._delta(output.index, piece)
+                events += self._event(output.index, delta, logprobs=logprobs)
+                logprobs = None  # once: they are those of the whole output
         if output.finish_reason is not None:
-            events += self._event(output.index, ChatDelta(), finish_reason=output.finish_reason)
+            events += self._event(
+                output.index,
+                ChatDelta(),
+                logprobs=logprobs,
+                finish_reason=output.finish_reason,
+            )
         return events
+
+    def comment(self) -> bytes:
+        """Return a comment line."""
+        return COMMENT
 
     def keepalive(self) -> bytes:
         """Return the role event when it is still due, else an empty delta."""
         return self._role(0) or self._event(0, ChatDelta())
 
-    def usage(self, usage: Usage) -> bytes:
-        """Return the usage event."""
-        return data_event(self._document([], usage))
+    def end(self, usage: Usage) -> bytes:
+        """Return the usage event, if it is wanted, and the end mark."""
+        counts = data_event(self._document([], usage)) if self._answer.include_usage else b""
+        return counts + DONE
+
+    def error(self, error: CortexError) -> bytes:
+        """Return the error event; no end mark follows, since the answer is not whole."""
+        return b"data: " + envelope(error) + b"\n\n"
+
+    def _delta(self, index: int, piece: Piece) -> ChatDelta:
+        if isinstance(piece, Text):
+            return ChatDelta(content=piece.text)
+        if isinstance(piece, Reasoning):
+            return ChatDelta(reasoning_content=piece.text)
+        position = self._num_calls[index]
+        self._num_calls[index] += 1
+        function = FunctionCall(piece.name, piece.arguments)
+        call = ToolCallDelta(index=position, id=_call_id(piece.key), function=function)
+        return ChatDelta(tool_calls=[call])
 
     def _role(self, index: int) -> bytes:
         if index in self._has_role:
@@ -127,6 +164,26 @@ class ChatEncoder:
             head, _, tail = marked.rpartition(msgspec.json.encode(_SPLIT_AT))
             frame = self._frames[index] = (head, tail)
         return frame
+
+
+def _message(pieces: list[Piece]) -> ChatMessage:
+    """Return the whole message: its content is null when the model only called tools."""
+    content = "".join(piece.text for piece in pieces if isinstance(piece, Text))
+    reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+    calls = [
+        ToolCall(id=_call_id(piece.key), function=FunctionCall(piece.name, piece.arguments))
+        for piece in pieces
+        if not isinstance(piece, Text | Reasoning)
+    ]
+    return ChatMessage(
+        content=None if calls and not content else content,
+        reasoning_content=reasoning or msgspec.UNSET,
+        tool_calls=calls or msgspec.UNSET,
+    )
+
+
+def _call_id(key: str) -> str:
+    return f"call_{key}"
 
 
 def _logprobs(scores: list[TokenScore]) -> ChatLogprobs | None:

@@ -1,7 +1,8 @@
-"""One answer in the making: tokens in, text, log probabilities and the ending out.
+"""One answer in the making: tokens in, pieces, log probabilities and the ending out.
 
-Text is held back while it could be part of a character or of a stop string. With stop strings or
-log probabilities tokens are taken one at a time, so that counts and offsets are exact.
+Text is held back while it could be part of a character, of a marker or of a stop string; stop
+strings are looked for in the text for the reader only. With a parser, stop strings or log
+probabilities tokens are taken one at a time, so that counts and offsets are exact.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from cortexd.errors import EngineRestarting, Internal
 from cortexd.messages.inference import SequenceDelta
+from engine.text.answer import Piece, Text, ToolCall, add_piece
 from engine.text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
+    from engine.text.answer_parser import AnswerParser
     from engine.text.text_model import TextModel
 
 
@@ -37,19 +40,29 @@ class TokenScore:
 
 @dataclass(slots=True)
 class ChoiceOutput:
-    """What one choice gained since the last output."""
+    """What one choice gained since the last output. `stop_string` is the one that ended it."""
 
     index: int
-    text: str
+    pieces: list[Piece]
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_string: str | None = None
+
+    def extend(self, later: ChoiceOutput) -> None:
+        """Add what came after."""
+        for piece in later.pieces:
+            add_piece(self.pieces, piece)
+        self.scores += later.scores
+        self.finish_reason = later.finish_reason
+        self.stop_string = later.stop_string
 
 
 class Choice:
     """State of one answer.
 
     `is_first_answer` marks the one that counts its prompt's cached tokens; `continues_text` an
-    answer that goes on with its prompt's text instead of opening a turn.
+    answer that goes on with its prompt's text instead of opening a turn; `ends_at_tool_call` one
+    that may hold a single call. `parser` is None when all of the answer is text.
     """
 
     def __init__(
@@ -58,21 +71,29 @@ class Choice:
         text_model: TextModel,
         stop_strings: StopStrings | None,
         *,
+        parser: AnswerParser | None = None,
         wants_scores: bool,
         is_first_answer: bool,
         continues_text: bool,
+        ends_at_tool_call: bool = False,
     ) -> None:
         self.index = index
         self.is_first_answer = is_first_answer
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finish_reason: str | None = None
-        self.was_stopped_by_text = False
+        self.was_stopped_here = False
         self._text_model = text_model
-        self._detokenizer = text_model.detokenizer(continues_text=continues_text)
+        self._detokenizer = text_model.detokenizer(
+            shows_markers=parser is not None, continues_text=continues_text
+        )
+        self._parser = parser
         self._stop_strings = stop_strings
         self._wants_scores = wants_scores
-        self._text = ""
+        self._ends_at_tool_call = ends_at_tool_call
+        self._has_tool_call = False
+        self._pieces: list[Piece] = []
         self._text_length = 0
         self._scores: list[TokenScore] = []
 
@@ -83,10 +104,10 @@ class Choice:
         if delta.error is not None:
             raise delta.error.to_exception()
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        if self._stop_strings is None and not self._wants_scores:
+        if self._parser is None and self._stop_strings is None and not self._wants_scores:
             self.num_tokens += len(delta.token_ids)
             if delta.token_ids:
-                self._text += self._detokenizer.push(delta.token_ids)
+                self._add_text(self._detokenizer.push(delta.token_ids))
         else:
             self._push_singly(delta)
         if delta.finish_reason is not None and self.finish_reason is None:
@@ -94,10 +115,11 @@ class Choice:
 
     def take(self) -> ChoiceOutput | None:
         """Return what is ready to be sent, None when there is nothing."""
-        if not self._text and self.finish_reason is None:
+        if not self._pieces and self.finish_reason is None:
             return None
-        output = ChoiceOutput(self.index, self._text, self._scores, self.finish_reason)
-        self._text = ""
+        stop = self._stop_strings.stop if self._stop_strings is not None else None
+        output = ChoiceOutput(self.index, self._pieces, self._scores, self.finish_reason, stop)
+        self._pieces = []
         self._scores = []
         return output
 
@@ -106,32 +128,75 @@ class Choice:
             self.num_tokens += 1
             if self._wants_scores:
                 self._scores.append(self._score(token_id, position, delta))
-            if self._emit(self._detokenizer.push([token_id])):
+            if self._push_token(token_id):
                 return
 
-    def _emit(self, text: str) -> bool:
-        """Add text that may be sent; return True when a stop string ended the answer."""
+    def _push_token(self, token_id: int) -> bool:
+        """Add what one token completes; return True when it ended the answer."""
+        text = self._detokenizer.push([token_id])
         self._text_length += len(text)
+        if self._parser is None:
+            return self._emit_text(text)
+        # Read before and after, so that the markers count with what they enclose.
+        was_reasoning = self._parser.is_reasoning
+        is_ended = any(map(self._emit, self._parser.push(text)))
+        self.num_reasoning_tokens += was_reasoning or self._parser.is_reasoning
+        return is_ended
+
+    def _emit(self, piece: Piece) -> bool:
+        """Add a piece that may be sent; return True when it ended the answer."""
+        if isinstance(piece, Text):
+            return self._emit_text(piece.text)
+        self._release_held()
+        add_piece(self._pieces, piece)
+        self._has_tool_call = self._has_tool_call or isinstance(piece, ToolCall)
+        if self._has_tool_call and self._ends_at_tool_call:
+            self._stop_here("tool_calls")
+            return True
+        return False
+
+    def _emit_text(self, text: str) -> bool:
         if self._stop_strings is None:
-            self._text += text
+            self._add_text(text)
             return False
         safe, is_stopped = self._stop_strings.push(text)
-        self._text += safe
+        self._add_text(safe)
         if is_stopped:
-            self.was_stopped_by_text = True
-            self.finish_reason = "stop"
+            self._stop_here("stop")
         return is_stopped
+
+    def _release_held(self) -> None:
+        """Send what was held as a possible stop string: it cannot go on past this point."""
+        if self._stop_strings is not None:
+            self._add_text(self._stop_strings.flush())
+
+    def _add_text(self, text: str) -> None:
+        if text:
+            add_piece(self._pieces, Text(text))
+
+    def _stop_here(self, reason: str) -> None:
+        self.was_stopped_here = True
+        self.finish_reason = reason
 
     def _finish(self, reason: str) -> None:
         if reason == "cancelled":
             raise EngineRestarting("the engine dropped this request; try again")
         if reason not in {"stop", "length"}:
             raise Internal(f"the engine ended this request without a cause ({reason})")
-        if self._emit(self._detokenizer.flush()):
+        if self._flush():
             return
-        if self._stop_strings is not None:
-            self._text += self._stop_strings.flush()
+        self._release_held()
         self.finish_reason = reason
+        if reason == "stop" and self._has_tool_call:
+            self.finish_reason = "tool_calls"
+
+    def _flush(self) -> bool:
+        """Add what detokenizer and parser held back; return True when that ended the answer."""
+        rest = self._detokenizer.flush()
+        if self._parser is None:
+            return self._emit_text(rest)
+        pieces = self._parser.push(rest) + self._parser.flush()
+        return any(map(self._emit, pieces))
 
     def _score(self, token_id: int, position: int, delta: SequenceDelta) -> TokenScore:
         rivals: list[ScoredToken] = []

@@ -5,10 +5,13 @@ from __future__ import annotations
 import msgspec
 
 from actors.front.choice import ChoiceOutput, TokenScore
-from actors.front.dialect import Answer, ChunkEncoder, data_event
+from actors.front.dialect import COMMENT, DONE, Answer, ChunkEncoder, data_event
+from actors.front.error_response import envelope
 from actors.front.request import InferenceRequest
 from actors.front.validate import parse_completion
+from cortexd.errors import CortexError
 from cortexd.openai import Completion, CompletionChoice, CompletionLogprobs, Usage
+from engine.text.answer import Text
 
 _SPLIT_AT = "\x00"
 
@@ -45,15 +48,26 @@ class CompletionEncoder:
         if output.scores or output.finish_reason is not None:
             return self._event(_choice(output))
         head, tail = self._frame(output.index)
-        return head + msgspec.json.encode(output.text) + tail
+        return head + msgspec.json.encode(_text(output)) + tail
+
+    def comment(self) -> bytes:
+        """Return a comment line."""
+        return COMMENT
 
     def keepalive(self) -> bytes:
         """Return an event with empty text."""
         return self._event(CompletionChoice(index=0, text=""))
 
-    def usage(self, usage: Usage) -> bytes:
-        """Return the usage event."""
-        return data_event(_document(self._answer, [], usage))
+    def end(self, usage: Usage) -> bytes:
+        """Return the usage event, if it is wanted, and the end mark."""
+        counts = b""
+        if self._answer.include_usage:
+            counts = data_event(_document(self._answer, [], usage))
+        return counts + DONE
+
+    def error(self, error: CortexError) -> bytes:
+        """Return the error event; no end mark follows, since the answer is not whole."""
+        return b"data: " + envelope(error) + b"\n\n"
 
     def _event(self, choice: CompletionChoice) -> bytes:
         return data_event(_document(self._answer, [choice]))
@@ -84,10 +98,14 @@ def _document(
 def _choice(output: ChoiceOutput) -> CompletionChoice:
     return CompletionChoice(
         index=output.index,
-        text=output.text,
+        text=_text(output),
         logprobs=_logprobs(output.scores),
         finish_reason=output.finish_reason,
     )
+
+
+def _text(output: ChoiceOutput) -> str:
+    return "".join(piece.text for piece in output.pieces if isinstance(piece, Text))
 
 
 def _logprobs(scores: list[TokenScore]) -> CompletionLogprobs | None:

@@ -1,4 +1,4 @@
-"""Errors as HTTP: the OpenAI envelope, the status, and Retry-After where a retry can help."""
+"""Errors as HTTP: the dialect's envelope and status, and Retry-After where a retry can help."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import msgspec
 from aiohttp import web
 
+from cortexd.anthropic import error_document, error_status
 from cortexd.errors import (
     CortexError,
     Internal,
@@ -19,6 +20,8 @@ from cortexd.errors import (
 _DEFAULT_RETRY_AFTER_S = 2.0
 # The official SDKs ignore a Retry-After above 60 s.
 _MAX_RETRY_AFTER_S = 60
+_MESSAGES = "/v1/messages"
+_VERSION_HEADER = "anthropic-version"
 
 
 def envelope(error: CortexError) -> bytes:
@@ -43,10 +46,30 @@ def retry_after_s(error: CortexError) -> int | None:
 
 
 def error_response(error: CortexError) -> web.Response:
-    """Return the HTTP answer of an error."""
-    response = web.Response(
-        status=error.http_status, body=envelope(error), content_type="application/json"
-    )
+    """Return the HTTP answer of an error, in OpenAI's envelope."""
+    return _with_hints(error, error.http_status, envelope(error))
+
+
+def anthropic_error_response(error: CortexError, request_id: str) -> web.Response:
+    """Return the HTTP answer of an error, in Anthropic's envelope."""
+    body = msgspec.json.encode(error_document(error, request_id))
+    return _with_hints(error, error_status(error), body)
+
+
+def speaks_anthropic(request: web.BaseRequest) -> bool:
+    """Tell whether the client expects Anthropic's shapes, where a path serves both kinds."""
+    if request.path == _MESSAGES or request.path.startswith(_MESSAGES + "/"):
+        return True
+    return _VERSION_HEADER in request.headers and not request.path.endswith("/completions")
+
+
+def set_request_id(response: web.StreamResponse, request_id: str) -> None:
+    """Name the request under both dialects' headers."""
+    response.headers["x-request-id"] = response.headers["request-id"] = request_id
+
+
+def _with_hints(error: CortexError, status: int, body: bytes) -> web.Response:
+    response = web.Response(status=status, body=body, content_type="application/json")
     seconds = retry_after_s(error)
     if seconds is not None:
         response.headers["Retry-After"] = str(seconds)

@@ -27,7 +27,7 @@ from cortexd.errors import (
 from cortexd.messages import Cancel, EndRequest
 from cortexd.messages.control import Message
 from cortexd.messages.inference import SequenceDelta
-from cortexd.openai import PromptTokensDetails, Usage
+from cortexd.openai import CompletionTokensDetails, PromptTokensDetails, Usage
 from engine.text.stop_strings import StopStrings
 
 _MAX_RESUBMITS = 1
@@ -94,6 +94,11 @@ class Generation:
         return bool(self._choices) and not self._running
 
     @property
+    def is_submitted(self) -> bool:
+        """Tell whether the prompt has been counted and its answers asked for."""
+        return bool(self._choices)
+
+    @property
     def num_resubmits(self) -> int:
         """Return how often the request was started over."""
         return self._record.num_resubmits
@@ -101,6 +106,7 @@ class Generation:
     def usage(self) -> Usage:
         """Return token counts so far; a prompt counts once however many answers it has."""
         completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        reasoning_tokens = sum(choice.num_reasoning_tokens for choice in self._choices)
         cached_tokens = sum(
             choice.num_cached_tokens for choice in self._choices if choice.is_first_answer
         )
@@ -109,6 +115,9 @@ class Generation:
             completion_tokens=completion_tokens,
             total_tokens=self._prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens),
+            completion_tokens_details=(
+                CompletionTokensDetails(reasoning_tokens) if reasoning_tokens else None
+            ),
         )
 
     async def next(self, timeout_s: float) -> list[ChoiceOutput]:
@@ -181,13 +190,16 @@ class Generation:
         answers = self._request.choices_per_prompt
         stop = self._request.stop
         for index in range(len(prepared.prompts) * answers):
+            answer_format = prepared.answer_format(self._request, index)
             choice = Choice(
                 index,
                 prepared.text_model,
                 StopStrings(stop) if stop else None,
+                parser=answer_format.parser() if answer_format is not None else None,
                 wants_scores=self._request.num_logprobs >= 0,
                 is_first_answer=index % answers == 0,
-                continues_text=self._request.kind == "completion",
+                continues_text=self._request.continues_text,
+                ends_at_tool_call=self._request.is_single_tool_call,
             )
             self._choices.append(choice)
             sequence_id = self._services.sequences.open(
@@ -229,7 +241,7 @@ class Generation:
         if sequence_id is None:
             return
         self._services.sequences.close(sequence_id)
-        if choice.was_stopped_by_text:
+        if choice.was_stopped_here:
             self._cancel(sequence_id)
 
     # Ending

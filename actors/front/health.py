@@ -90,7 +90,7 @@ def _version() -> dict[str, object]:
         "python_version": platform.python_version(),
         "torch_version": _installed("torch"),
         "target": f"{platform.machine()}-{platform.system().lower()}",
-        "features": ["chat", "completions", "models", "neuron"],
+        "features": ["chat", "completions", "messages", "models", "neuron"],
     }
 
 

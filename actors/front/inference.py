@@ -62,6 +62,7 @@ class InferenceHandler:
             id=self._dialect.id_prefix + lease_id,
             created=int(time.time()),
             model=wanted.model,
+            request_id=request[REQUEST_ID],
             include_usage=wanted.include_usage,
         )
         patience_s = gateway.request_timeout_s if wanted.is_stream else gateway.unary_load_wait_s
@@ -73,6 +74,7 @@ class InferenceHandler:
             load_wait_s=patience_s,
             may_resubmit=not wanted.is_stream,
         ) as generation:
+            answer.usage = lambda: generation.usage() if generation.is_submitted else None
             if wanted.is_stream:
                 encoder = self._dialect.encoder(answer)
                 return await stream_answer(request, generation, answer, encoder, record)
@@ -94,11 +96,8 @@ async def _run_to_end(generation: Generation, wanted: InferenceRequest) -> list[
             num_resubmits = generation.num_resubmits
             merged.clear()  # the engine died: the answer starts anew
         for output in outputs:
-            known = merged.get(output.index)
-            if known is None:
+            if output.index in merged:
+                merged[output.index].extend(output)
+            else:
                 merged[output.index] = output
-                continue
-            known.text += output.text
-            known.scores += output.scores
-            known.finish_reason = output.finish_reason
     return [merged[index] for index in sorted(merged)]

@@ -28,6 +28,7 @@ from cortexd.messages import EndRequest, Routed, Submit
 from cortexd.openai import SamplingFields
 
 if TYPE_CHECKING:
+    from engine.text.answer_format import AnswerFormat
     from engine.text.text_model import TextModel
 
 # Tokenising runs at one or two million characters a second: up to here it holds the loop, and with
@@ -40,11 +41,12 @@ _LEADER_PAUSE_S = 0.01
 
 @dataclass(slots=True, frozen=True)
 class TokenisedPrompt:
-    """One prompt as packed int32, its length, and how many tokens may follow it."""
+    """One prompt as packed int32, its length, how many tokens may follow it, how to read those."""
 
     packed: bytes
     num_tokens: int
     max_tokens: int
+    answer_format: AnswerFormat | None
 
 
 @dataclass(slots=True, frozen=True)
@@ -57,6 +59,10 @@ class Prepared:
     prompts: list[TokenisedPrompt]
     lease_id: str
     fingerprint: str
+
+    def answer_format(self, request: InferenceRequest, choice_index: int) -> AnswerFormat | None:
+        """Return how to read one choice, None when all of it is text."""
+        return self.prompts[choice_index // request.choices_per_prompt].answer_format
 
     def submit(self, request: InferenceRequest, choice_index: int, sequence_id: int) -> Submit:
         """Return the message that starts one choice."""
@@ -111,15 +117,11 @@ async def _prepare_for(
 ) -> Prepared:
     text_model = await services.text_models.get(routed.files)
     check_token_ids(request.fields, routed.spec.vocab_size)
-    token_lists = await _tokenise(request, text_model)
     prompts = []
-    for ids in token_lists:
+    for ids, answer_format in await tokenise(request, text_model):
         check_prompt_ids(ids, routed.spec.vocab_size)
-        prompts.append(
-            TokenisedPrompt(
-                pack_ids(ids), len(ids), tokens_to_generate(request, len(ids), routed.limits)
-            )
-        )
+        max_tokens = tokens_to_generate(request, len(ids), routed.limits)
+        prompts.append(TokenisedPrompt(pack_ids(ids), len(ids), max_tokens, answer_format))
     return Prepared(
         routed,
         text_model,
@@ -130,20 +132,29 @@ async def _prepare_for(
     )
 
 
-async def _tokenise(request: InferenceRequest, text_model: TextModel) -> list[list[int]]:
-    """Return the prompts' token ids; long ones are done in a thread, so streams go on."""
-    if _num_characters(request) <= _INLINE_CHARACTERS:
+async def tokenise(
+    request: InferenceRequest, text_model: TextModel
+) -> list[tuple[list[int], AnswerFormat | None]]:
+    """Return each prompt's token ids and how to read its answer.
+
+    Long ones are done in a thread, so streams go on. Raises: InvalidRequest, TemplateRenderFailed.
+    """
+    if request.tools is None and _num_characters(request) <= _INLINE_CHARACTERS:
         return _tokenise_now(request, text_model)
     return await asyncio.to_thread(_tokenise_now, request, text_model)
 
 
-def _tokenise_now(request: InferenceRequest, text_model: TextModel) -> list[list[int]]:
+def _tokenise_now(
+    request: InferenceRequest, text_model: TextModel
+) -> list[tuple[list[int], AnswerFormat | None]]:
     if request.messages is None:
-        return [_encode_prompt(prompt, text_model) for prompt in request.prompts]
+        return [(_encode_prompt(prompt, text_model), None) for prompt in request.prompts]
     text = text_model.render_chat(
         request.messages, tools=request.tools, template_kwargs=request.template_kwargs
     )
-    return [text_model.encode(text, add_special_tokens=False)]
+    text += request.prefill
+    ids = text_model.encode(text, add_special_tokens=False)
+    return [(ids, text_model.answer_format(text, request.tools))]
 
 
 def _encode_prompt(prompt: Prompt, text_model: TextModel) -> list[int]:

@@ -14,7 +14,9 @@ Prompt = str | list[int]
 class InferenceRequest:
     """One request, fully checked; nothing in it needs another look before tokenising.
 
-    Exactly one of `messages` and `prompts` is set. `num_logprobs` is -1 for none.
+    Exactly one of `messages` and `prompts` is set. `num_logprobs` is -1 for none. `tools` are those
+    the model may call, in OpenAI's form; `prefill` is the beginning of the answer, given by the
+    client.
     """
 
     kind: Literal["chat", "completion"]
@@ -25,7 +27,9 @@ class InferenceRequest:
     num_logprobs: int
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
+    is_single_tool_call: bool = False
     template_kwargs: dict[str, Any] | None = None
+    prefill: str = ""
     prompts: list[Prompt] = field(default_factory=list)
 
     @property
@@ -43,3 +47,8 @@ class InferenceRequest:
     def choices_per_prompt(self) -> int:
         """Return `n`."""
         return self.fields.n or 1
+
+    @property
+    def continues_text(self) -> bool:
+        """Tell whether the answer goes on with text of the prompt instead of opening a turn."""
+        return self.kind == "completion" or bool(self.prefill)

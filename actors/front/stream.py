@@ -3,7 +3,7 @@
 The 200 is held back until the first token or `gateway.first_byte_hold_ms`, so that quick failures
 keep their honest status. After that silence is a bug: a comment line every `keepalive_s` for hops
 that count bytes, an event that changes nothing every `event_keepalive_s` for clients that count
-events. A failure after the first byte is an error event and the end of the stream, without [DONE].
+events. A failure after the first byte is an error event and the end of the stream.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import asyncio
 from aiohttp import web
 
 from actors.front.dialect import Answer, ChunkEncoder
-from actors.front.error_response import envelope
+from actors.front.error_response import set_request_id
 from actors.front.generation import Generation
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.services import REQUEST_ID, SERVICES
@@ -24,9 +24,6 @@ from cortexd.settings import Gateway
 WRITE_TIMEOUT_S = 120.0
 # Half of the transport's high-water mark: on an empty buffer such a write never waits.
 _SMALL_WRITE = 32 * 1024
-# One newline: a blank line after a comment makes older client decoders dispatch an empty event.
-_COMMENT = b": ping\n"
-_DONE = b"data: [DONE]\n\n"
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -45,7 +42,7 @@ async def stream_answer(
     gateway = request.app[SERVICES].settings.gateway
     outputs = await generation.next(gateway.first_byte_hold_ms / 1000)
     response = web.StreamResponse(headers=_HEADERS)
-    response.headers["x-request-id"] = request[REQUEST_ID]
+    set_request_id(response, request[REQUEST_ID])
     await response.prepare(request)
     if request.transport is None:
         raise ConnectionResetError("the client went away")
@@ -61,14 +58,13 @@ async def stream_answer(
             if generation.is_finished:
                 break
             outputs = await generation.next(gateway.keepalive_s)
-        ending = encoder.usage(generation.usage()) if answer.include_usage else b""
-        await writer.write_event(ending + _DONE)
+        await writer.write_event(encoder.end(generation.usage()))
     except Cancelled as error:
         record.fail(error, status=CLIENT_GONE_STATUS)
         _abort(request)
     except CortexError as error:
         record.fail(error, status=response.status)
-        await _write_error(writer, error)
+        await writer.write_error(error)
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception as error:
@@ -79,7 +75,7 @@ async def stream_answer(
         )
         fault = Internal("the server failed; see its log")
         record.fail(fault, status=response.status)
-        await _write_error(writer, fault)
+        await writer.write_error(fault)
     return response
 
 
@@ -110,7 +106,15 @@ class _EventWriter:
         if self._clock() - self._last_event >= self._event_period_s:
             await self.write_event(self._encoder.keepalive())
         else:
-            await self._write(_COMMENT)
+            await self._write(self._encoder.comment())
+
+    async def write_error(self, error: CortexError) -> None:
+        """Write the error event; the body then ends properly.
+
+        The connection stays open: the head has promised that it may be used again, and a client
+        that does so must not meet a closed one.
+        """
+        await self.write_event(self._encoder.error(error))
 
     async def _write(self, data: bytes) -> None:
         if len(data) <= _SMALL_WRITE and self._transport.get_write_buffer_size() == 0:
@@ -121,12 +125,6 @@ class _EventWriter:
                 await self._response.write(data)
         except TimeoutError:
             raise Cancelled(f"the client read nothing for {WRITE_TIMEOUT_S:g} s") from None
-
-
-async def _write_error(writer: _EventWriter, error: CortexError) -> None:
-    # The connection stays open: the body ends properly, and a client that reuses the connection
-    # (the head has promised it may) must not meet a closed one.
-    await writer.write_event(b"data: " + envelope(error) + b"\n\n")
 
 
 def _abort(request: web.Request) -> None:

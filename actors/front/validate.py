@@ -12,7 +12,13 @@ import msgspec
 from actors.front.decode import decode_body, decode_raw
 from actors.front.request import InferenceRequest, Prompt
 from cortexd.errors import InvalidType, InvalidValue, MissingParameter, UnsupportedParameter
-from cortexd.openai import ChatCompletionRequest, CompletionRequest, GenerationFields
+from cortexd.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationFields,
+    JsonObject,
+)
+from cortexd.tools import check_tool, shown
 
 MAX_CHOICES = 128
 _MAX_PROMPTS = 64
@@ -30,7 +36,14 @@ _MAY_LACK_CONTENT = ("assistant", "tool", "function")
 
 def parse_chat(body: bytes) -> InferenceRequest:
     """Return the checked request of `/v1/chat/completions`. Raises: InvalidRequest's children."""
-    fields = decode_body(body, ChatCompletionRequest)
+    return check_chat(decode_body(body, ChatCompletionRequest))
+
+
+def check_chat(fields: ChatCompletionRequest, *, prefill: str = "") -> InferenceRequest:
+    """Return a chat request whose fields have the right types and ranges, checked as a whole.
+
+    Raises: InvalidRequest's children.
+    """
     model = _check_common(fields)
     _check_chat_only(fields)
     if fields.messages is None:
@@ -50,8 +63,10 @@ def parse_chat(body: bytes) -> InferenceRequest:
         stop=_stop_strings(fields),
         num_logprobs=num_logprobs,
         messages=[_message(index, message) for index, message in enumerate(fields.messages)],
-        tools=fields.tools or None,
+        tools=_callable_tools(fields),
+        is_single_tool_call=fields.parallel_tool_calls is False,
         template_kwargs=fields.chat_template_kwargs,
+        prefill=prefill,
     )
 
 
@@ -107,10 +122,18 @@ def _check_chat_only(fields: ChatCompletionRequest) -> None:
             raise _unsupported(name)
     if fields.modalities not in (None, ["text"]):
         raise _unsupported("modalities", 'only ["text"]')
-    if fields.tools and fields.tool_choice != "none":
-        raise _unsupported("tools", 'leave it out or set tool_choice to "none"')
     if fields.tool_choice not in (None, "none", "auto"):
-        raise _unsupported("tool_choice", 'only "none", or "auto" without tools')
+        raise UnsupportedParameter(
+            f"tool_choice is {shown(fields.tool_choice)}: a call cannot be forced here; "
+            "allowed: auto, none",
+            param="tool_choice",
+        )
+
+
+def _callable_tools(fields: ChatCompletionRequest) -> list[JsonObject] | None:
+    """Return the tools the model may call; with tool_choice "none" it is not told of them."""
+    tools = [check_tool(f"tools[{n}]", tool) for n, tool in enumerate(fields.tools or [])]
+    return None if fields.tool_choice == "none" else tools or None
 
 
 def _unsupported(param: str, instead: str = "leave it out") -> UnsupportedParameter:

@@ -85,7 +85,8 @@ class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     """Run one step of the whole batch; every data-dependent decision is in here.
 
     Row i computes `lengths[i]` of `tokens` from position `starts[i]` on, with its KV in
-    `num_blocks[i]` of `blocks`; `samples[i]` (a byte): whether its last token's logits are wanted.
+    `num_blocks[i]` of `blocks` and a hybrid's state in `state_slots[i]`; `samples[i]` (a byte):
+    whether its last token's logits are wanted.
     """
 
     model_id: str
@@ -95,6 +96,7 @@ class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     tokens: bytes
     num_blocks: bytes
     blocks: bytes
+    state_slots: bytes
     samples: bytes
 
 

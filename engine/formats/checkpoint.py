@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from cortexd.errors import BadModelFile, UnsupportedArchitecture
+from cortexd.errors import BadModelFile
 from cortexd.models import ModelFiles
 from engine.formats.ggml import RUNNABLE_TYPES, GGMLType
-from engine.formats.gguf import GGUFFile
-from engine.formats.gguf_names import ROPE_FACTORS, gguf_name
+from engine.formats.gguf_model import GGUFModel
+from engine.formats.gguf_names import ROPE_FACTORS, gguf_names
 from engine.formats.safetensors import SafetensorsFile, read_index
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 _MAX_LISTED: Final = 10
+_NESTED_PREFIX: Final = "model.language_model."
 _SAFETENSORS_TYPES: Final = {
     "F32": GGMLType.F32,
     "F16": GGMLType.F16,
@@ -67,6 +68,11 @@ class CheckpointTensor:
             stored_shape=self.shape,
         )
 
+    @property
+    def num_elements(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
+
     def view(self) -> memoryview:
         """Return the stored bytes, of a part those of the whole, mapped, not copied."""
         return self.file.view(self.name)
@@ -76,10 +82,16 @@ class Checkpoint:
     """The open weight files of one model; `tensors` is keyed by the files' own names."""
 
     def __init__(
-        self, format_name: str, files: list[_OpenFile], tensors: Mapping[str, CheckpointTensor]
+        self,
+        format_name: str,
+        files: list[_OpenFile],
+        tensors: Mapping[str, CheckpointTensor],
+        file_name: Callable[[str], str],
     ) -> None:
+        """Take `file_name`: how these files spell a canonical tensor name."""
         self.is_gguf = format_name == "gguf"
         self.tensors = tensors
+        self.file_name = file_name
         self._files = files
 
     @classmethod
@@ -101,15 +113,12 @@ class Checkpoint:
         first = self._files[0].path
         return first if len(self._files) == 1 else str(Path(first).parent)
 
-    def file_name(self, name: str) -> str:
-        """Return how this checkpoint spells the canonical tensor name."""
-        return gguf_name(name) if self.is_gguf else name
-
     def __getitem__(self, name: str) -> CheckpointTensor:
         """Return the tensor of this canonical name, which the plan has checked."""
         return self.tensors[self.file_name(name)]
 
     def __contains__(self, name: object) -> bool:
+        """Tell whether there is a tensor of this canonical name."""
         return isinstance(name, str) and self.file_name(name) in self.tensors
 
     @property
@@ -129,20 +138,20 @@ class Checkpoint:
 
 
 def _open_gguf(files: ModelFiles, stack: contextlib.ExitStack) -> Checkpoint:
-    if len(files.weights) > 1:
-        raise UnsupportedArchitecture(
-            f'model "{files.model_id}" is a GGUF split into {len(files.weights)} files, which is '
-            "not supported; merge them into one file first (llama-gguf-split --merge)"
-        )
-    gguf = GGUFFile.open(files.weights[0])
-    stack.callback(gguf.close)
+    model = GGUFModel.open(files.weights)
+    stack.callback(model.close)
     tensors = {
         t.name: CheckpointTensor(
-            t.name, t.shape, t.ggml_type.name, _runnable(t.ggml_type), t.num_bytes, gguf
+            t.name,
+            t.shape,
+            t.ggml_type.name,
+            _runnable(t.ggml_type),
+            t.num_bytes,
+            model.owners[t.name],
         )
-        for t in gguf.tensors.values()
+        for t in model.tensors.values()
     }
-    return Checkpoint("gguf", [gguf], tensors)
+    return Checkpoint("gguf", list(model.parts), tensors, gguf_names(model.architecture))
 
 
 def _runnable(ggml_type: GGMLType) -> GGMLType | None:
@@ -174,7 +183,19 @@ def _open_safetensors(files: ModelFiles, stack: contextlib.ExitStack) -> Checkpo
         raise BadModelFile(
             f"{index}: {listing('tensor', absent)} named by the index and not in that shard"
         )
-    return Checkpoint("safetensors", shards, tensors)
+    return Checkpoint("safetensors", shards, tensors, _safetensors_names(tensors))
+
+
+def _safetensors_names(tensors: Mapping[str, CheckpointTensor]) -> Callable[[str], str]:
+    """Return how these files spell canonical names.
+
+    The language model of a multimodal one lies under `model.language_model.`; its head does not.
+    """
+    if not any(name.startswith(_NESTED_PREFIX) for name in tensors):
+        return lambda name: name
+    return lambda name: (
+        _NESTED_PREFIX + name.removeprefix("model.") if name.startswith("model.") else name
+    )
 
 
 def _read_index_of(weights: tuple[str, ...]) -> tuple[Path, dict[str, str]]:

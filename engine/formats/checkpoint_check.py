@@ -43,7 +43,7 @@ def check_plan(checkpoint: Checkpoint, plan: TensorPlan, spec: ModelSpec) -> Non
     misshapen = [
         f"{name} is {list(checkpoint.tensors[name].shape)}, not {list(expected[name])}"
         for name in present
-        if checkpoint.tensors[name].shape != expected[name]
+        if _without_ones(checkpoint.tensors[name].shape) != _without_ones(expected[name])
     ]
     if misshapen:
         faults.append(f"{listing('shape', misshapen)} wrong")
@@ -53,6 +53,11 @@ def check_plan(checkpoint: Checkpoint, plan: TensorPlan, spec: ModelSpec) -> Non
             + "; ".join(faults)
         )
     _check_types([checkpoint.tensors[name] for name in present], checkpoint.path)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape less dimensions of one, which GGUF converters drop and GGML cannot tell."""
+    return tuple(size for size in shape if size != 1)
 
 
 def _check_types(tensors: Iterable[CheckpointTensor], path: str) -> None:

@@ -86,8 +86,8 @@ class GGUFFile:
     def open(cls, path: str | Path) -> GGUFFile:
         """Map the file and check its whole header.
 
-        Raises: BadModelFile, and UnsupportedArchitecture for a tensor type unknown to GGML or a
-        file that is one part of a split model.
+        A part of a split model is opened like any other file; see `GGUFModel`. Raises:
+        BadModelFile, and UnsupportedArchitecture for a tensor type unknown to GGML.
         """
         mapped = MappedFile(path)
         try:
@@ -126,7 +126,6 @@ def _read_header(mapped: MappedFile) -> tuple[GGUFMetadata, dict[str, GGUFTensor
     _check_count(cursor, "metadata key count", num_keys, MAX_KEYS, _MIN_KEY_BYTES)
     values = _read_metadata(cursor, num_keys)
     metadata = GGUFMetadata(values)
-    _refuse_split_file(metadata, mapped.path)
     alignment = _read_alignment(metadata, mapped.path)
     infos = [_read_tensor_info(cursor) for _ in range(num_tensors)]
     data_begin = -(-cursor.position // alignment) * alignment
@@ -170,15 +169,6 @@ def _read_metadata(cursor: Cursor, num_keys: int) -> dict[str, Value | LazyArray
             raise BadModelFile(f"{cursor.path}: metadata key {key[:120]!r} occurs twice")
         values[key] = read_value(cursor, key)
     return values
-
-
-def _refuse_split_file(metadata: GGUFMetadata, path: str) -> None:
-    count = metadata.get("split.count", 1)
-    if isinstance(count, int) and count > 1:
-        raise UnsupportedArchitecture(
-            f"{path}: one of {count} parts of a split GGUF (split.count = {count}); split files "
-            "are not supported; merge them into one file first (llama-gguf-split --merge)"
-        )
 
 
 def _read_alignment(metadata: GGUFMetadata, path: str) -> int:

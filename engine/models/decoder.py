@@ -1,4 +1,4 @@
-"""The pre-norm decoder that llama and qwen3 share: what differs is whether Q and K are normed.
+"""The pre-norm decoder of llama, qwen2, qwen3 and qwen3_moe, and the base of the hybrid one.
 
 Built by the model classes from `Weights`, run by the engine. The hidden state is a flat run of
 tokens (num_tokens, hidden_size); the residual stream is added to in place.
@@ -12,60 +12,25 @@ from torch import Tensor
 from cortexd.models import ModelSpec
 from engine.batch import StepBatch
 from engine.kv_cache import KVCache
-from engine.layers.attention import paged_attention
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
-from engine.layers.norm import HeadRMSNorm, RMSNorm
+from engine.layers.norm import HeadRMSNorm, Norm, RMSNorm
 from engine.layers.rope import RotaryEmbedding
+from engine.layers.sparse_mlp import SparseMLP
 from engine.loader import Weights
+from engine.models.attention import Attention, RotaryTables, SelfAttention
+from engine.models.experts import build_gated_mlp, build_sparse_mlp
 from engine.models.native import native_decoder
 from engine.tensor_plan import EMBEDDING, FINAL_NORM
 
-RotaryTables = tuple[Tensor, Tensor]
-
-
-class SelfAttention:
-    """Projections, optional head norms, rotation, cache write, attention."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        layer: int,
-        *,
-        qkv: Linear,
-        output: Linear,
-        qk_norm: HeadRMSNorm | None,
-        rope: RotaryEmbedding,
-    ) -> None:
-        self.qkv = qkv
-        self.output = output
-        self.qk_norm = qk_norm
-        self.rope = rope
-        self.layer = layer
-        self.scale = spec.head_dim**-0.5
-        self._num_heads = spec.num_attention_heads
-        self._num_rotated = spec.num_attention_heads + spec.num_key_value_heads
-        self._shape = (-1, self._num_rotated + spec.num_key_value_heads, spec.head_dim)
-
-    def __call__(
-        self, hidden: Tensor, batch: StepBatch, cache: KVCache, tables: RotaryTables
-    ) -> Tensor:
-        """Return (num_tokens, hidden_size)."""
-        heads = self.qkv(hidden).view(self._shape)  # Q heads, K heads, V heads
-        rotated = heads[:, : self._num_rotated]
-        if self.qk_norm is not None:
-            rotated.copy_(self.qk_norm(rotated))
-        self.rope.rotate_(rotated, tables)
-        cache.slots(self.layer).index_copy_(0, batch.slots, heads[:, self._num_heads :])
-        query = heads[:, : self._num_heads]
-        return self.output(paged_attention(query, cache, self.layer, batch, self.scale))
+FeedForward = GatedMLP | SparseMLP
 
 
 class DecoderLayer:
     """Attention and feed-forward, each on its own normed copy of the residual stream."""
 
     def __init__(
-        self, input_norm: RMSNorm, attention: SelfAttention, mlp_norm: RMSNorm, mlp: GatedMLP
+        self, input_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: FeedForward
     ) -> None:
         self.input_norm = input_norm
         self.attention = attention
@@ -91,6 +56,7 @@ class Decoder:
         self.rope = RotaryEmbedding(
             spec.rope, spec.head_dim, weights.dtype, weights.device, weights.rope_factors()
         )
+        self._cache_index = {layer: index for index, layer in enumerate(spec.attention_layers)}
         self.layers = [self._build_layer(weights, index) for index in range(spec.num_hidden_layers)]
         self.norm = self._build_norm(weights, FINAL_NORM)
         self.head = weights.head(self.embedding)
@@ -119,10 +85,10 @@ class Decoder:
             self._build_norm(weights, prefix + "input_layernorm.weight"),
             self._build_attention(weights, prefix + "self_attn.", index),
             self._build_norm(weights, prefix + "post_attention_layernorm.weight"),
-            self._build_mlp(weights, prefix + "mlp."),
+            self._build_mlp(weights, prefix + "mlp.", index),
         )
 
-    def _build_norm(self, weights: Weights, name: str) -> RMSNorm:
+    def _build_norm(self, weights: Weights, name: str) -> Norm:
         return RMSNorm(weights.vector(name, self.spec.hidden_size), self.spec.rms_norm_eps)
 
     def _build_attention(self, weights: Weights, prefix: str, index: int) -> SelfAttention:
@@ -130,42 +96,42 @@ class Decoder:
         query_size = spec.num_attention_heads * spec.head_dim
         kv_size = spec.num_key_value_heads * spec.head_dim
         names = [f"{prefix}{part}_proj" for part in "qkv"]
-        biases = [f"{name}.bias" for name in names] if spec.attention_bias else None
+        has_bias = spec.attention_bias or spec.qkv_bias
         qkv = weights.merged_linear(
             [f"{name}.weight" for name in names],
             [query_size, kv_size, kv_size],
             spec.hidden_size,
-            biases,
+            [f"{name}.bias" for name in names] if has_bias else None,
         )
-        output = weights.linear(
+        return SelfAttention(
+            spec,
+            self._cache_index[index],
+            qkv=qkv,
+            output=self._build_attention_output(weights, prefix),
+            qk_norm=self._build_qk_norm(weights, prefix) if self.has_qk_norm else None,
+            rope=self.rope,
+        )
+
+    def _build_attention_output(self, weights: Weights, prefix: str) -> Linear:
+        spec = self.spec
+        return weights.linear(
             f"{prefix}o_proj.weight",
             spec.hidden_size,
-            query_size,
+            spec.num_attention_heads * spec.head_dim,
             f"{prefix}o_proj.bias" if spec.attention_bias else None,
         )
-        qk_norm = self._build_qk_norm(weights, prefix) if self.has_qk_norm else None
-        return SelfAttention(spec, index, qkv=qkv, output=output, qk_norm=qk_norm, rope=self.rope)
 
-    def _build_qk_norm(self, weights: Weights, prefix: str) -> HeadRMSNorm:
+    def _build_qk_norm(self, weights: Weights, prefix: str) -> Norm:
         spec = self.spec
         query = weights.vector(f"{prefix}q_norm.weight", spec.head_dim)
         key = weights.vector(f"{prefix}k_norm.weight", spec.head_dim)
         per_head = [query] * spec.num_attention_heads + [key] * spec.num_key_value_heads
         return HeadRMSNorm(torch.stack(per_head), spec.rms_norm_eps)
 
-    def _build_mlp(self, weights: Weights, prefix: str) -> GatedMLP:
+    def _build_mlp(self, weights: Weights, prefix: str, index: int) -> FeedForward:
         spec = self.spec
-        names = [f"{prefix}gate_proj", f"{prefix}up_proj"]
-        gate_up = weights.merged_linear(
-            [f"{name}.weight" for name in names],
-            [spec.intermediate_size] * 2,
-            spec.hidden_size,
-            [f"{name}.bias" for name in names] if spec.mlp_bias else None,
+        if spec.is_sparse(index):
+            return build_sparse_mlp(weights, spec, prefix)
+        return build_gated_mlp(
+            weights, prefix, spec.intermediate_size, spec.hidden_size, has_bias=spec.mlp_bias
         )
-        down = weights.linear(
-            f"{prefix}down_proj.weight",
-            spec.hidden_size,
-            spec.intermediate_size,
-            f"{prefix}down_proj.bias" if spec.mlp_bias else None,
-        )
-        return GatedMLP(gate_up, down)

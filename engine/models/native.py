@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.kernels import cpu
+from engine.layers.mlp import GatedMLP
+from engine.models.attention import SelfAttention
 
 if TYPE_CHECKING:
-    from engine.layers.linear import Linear
     from engine.models.decoder import Decoder, DecoderLayer
 
 
@@ -26,7 +27,7 @@ def native_decoder(decoder: Decoder) -> cpu.NativeDecoder | None:
         norm_eps=spec.rms_norm_eps,
         rotary=cpu.Rotary(decoder.rope.inverse, decoder.rope.scale),
     )
-    head = _packed(decoder.head)
+    head = decoder.head.packed_parts
     layers = [_layer(layer) for layer in decoder.layers]
     complete = [layer for layer in layers if layer is not None]
     if head is None or len(complete) < len(layers) or not shape.is_supported:
@@ -36,8 +37,11 @@ def native_decoder(decoder: Decoder) -> cpu.NativeDecoder | None:
 
 def _layer(layer: DecoderLayer) -> cpu.NativeLayer | None:
     attention, mlp = layer.attention, layer.mlp
-    qkv, output = _packed(attention.qkv), _packed(attention.output)
-    gate_up, down = _packed(mlp.gate_up), _packed(mlp.down)
+    # Exactly these: a gated or linear attention and experts have no kernel.
+    if type(attention) is not SelfAttention or not isinstance(mlp, GatedMLP):
+        return None
+    qkv, output = attention.qkv.packed_parts, attention.output.packed_parts
+    gate_up, down = mlp.gate_up.packed_parts, mlp.down.packed_parts
     if qkv is None or output is None or gate_up is None or down is None:
         return None
     return cpu.NativeLayer(
@@ -49,7 +53,3 @@ def _layer(layer: DecoderLayer) -> cpu.NativeLayer | None:
         gate_up=gate_up,
         down=down,
     )
-
-
-def _packed(linear: Linear) -> list[cpu.PackedLinear] | None:
-    return linear.packed_parts

@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 
 from cortexd.errors import UnsupportedArchitecture
 from cortexd.models import ModelSpec
-from engine.tensor_plan import TensorPlan, dense_decoder_plan
+from engine.tensor_plan import TensorPlan, decoder_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +30,102 @@ class Architecture:
     default_eos_token_ids: tuple[int, ...] = ()  # when config.json says nothing
     gguf_rope_theta: float | None = None  # the GGUF key's default; None: the key is required
     has_permuted_rope_rows: bool = False  # GGUF: q/k rows are stored interleaved per head
+    aliases: tuple[str, ...] = ()  # other model types: the text part of a multimodal model
+    has_text_config: bool = False  # the fields may be nested under text_config
+    has_qkv_bias: bool = False  # biases on q, k and v, whatever attention_bias says
+    may_have_mlp_bias: bool = False
+    default_partial_rotary_factor: float = 1.0
+    is_hybrid: bool = False  # has Gated DeltaNet layers
+    has_tiled_gguf_heads: bool = False  # GGUF: V heads are reordered
+    has_experts: bool = False
+    normalizes_experts: bool | None = None  # default of norm_topk_prob; None: always
 
+
+# Draft (multi-token prediction) layers and the vision tower are not run.
+_SKIPPED_PREFIXES: Final = ("mtp.", "model.mtp.", "model.visual.", "visual.")
+_HYBRID_PLAN: Final = partial(
+    decoder_plan, has_qk_norm=True, has_output_gate=True, ignored_prefixes=_SKIPPED_PREFIXES
+)
 
 REGISTRY: Final[dict[str, Architecture]] = {
     "llama": Architecture(
         target="engine.models.llama:LlamaForCausalLM",
         architectures=("LlamaForCausalLM",),
         gguf_name="llama",
-        plan=partial(dense_decoder_plan, has_qk_norm=False),
+        plan=partial(decoder_plan, has_qk_norm=False),
         default_eos_token_ids=(2,),
         gguf_rope_theta=10000.0,
         has_permuted_rope_rows=True,
+        may_have_mlp_bias=True,
+    ),
+    "qwen2": Architecture(
+        target="engine.models.qwen2:Qwen2ForCausalLM",
+        architectures=("Qwen2ForCausalLM",),
+        gguf_name="qwen2",
+        plan=partial(decoder_plan, has_qk_norm=False),
+        default_max_position_embeddings=32768,
+        has_qkv_bias=True,
     ),
     "qwen3": Architecture(
         target="engine.models.qwen3:Qwen3ForCausalLM",
         architectures=("Qwen3ForCausalLM",),
         gguf_name="qwen3",
-        plan=partial(dense_decoder_plan, has_qk_norm=True),
+        plan=partial(decoder_plan, has_qk_norm=True),
         default_head_dim=128,
         default_max_position_embeddings=32768,
     ),
+    "qwen3_moe": Architecture(
+        target="engine.models.qwen3_moe:Qwen3MoeForCausalLM",
+        architectures=("Qwen3MoeForCausalLM",),
+        gguf_name="qwen3moe",
+        plan=partial(decoder_plan, has_qk_norm=True),
+        default_max_position_embeddings=32768,
+        has_experts=True,
+        normalizes_experts=False,
+    ),
+    "qwen3_next": Architecture(
+        target="engine.models.qwen3_next:Qwen3NextForCausalLM",
+        architectures=("Qwen3NextForCausalLM",),
+        gguf_name="qwen3next",
+        plan=_HYBRID_PLAN,
+        default_head_dim=256,
+        default_max_position_embeddings=32768,
+        default_partial_rotary_factor=0.25,
+        is_hybrid=True,
+        has_experts=True,
+        normalizes_experts=True,
+    ),
+    "qwen3_5": Architecture(
+        target="engine.models.qwen3_5:Qwen35ForCausalLM",
+        architectures=("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
+        gguf_name="qwen35",
+        plan=_HYBRID_PLAN,
+        default_head_dim=256,
+        default_max_position_embeddings=32768,
+        aliases=("qwen3_5_text",),
+        has_text_config=True,
+        default_partial_rotary_factor=0.25,
+        is_hybrid=True,
+        has_tiled_gguf_heads=True,
+    ),
+    "qwen3_5_moe": Architecture(
+        target="engine.models.qwen3_5_moe:Qwen35MoeForCausalLM",
+        architectures=("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+        gguf_name="qwen35moe",
+        plan=_HYBRID_PLAN,
+        default_head_dim=256,
+        default_max_position_embeddings=32768,
+        aliases=("qwen3_5_moe_text",),
+        has_text_config=True,
+        default_partial_rotary_factor=0.25,
+        is_hybrid=True,
+        has_tiled_gguf_heads=True,
+        has_experts=True,
+    ),
+}
+
+MODEL_TYPE_ALIASES: Final[dict[str, str]] = {
+    alias: model_type for model_type, entry in REGISTRY.items() for alias in entry.aliases
 }
 
 

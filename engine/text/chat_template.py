@@ -13,12 +13,13 @@ from typing import Any, Final
 
 import jinja2
 
-from cortexd.errors import CortexError, InvalidRequest
+from cortexd.errors import CortexError, InvalidRequest, TemplateRenderFailed
 from engine.text.chat_messages import Message, has_parts, prepare_messages
 from engine.text.template_bounds import check_length
 from engine.text.template_sandbox import TemplateEnvironment, start_deadline
 
 _PROBE: Final = "cortexd probe text"
+_PROBE_TOOL: Final = "cortexd_probe_tool"
 _RESERVED_KWARGS: Final = frozenset({"messages", "tools"})
 
 
@@ -74,6 +75,45 @@ class ChatTemplate:
                 "tools": tools or None,
             }
         )
+
+    def check_tools(self, text: str, tools: list[dict[str, Any]]) -> None:
+        """Refuse a prompt without its tools: the model would answer as if there were none.
+
+        Raises: TemplateRenderFailed.
+        """
+        names = [tool["function"]["name"] for tool in tools]
+        missing = [name for name in names if name not in text]
+        if names and not missing and self._tool_probe is False:
+            missing = names  # it is the conversation that spells the names
+        if missing:
+            raise TemplateRenderFailed(
+                f'the chat template of model "{self._model_id}" does not render tools (not in the '
+                f"prompt: {', '.join(missing[:5])}); use a model that was trained for tools, or "
+                "leave tools out",
+                param="tools",
+            )
+
+    @property
+    def renders_tools(self) -> bool:
+        """Whether a tool's name reaches the prompt; False without a template."""
+        return self._tool_probe is True
+
+    @cached_property
+    def _tool_probe(self) -> bool | None:
+        """Whether a template writes a tool's name, None when it refuses the conversation tried."""
+        function = {"name": _PROBE_TOOL, "description": "", "parameters": {"type": "object"}}
+        try:
+            text = self._run(
+                {
+                    **self._variables,
+                    "messages": [{"role": "user", "content": _PROBE}],
+                    "tools": [{"type": "function", "function": function}],
+                    "add_generation_prompt": True,
+                }
+            )
+        except InvalidRequest:
+            return None
+        return _PROBE_TOOL in text
 
     @cached_property
     def _accepts_parts(self) -> bool:

@@ -15,6 +15,12 @@ from tokenizers import Tokenizer
 from cortexd.errors import BadModelFile, InvalidRequest
 from cortexd.models import ModelFiles
 from engine.formats.gguf import GGUFFile
+from engine.text.answer_format import (
+    AnswerFormat,
+    answer_format,
+    marker_tokens,
+    reasoning_markers,
+)
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import IncrementalDetokenizer, TokenBytes
 from engine.text.gguf_tokenizer import rebuild_tokenizer
@@ -46,11 +52,14 @@ class TextModel:
         self._chat_template = chat_template
         self._prefix_ids = list(prefix_ids)
         self._suffix_ids = list(suffix_ids)
-        self.special_token_ids = frozenset(
-            index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
+        self._added_tokens = frozenset(token.content for token in added.values())
         self._token_bytes = TokenBytes(tokenizer)
         self._visible_bytes = TokenBytes(tokenizer, hidden_ids=self.special_token_ids)
+        markers = marker_tokens(self._added_tokens)
+        marker_ids = {index for index, token in added.items() if token.content in markers}
+        self._marked_bytes = TokenBytes(tokenizer, hidden_ids=self.special_token_ids - marker_ids)
         self.default_sampling = dict(default_sampling or {})
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids = tuple(sorted({*end_token_ids, *self._turn_end_ids()}))
@@ -111,9 +120,29 @@ class TextModel:
     ) -> str:
         """Return the prompt for a conversation, the assistant's turn opened.
 
-        Raises: InvalidRequest when the model has no template, or the template refuses.
+        Raises: InvalidRequest when the model has no template, or the template refuses;
+        TemplateRenderFailed when it leaves the tools out.
         """
-        return self._chat_template.render(messages, tools=tools, template_kwargs=template_kwargs)
+        text = self._chat_template.render(messages, tools=tools, template_kwargs=template_kwargs)
+        self._chat_template.check_tools(text, tools or [])
+        return text
+
+    def answer_format(self, prompt: str, tools: list[dict[str, Any]] | None) -> AnswerFormat | None:
+        """Return how to read the answer to a rendered prompt, None when all of it is text.
+
+        `tools` are those the model may call. The answer must be decoded with its markers shown.
+        """
+        return answer_format(self._added_tokens, prompt, tools)
+
+    @property
+    def can_reason(self) -> bool:
+        """Tell whether the model has tokens around its reasoning."""
+        return reasoning_markers(self._added_tokens) is not None
+
+    @property
+    def can_call_tools(self) -> bool:
+        """Tell whether tools reach the model."""
+        return self._chat_template.renders_tools
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of `text`; control tokens spelled out in it become control tokens.
@@ -138,14 +167,21 @@ class TextModel:
         return detokenizer.push(ids) + detokenizer.flush()
 
     def detokenizer(
-        self, *, skip_special_tokens: bool = True, continues_text: bool = False
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        shows_markers: bool = False,
+        continues_text: bool = False,
     ) -> IncrementalDetokenizer:
         """Return a decoder for one sequence.
 
         SentencePiece texts begin with a space that decoding drops; `continues_text` keeps it, for
-        an output that continues a prompt in mid-sentence.
+        an output that continues a prompt in mid-sentence. `shows_markers` shows those special
+        tokens that an answer parser needs.
         """
         table = self._visible_bytes if skip_special_tokens else self._token_bytes
+        if skip_special_tokens and shows_markers:
+            table = self._marked_bytes
         return IncrementalDetokenizer(
             table, strips_leading_space=table.strips_leading_space and not continues_text
         )

@@ -21,6 +21,7 @@ class ReceivedRow:
     samples: bool
     token_ids: list[int]
     block_table: list[int]
+    state_slot: int
 
 
 def encode_step(model_id: str, step: int, rows: Sequence[PlannedRow]) -> GenerateStep:
@@ -34,6 +35,7 @@ def encode_step(model_id: str, step: int, rows: Sequence[PlannedRow]) -> Generat
         pack_token_ids(list(chain.from_iterable(row.token_ids for row in rows))),
         pack_token_ids([len(table) for table in blocks]),
         pack_token_ids(list(chain.from_iterable(blocks))),
+        pack_token_ids([row.state_slot for row in rows]),
         bytes(row.samples for row in rows),
     )
 
@@ -48,10 +50,12 @@ def decode_step(message: GenerateStep, block_size: int, num_blocks: int) -> list
     counts = unpack_token_ids(message.num_blocks, "num_blocks")
     tokens = unpack_token_ids(message.tokens, "tokens")
     blocks = unpack_token_ids(message.blocks, "blocks")
-    if not starts or not len(starts) == len(lengths) == len(counts) == len(message.samples):
+    state_slots = unpack_token_ids(message.state_slots, "state_slots")
+    sizes = [len(column) for column in (starts, lengths, counts, state_slots, message.samples)]
+    if not starts or len(set(sizes)) > 1:
         raise InvalidValue(
-            f"step {message.step}: {len(starts)} starts, {len(lengths)} lengths, {len(counts)} "
-            f"block counts and {len(message.samples)} flags; allowed: one each for every row"
+            f"step {message.step}: {sizes} starts, lengths, block counts, state slots and flags; "
+            "allowed: one each for every row"
         )
     if min(lengths) < 1 or min(starts) < 0 or min(counts) < 1:
         raise InvalidValue(f"step {message.step}: a row without tokens or blocks")
@@ -63,9 +67,9 @@ def decode_step(message: GenerateStep, block_size: int, num_blocks: int) -> list
     if not all(0 <= block < num_blocks for block in blocks):
         raise InvalidValue(f"step {message.step}: a block outside of 0 to {num_blocks - 1}")
     rows = [
-        ReceivedRow(start, end - begin, bool(flag), tokens[begin:end], blocks[first:last])
-        for start, (begin, end), (first, last), flag in zip(
-            starts, _bounds(lengths), _bounds(counts), message.samples, strict=True
+        ReceivedRow(start, end - begin, bool(flag), tokens[begin:end], blocks[first:last], slot)
+        for start, (begin, end), (first, last), flag, slot in zip(
+            starts, _bounds(lengths), _bounds(counts), message.samples, state_slots, strict=True
         )
     ]
     for row in rows:

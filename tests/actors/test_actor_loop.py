@@ -14,7 +14,6 @@ from cortexd.errors import (
     ActorDown as ActorDownError,
 )
 from cortexd.errors import (
-    CortexError,
     DeadlineExceeded,
     ErrorInfo,
     MailboxFull,
@@ -42,7 +41,7 @@ from cortexd.messages import (
 )
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import Address, Envelope
-from tests.doubles.bus import ACTOR, DEADLINE_S, PEER, ScriptedBus, scripted
+from tests.doubles.bus import DEADLINE_S, PEER, ScriptedBus, scripted
 
 
 class Echo(AsyncActor):
@@ -375,9 +374,3 @@ def test_drain_is_answered_when_done_and_stop_says_bye() -> None:
                 assert await bus.exit_code == 0
 
     asyncio.run(play())
-
-
-def test_actor_address_and_errors_print_as_text() -> None:
-    """What people read in logs and status."""
-    assert str(ACTOR) == "actor.1"
-    assert issubclass(ActorDownError, CortexError)

@@ -39,7 +39,14 @@ from cortexd.messages import (
 from cortexd.messages.control import Message
 from cortexd.messages.fleet import DeviceReport
 from cortexd.messages.inference import SequenceDelta
-from cortexd.models import ModelFiles, ModelLimits, ModelSpec, ModelStatus, RopeSpec
+from cortexd.models import (
+    ModelFiles,
+    ModelLimits,
+    ModelSpec,
+    ModelState,
+    ModelStatus,
+    RopeSpec,
+)
 from tests.doubles.text import EOS, VOCAB_SIZE
 
 MODEL = "org/tiny-model"
@@ -208,10 +215,15 @@ class Fleet:
 
     def _answer(self, body: Message) -> Message:
         if isinstance(body, ListModels):
-            state = "loaded" if self._loaded.is_set() else "loading"
+            state: ModelState = "loaded" if self._loaded.is_set() else "loading"
             limits = ModelLimits(context=self.context, output=self.context)
             status = ModelStatus(
-                model_id=MODEL, state=state, limits=limits, memory_bytes=5 * 2**20, loaded_at=1.7e9
+                model_id=MODEL,
+                state=state,
+                files=FILES if state == "loaded" else None,
+                limits=limits,
+                memory_bytes=5 * 2**20,
+                loaded_at=1.7e9,
             )
             return ModelList([status], {ALIAS: MODEL})
         if isinstance(body, QueryHost):

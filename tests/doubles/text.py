@@ -6,7 +6,8 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cortexd.errors import InvalidRequest
+from cortexd.errors import InvalidRequest, TemplateRenderFailed
+from engine.text.answer_format import AnswerFormat, answer_format
 
 EOS = 256
 VOCAB_SIZE = 257
@@ -28,13 +29,27 @@ class ByteDetokenizer:
 
 
 class ByteTextModel:
-    """Token id = byte; the chat template is "role: content" lines."""
+    """Token id = byte; the chat template is "role: content" lines, then the tools' names.
+
+    `added_tokens` are the markers it is said to have; `opening` is what its template opens the
+    answer with; `can_call_tools` False makes a template that leaves tools out.
+    """
 
     eos_token_ids = (EOS,)
 
     def __init__(self, default_sampling: dict[str, Any] | None = None) -> None:
         self.default_sampling = default_sampling or {}
         self.rendered: list[list[dict[str, Any]]] = []
+        self.rendered_tools: list[list[dict[str, Any]] | None] = []
+        self.template_kwargs: list[dict[str, Any] | None] = []
+        self.added_tokens: set[str] = set()
+        self.opening = ""
+        self.can_call_tools = True
+
+    @property
+    def can_reason(self) -> bool:
+        """Tell whether there are markers for reasoning."""
+        return "<think>" in self.added_tokens
 
     def render_chat(
         self,
@@ -45,12 +60,19 @@ class ByteTextModel:
     ) -> str:
         """Return one line per message; a message "refuse" is refused as a template may."""
         self.rendered.append(messages)
+        self.rendered_tools.append(tools)
+        self.template_kwargs.append(template_kwargs)
         if any(message.get("content") == "refuse" for message in messages):
             raise InvalidRequest("messages: the chat template refused, as asked", param="messages")
+        if tools and not self.can_call_tools:
+            raise TemplateRenderFailed("the template does not render tools", param="tools")
         lines = [f"{message['role']}: {message.get('content')}" for message in messages]
-        if tools:
-            lines.append(f"tools: {len(tools)}")
-        return "\n".join([*lines, "assistant: "])
+        lines += [f"tool: {tool['function']['name']}" for tool in tools or []]
+        return "\n".join([*lines, "assistant: " + self.opening])
+
+    def answer_format(self, prompt: str, tools: list[dict[str, Any]] | None) -> AnswerFormat | None:
+        """Return what the real one does."""
+        return answer_format(self.added_tokens, prompt, tools)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the bytes."""
@@ -64,6 +86,8 @@ class ByteTextModel:
         """Return the token's byte."""
         return bytes([token_id])
 
-    def detokenizer(self, *, continues_text: bool = False) -> ByteDetokenizer:
+    def detokenizer(
+        self, *, shows_markers: bool = False, continues_text: bool = False
+    ) -> ByteDetokenizer:
         """Return a fresh detokenizer."""
         return ByteDetokenizer()

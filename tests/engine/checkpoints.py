@@ -10,7 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from cortexd.models import ModelFiles
 from cortexd.settings import Engine as EngineSettings
@@ -32,11 +52,58 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-Oracle = LlamaForCausalLM | Qwen3ForCausalLM
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+Oracle = PreTrainedModel
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+# Two V heads per K head; one full-attention layer of four; a quarter of a head is rotated.
+HYBRID = {
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+SHARED_EXPERT = {**EXPERTS, "shared_expert_intermediate_size": 24}
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+}
+# Kind → classes of configuration and model, and fields beside the common ones.
+KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"head_dim": 16, **EXPERTS}),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM, {**HYBRID, **SHARED_EXPERT}),
+    "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, HYBRID),
+    "qwen3_5_moe_text": (
+        Qwen3_5MoeTextConfig,
+        Qwen3_5MoeForCausalLM,
+        {**HYBRID, **SHARED_EXPERT},
+    ),
+    "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration, HYBRID),
+    "qwen3_5_moe": (
+        Qwen3_5MoeConfig,
+        Qwen3_5MoeForConditionalGeneration,
+        {**HYBRID, **SHARED_EXPERT},
+    ),
+}
+MULTIMODAL = ("qwen3_5", "qwen3_5_moe")
 
 
 def make_oracle(kind: str, *, seed: int = 0, **fields: Any) -> Oracle:
     """Return a tiny float32 model; three query heads share a KV head, as in SmolLM2."""
+    config_class, model_class, own_fields = KINDS[kind]
     fields = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 48,
@@ -49,20 +116,35 @@ def make_oracle(kind: str, *, seed: int = 0, **fields: Any) -> Oracle:
         "eos_token_id": VOCAB_SIZE - 1,
         "bos_token_id": 1,
         "attn_implementation": "eager",
+        **own_fields,
         **fields,
     }
-    torch.manual_seed(seed)
-    if kind == "llama":
-        model: Oracle = LlamaForCausalLM(LlamaConfig(**fields))
+    if kind in MULTIMODAL:
+        tied = {"tie_word_embeddings": fields.get("tie_word_embeddings", False)}
+        config = config_class(text_config=fields, vision_config=dict(VISION), **tied)
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **fields))
+        config = config_class(**fields)
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model: Oracle = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # all ones would hide a norm that is missing
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.3)
+            spread(name, parameter)
     return model.eval()
+
+
+def spread(name: str, parameter: torch.nn.Parameter) -> None:
+    """Give a parameter values that a fault would show in; all ones would hide a missing norm."""
+    if "norm" in name:
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    elif "A_log" in name:
+        parameter.copy_(torch.rand_like(parameter) * 4 - 3)  # from slow to fast forgetting
+    elif "dt_bias" in name or "conv1d" in name:
+        parameter.normal_(std=0.5)
+    elif name.endswith("bias"):
+        parameter.normal_(std=0.3)
+    elif "experts" in name or name.endswith("mlp.gate.weight"):
+        parameter.normal_(std=0.15)
 
 
 def save_oracle(model: Oracle, directory: Path, *, max_shard_size: str = "1GB") -> ModelFiles:

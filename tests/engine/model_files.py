@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cortexd.models import ModelFiles, ModelSpec
+from cortexd.models import LinearAttentionSpec, ModelFiles, ModelSpec, MoeSpec, RopeSpec
 from engine.formats.gguf_names import gguf_name
 from engine.models.registry import REGISTRY
 
@@ -81,9 +82,10 @@ def write_gguf(
 
     For llama the query and key rows are permuted as the converter does.
     """
-    writer = gguf.GGUFWriter(str(path), spec.model_type)
-    prefix = spec.model_type
-    writer.add_uint32(f"{prefix}.block_count", spec.num_hidden_layers)
+    known = REGISTRY.get(spec.model_type)
+    prefix = spec.model_type if known is None else known.gguf_name
+    writer = gguf.GGUFWriter(str(path), prefix)
+    writer.add_uint32(f"{prefix}.block_count", spec.num_hidden_layers + spec.num_draft_layers)
     writer.add_uint32(f"{prefix}.context_length", spec.max_position_embeddings)
     writer.add_uint32(f"{prefix}.embedding_length", spec.hidden_size)
     writer.add_uint32(f"{prefix}.feed_forward_length", spec.intermediate_size)
@@ -93,7 +95,11 @@ def write_gguf(
     writer.add_uint32(f"{prefix}.attention.value_length", spec.head_dim)
     writer.add_float32(f"{prefix}.attention.layer_norm_rms_epsilon", spec.rms_norm_eps)
     writer.add_float32(f"{prefix}.rope.freq_base", spec.rope.theta)
-    for key, value in (extra_keys or {}).items():
+    extra_keys = extra_keys or {}
+    for key, value in {**hybrid_keys(spec), **moe_keys(spec)}.items():
+        if f"{prefix}.{key}" not in extra_keys:
+            writer.add_uint32(f"{prefix}.{key}", value)
+    for key, value in extra_keys.items():
         writer.add_key_value(key, value, _value_type(value))
     for name, (array, ggml_type) in tensors.items():
         stored = array
@@ -101,7 +107,8 @@ def write_gguf(
             stored = permute_rows(array, spec.num_attention_heads)
         elif spec.model_type == "llama" and ".k_proj." in name:
             stored = permute_rows(array, spec.num_key_value_heads)
-        file_name = name if name == "rope_freqs.weight" else gguf_name(name)
+        is_canonical = name.startswith(("model.", "lm_head."))
+        file_name = gguf_name(name, prefix) if is_canonical else name
         writer.add_tensor(file_name, stored, raw_dtype=ggml_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -109,6 +116,70 @@ def write_gguf(
     writer.close()
     return ModelFiles(
         model_id="tiny", source="path", revision="", format="gguf", weights=(str(path),)
+    )
+
+
+def hybrid_keys(spec: ModelSpec) -> dict[str, int]:
+    """Return the keys, without the architecture, of linear attention."""
+    linear = spec.linear_attention
+    if linear is None:
+        return {}
+    return {
+        "full_attention_interval": spec.attention_layers[0] + 1,
+        "ssm.conv_kernel": linear.conv_kernel,
+        "ssm.state_size": linear.key_head_dim,
+        "ssm.group_count": linear.num_key_heads,
+        "ssm.time_step_rank": linear.num_value_heads,
+        "ssm.inner_size": linear.value_size,
+        "rope.dimension_count": int(spec.head_dim * spec.rope.partial_rotary_factor),
+        "nextn_predict_layers": spec.num_draft_layers,
+    }
+
+
+def moe_keys(spec: ModelSpec) -> dict[str, int]:
+    """Return the keys, without the architecture, of experts."""
+    moe = spec.moe
+    if moe is None:
+        return {}
+    keys = {
+        "expert_count": moe.num_experts,
+        "expert_used_count": moe.num_experts_per_tok,
+        "expert_feed_forward_length": moe.intermediate_size,
+    }
+    if moe.shared_intermediate_size:
+        keys["expert_shared_feed_forward_length"] = moe.shared_intermediate_size
+    return keys
+
+
+def family_spec(base: ModelSpec, model_type: str) -> ModelSpec:
+    """Return `base` as a GGUF model of another family, with what that family has."""
+    entry = REGISTRY[model_type]
+    linear = LinearAttentionSpec(
+        num_key_heads=2,
+        num_value_heads=4,
+        key_head_dim=8,
+        value_head_dim=8,
+        has_tiled_heads=entry.has_tiled_gguf_heads,
+        projections="fused_ba" if model_type == "qwen3_next" else "separate",
+    )
+    moe = MoeSpec(
+        num_experts=4,
+        num_experts_per_tok=2,
+        intermediate_size=32,
+        shared_intermediate_size=32 if entry.is_hybrid else 0,
+        expert_tensors="stacked",
+    )
+    partial = RopeSpec(theta=base.rope.theta, partial_rotary_factor=0.5)
+    return msgspec.structs.replace(
+        base,
+        model_type=model_type,
+        architecture=entry.gguf_name,
+        qkv_bias=entry.has_qkv_bias,
+        moe=moe if entry.has_experts else None,
+        linear_attention=linear if entry.is_hybrid else None,
+        linear_layers=tuple(range(base.num_hidden_layers - 1)) if entry.is_hybrid else (),
+        has_folded_weights=entry.is_hybrid,
+        rope=partial if entry.is_hybrid else base.rope,
     )
 
 

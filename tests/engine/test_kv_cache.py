@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cortexd import errors
-from cortexd.models import ModelSpec
+from cortexd.models import LinearAttentionSpec, ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine.kv_cache import MIB, CacheSize, KVCache, choose_size
 from tests.engine.test_submission import SPEC as TINY
@@ -56,6 +56,22 @@ def test_size_too_small_for_two_blocks_is_refused_with_both_numbers() -> None:
     with pytest.raises(errors.InsufficientMemory, match=f"at least {2 * 131072} bytes") as caught:
         size_for(free_mib=0)
     assert caught.value.details == {"needed_bytes": 262144, "available_bytes": 0}
+
+
+def test_hybrid_needs_room_for_two_states_as_well() -> None:
+    """Few layers have a KV cache; each sequence that may run has a state of fixed size."""
+    # 3 layers * (4 heads * 64 * 64 * 4 bytes + 3 * 512 * 4 bytes) = 215040 bytes per sequence.
+    linear = LinearAttentionSpec(
+        num_key_heads=2, num_value_heads=4, key_head_dim=64, value_head_dim=64
+    )
+    spec = msgspec.structs.replace(SPEC, linear_layers=(0, 1, 2), linear_attention=linear)
+    assert spec.state_bytes_per_sequence(4) == 215040
+    assert size_for(spec, max_num_seqs=8).num_state_slots == 8
+    tight = size_for(spec, kv_cache_mib=2)
+    assert (tight.num_state_slots, tight.num_blocks) == (3, 2**21 // 32768 - 27)
+    with pytest.raises(errors.InsufficientMemory, match="and two recurrent states") as caught:
+        size_for(spec, free_mib=1)
+    assert caught.value.details["needed_bytes"] == 2 * (32768 + 215040)
 
 
 def test_cache_views_share_one_memory() -> None:

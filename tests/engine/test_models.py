@@ -1,4 +1,4 @@
-"""Llama and Qwen3 against transformers: logits within 1e-4 in float32, equal greedy text."""
+"""Every architecture against transformers: logits within 1e-4 in float32, equal greedy text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from engine.preflight import inspect
 from tests.engine.checkpoints import (
+    LINEAR_ROPE,
     LLAMA3_ROPE,
     YARN_ROPE,
     load_engine,
@@ -22,19 +24,69 @@ from tests.engine.checkpoints import (
 from tests.engine.driving import generate, max_difference, record
 
 TOLERANCE = 1e-4
-# One token, within a chunk of 32, exactly one, just over, beyond two chunks.
+# One token, within a chunk of 32, exactly one, just over, beyond two chunks, and beyond two chunks
+# of 64, which the delta rule takes at once.
 PROMPT_LENGTHS = (1, 7, 32, 33, 75)
+LONG = 140
 
 CASES: dict[str, dict[str, Any]] = {
     "llama-untied": {"kind": "llama", "tie_word_embeddings": False},
     "llama-tied": {"kind": "llama", "tie_word_embeddings": True, "seed": 1},
     "llama-llama3-rope": {"kind": "llama", "rope_parameters": LLAMA3_ROPE, "seed": 2},
     "llama-yarn-rope": {"kind": "llama", "rope_parameters": YARN_ROPE, "seed": 3},
+    "llama-linear-rope": {"kind": "llama", "rope_parameters": LINEAR_ROPE, "seed": 12},
     "llama-biases": {"kind": "llama", "attention_bias": True, "mlp_bias": True, "seed": 4},
     "llama-head-dim": {"kind": "llama", "head_dim": 12, "seed": 5},
     "qwen3-untied": {"kind": "qwen3", "tie_word_embeddings": False, "seed": 6},
     "qwen3-tied": {"kind": "qwen3", "tie_word_embeddings": True, "seed": 7},
     "qwen3-sharded": {"kind": "qwen3", "seed": 8, "max_shard_size": "30KB"},
+    "qwen2-untied": {"kind": "qwen2", "seed": 13},
+    "qwen2-tied-yarn": {
+        "kind": "qwen2",
+        "tie_word_embeddings": True,
+        "rope_parameters": YARN_ROPE,
+        "seed": 14,
+    },
+    "qwen3_moe-untied": {"kind": "qwen3_moe", "seed": 15},
+    "qwen3_moe-unnormalized": {
+        "kind": "qwen3_moe",
+        "tie_word_embeddings": True,
+        "norm_topk_prob": False,
+        "seed": 16,
+    },
+    "qwen3_moe-some-layers-dense": {
+        "kind": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [1],
+        "attention_bias": True,
+        "seed": 17,
+    },
+    "qwen3_moe-sharded": {"kind": "qwen3_moe", "seed": 18, "max_shard_size": "60KB"},
+    "qwen3_5-untied": {"kind": "qwen3_5", "seed": 20},
+    "qwen3_5-tied": {"kind": "qwen3_5", "tie_word_embeddings": True, "seed": 21},
+    "qwen3_5-flat": {"kind": "qwen3_5_text", "seed": 22},
+    "qwen3_5-llama3-rope": {
+        "kind": "qwen3_5_text",
+        "rope_parameters": {**LLAMA3_ROPE, "partial_rotary_factor": 0.5},
+        "tie_word_embeddings": True,
+        "seed": 23,
+    },
+    "qwen3_5-layer-types": {
+        "kind": "qwen3_5",
+        "layer_types": [*["full_attention", "linear_attention"] * 2, "full_attention"],
+        "num_hidden_layers": 5,
+        "attention_bias": True,
+        "seed": 24,
+    },
+    "qwen3_5-one-group": {"kind": "qwen3_5", "linear_num_key_heads": 4, "seed": 25},
+    "qwen3_5-sharded": {"kind": "qwen3_5", "seed": 26, "max_shard_size": "60KB"},
+    "qwen3_next-untied": {"kind": "qwen3_next", "seed": 27},
+    "qwen3_next-tied": {"kind": "qwen3_next", "tie_word_embeddings": True, "seed": 28},
+    "qwen3_next-some-layers-dense": {"kind": "qwen3_next", "mlp_only_layers": [0], "seed": 29},
+    "qwen3_5_moe-untied": {"kind": "qwen3_5_moe", "seed": 30},
+    "qwen3_5_moe-tied": {"kind": "qwen3_5_moe", "tie_word_embeddings": True, "seed": 31},
+    "qwen3_5_moe-flat": {"kind": "qwen3_5_moe_text", "seed": 32},
 }
 
 
@@ -48,7 +100,8 @@ def test_engine_equals_transformers(name: str, tmp_path: Path) -> None:
     assert (len(files.weights) > 1) == name.endswith("sharded")
     engine = load_engine(files)
     recorder = record(engine)
-    for length in PROMPT_LENGTHS:
+    lengths = (*PROMPT_LENGTHS, LONG) if inspect(files).linear_layers else PROMPT_LENGTHS
+    for length in lengths:
         prompt = random_prompt(length)
         recorder.logits.clear()
         tokens = generate(engine, prompt, max_tokens=6, ignore_eos=True)

@@ -184,4 +184,5 @@ def test_stop_drains_and_leaves_no_file(tiny_model: Path, tmp_path: Path) -> Non
         events += list(stream)
         assert events[-1] == "[DONE]"
         assert daemon.process.wait(60) == 0
+        assert "killed by" not in daemon.log(), "an actor was not given the time to exit"
         assert not list(daemon.runtime_dir.glob("*.s"))

@@ -11,7 +11,7 @@ namespace cortexd {
 
 struct Kernels {
     const char* name;
-    // Quantises `blocks` 32-blocks that follow one another in `x`.
+    // Quantises `blocks` 32-blocks that follow one another in `x`; see activation.h.
     void (*quantize)(const float* x, int64_t blocks, int8_t* values, BlockInfo* infos);
     // y[m][r] = [y[m][r] +] (matrix row r . x[m] + bias[r]) for the 16-row groups [begin, end) and all tokens;
     // y rows are `y_stride` floats apart.

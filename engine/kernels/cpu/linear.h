@@ -31,7 +31,7 @@ class ActivationBuffer {
         const Kernels& set = kernels();
         parallel_for(num_tokens, tokens_per_chunk(columns), [&](int64_t begin, int64_t end) {
             for (int64_t m = begin; m < end; ++m) {
-                set.quantize(row_of(m), blocks, values_.data() + m * columns,
+                set.quantize(row_of(m), blocks, values_.data() + m * blocks * kBlockBytes,
                              infos_.data() + m * blocks);
             }
         });
@@ -41,7 +41,7 @@ class ActivationBuffer {
    private:
     void grow(int64_t blocks) {
         if (static_cast<size_t>(blocks) <= infos_.size()) return;
-        values_.resize(static_cast<size_t>(blocks * kBlock));
+        values_.resize(static_cast<size_t>(blocks * kBlockBytes));
         infos_.resize(static_cast<size_t>(blocks));
     }
 

@@ -1,7 +1,7 @@
 """Matrix products with weights that stay quantised.
 
 Used by `engine.layers.linear`. A weight is repacked once (integers exact, see packed.h); each call
-quantises the activation to int8 per 32 values and multiplies integers. A token's result is
+quantises the activation to 16 bits per 32 values and multiplies integers. A token's result is
 bit-identical whatever the other tokens, their number, the threads and the instruction set.
 """
 

@@ -2,8 +2,9 @@
 //
 // One output is, over the 32-blocks in ascending order, acc = acc + term in float32, where
 //   term = (scale * x.scale) * float(integer dot product) [+ minimum * x.scaled_sum]
-// with no fused multiply-add: the result does not depend on the instruction set, on how many
-// tokens share a pass, or on the thread. Tests hold it equal, bit by bit, to reference.py.
+// with an exact integer (at most 255 * 32512 * 32 < 2^31) and no fused multiply-add: the result
+// does not depend on the instruction set, on how many tokens share a pass, or on the thread. Tests
+// hold it equal, bit by bit, to reference.py.
 #pragma once
 
 #include <cstdint>
@@ -48,15 +49,14 @@ struct BlockScales {
 
 template <class Isa, class L>
 typename Isa::F block_term(const BlockScales<Isa, L>& weights, const BlockInfo& x,
-                           const typename Isa::I& low, const typename Isa::I& high) {
+                           const typename Isa::Sum (&dots)[L::kParts]) {
     const auto x_scale = Isa::set1(x.scale);
     const auto first_scale = Isa::multiply(weights.scale, x_scale);
+    const auto product = Isa::multiply(first_scale, Isa::to_float(dots[0]));
     if constexpr (L::kHalves) {
-        return Isa::add(Isa::multiply(first_scale, Isa::to_float(low)),
-                        Isa::multiply(Isa::multiply(weights.second, x_scale),
-                                      Isa::to_float(high)));
+        return Isa::add(product, Isa::multiply(Isa::multiply(weights.second, x_scale),
+                                               Isa::to_float(dots[1])));
     } else {
-        const auto product = Isa::multiply(first_scale, Isa::to_float(Isa::add(low, high)));
         if constexpr (!L::kHasMin) return product;
         const auto minimum = Isa::multiply(weights.second, Isa::set1(x.scaled_sum));
         return L::kSuperBlocks ? Isa::subtract(product, minimum) : Isa::add(product, minimum);
@@ -67,29 +67,30 @@ typename Isa::F block_term(const BlockScales<Isa, L>& weights, const BlockInfo& 
 template <class Isa, class L, int Tokens>
 void multiply_tile(const uint8_t* group, int64_t blocks, const int8_t* values,
                    const BlockInfo* infos, typename Isa::F (&sums)[Tokens]) {
-    using I = typename Isa::I;
-    constexpr bool kOffset = L::kHasOffset && !(Isa::kSignedBytes && L::kBits == 8);
-    constexpr int kShift = kOffset ? L::kOffsetShift : 0;
+    constexpr bool kOffset = L::kHasOffset && !Isa::kSubtractsOffset;
     const uint8_t* payload = group + L::meta_bytes(blocks);
-    const int64_t stride = blocks * kBlock;
+    const int64_t stride = blocks * kBlockBytes;
     for (int m = 0; m < Tokens; ++m) sums[m] = Isa::zero();
     for (int64_t b = 0; b < blocks; ++b, payload += L::kPayload) {
         for (int64_t line = 0; line < L::kPayload; line += 64) {
             __builtin_prefetch(payload + kPrefetchBytes + line, 0, 2);
         }
-        I low[Tokens], high[Tokens];
+        typename Isa::Sum dots[Tokens][L::kParts];
         for (int m = 0; m < Tokens; ++m) {
-            const BlockInfo& x = infos[m * blocks + b];
-            low[m] = kOffset ? Isa::broadcast_shifted(&x.negative_sum_low, kShift)
-                             : Isa::zero_int();
-            high[m] = kOffset ? Isa::broadcast_shifted(&x.negative_sum_high, kShift)
-                              : Isa::zero_int();
+            [[maybe_unused]] const BlockInfo& x = infos[m * blocks + b];
+            [[maybe_unused]] const int32_t* negative = L::kHalves ? x.negative_half_sums : &x.negative_sum;
+            for (int part = 0; part < L::kParts; ++part) {
+                if constexpr (kOffset) {
+                    dots[m][part] = Isa::start(negative[part], L::kOffsetShift);
+                } else {
+                    dots[m][part] = Isa::start();
+                }
+            }
         }
-        Isa::template dot<L, Tokens>(payload, values + b * kBlock, stride, low, high);
+        Isa::template dot<L, Tokens>(payload, values + b * kBlockBytes, stride, dots);
         const auto scales = BlockScales<Isa, L>::load(group, b);
         for (int m = 0; m < Tokens; ++m) {
-            const auto term =
-                block_term<Isa, L>(scales, infos[m * blocks + b], low[m], high[m]);
+            const auto term = block_term<Isa, L>(scales, infos[m * blocks + b], dots[m]);
             sums[m] = Isa::add(sums[m], term);
         }
     }
@@ -126,7 +127,7 @@ void multiply_group(const uint8_t* group, int64_t blocks, const Activation& x, i
                     int64_t num_tokens, const Output& out) {
     for (; first + Tokens <= num_tokens; first += Tokens) {
         typename Isa::F sums[Tokens];
-        multiply_tile<Isa, L, Tokens>(group, blocks, x.values + first * blocks * kBlock,
+        multiply_tile<Isa, L, Tokens>(group, blocks, x.values + first * blocks * kBlockBytes,
                                       x.infos + first * blocks, sums);
         for (int m = 0; m < Tokens; ++m) out.template store<Isa>(sums[m], first + m);
     }
@@ -145,7 +146,7 @@ void multiply_groups(const Matrix& matrix, const Activation& x, int64_t num_toke
             const int64_t left = matrix.rows - g * kRows;
             const Output out{matrix.bias == nullptr ? nullptr : matrix.bias + g * kRows,
                              left < kRows ? left : kRows, y + g * kRows, y_stride, accumulate};
-            multiply_group<Isa, L, Isa::kTileTokens>(matrix.packed + g * L::group_bytes(blocks),
+            multiply_group<Isa, L, Isa::kTileTokens / L::kParts>(matrix.packed + g * L::group_bytes(blocks),
                                                      blocks, x, 0, num_tokens, out);
         }
     });
@@ -154,8 +155,8 @@ void multiply_groups(const Matrix& matrix, const Activation& x, int64_t num_toke
 template <class Isa>
 void quantize(const float* x, int64_t blocks, int8_t* values, BlockInfo* infos) {
     constexpr uint32_t kInfinityBits = 0x7f800000;
-    constexpr float kSmallest = 1e-30f;  // below it 127 / largest would overflow
-    for (int64_t b = 0; b < blocks; ++b, x += kBlock, values += kBlock) {
+    constexpr float kSmallest = 1e-30f;  // below it kLargest / largest would overflow
+    for (int64_t b = 0; b < blocks; ++b, x += kBlock, values += kBlockBytes) {
         const uint32_t bits = Isa::largest_magnitude(x);
         float largest;
         std::memcpy(&largest, &bits, 4);
@@ -163,15 +164,15 @@ void quantize(const float* x, int64_t blocks, int8_t* values, BlockInfo* infos) 
             // Zeros, or a poisoned row: NaN must reach the logits, where it is detected.
             const float scale =
                 bits >= kInfinityBits ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
-            std::memset(values, 0, kBlock);
-            infos[b] = BlockInfo{scale, scale, 0, 0};
+            std::memset(values, 0, kBlockBytes);
+            infos[b] = BlockInfo{scale, scale, 0, {0, 0}};
             continue;
         }
         int32_t sums[2];
-        Isa::quantize(x, 127.0f / largest, values, sums);
-        const float scale = largest / 127.0f;
-        infos[b] = BlockInfo{scale, scale * static_cast<float>(sums[0] + sums[1]), -sums[0],
-                             -sums[1]};
+        Isa::quantize(x, kLargest / largest, values, sums);
+        const float scale = largest / kLargest;
+        const int32_t sum = sums[0] + sums[1];
+        infos[b] = BlockInfo{scale, scale * static_cast<float>(sum), -sum, {-sums[0], -sums[1]}};
     }
 }
 

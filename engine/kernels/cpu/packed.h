@@ -44,6 +44,7 @@ struct Layout {
     static constexpr bool kHasMin = ScaleKind == Scales::kWithMin || ScaleKind == Scales::kSuper;
     // The two halves of a block are scaled separately.
     static constexpr bool kHalves = ScaleKind == Scales::kSuperHalf;
+    static constexpr int kParts = kHalves ? 2 : 1;
     // 4-bit types: 4 lines, low nibbles are quads 0-3, high nibbles quads 4-7. 5-bit: one more
     // line, bit t belongs to quad t. 6-bit: two more lines (quads 0-3, 4-7), bits 2t, 2t+1.
     static constexpr int64_t kPayload = Bits == 8 ? 512 : 256 + (Bits - 4) * 64;

@@ -13,14 +13,15 @@ namespace {
 
 struct Avx2 {
     static constexpr int kTileTokens = 2;  // 16 registers hold no more
-    // Whether dot() of 8-bit weights already subtracts the 128 that storage adds.
-    static constexpr bool kSignedBytes = true;
+    // Whether dot() already subtracts the offset of the stored integers.
+    static constexpr bool kSubtractsOffset = false;
     struct F {
         __m256 half[2];
     };
     struct I {
         __m256i half[2];
     };
+    using Sum = I;
 
     static F zero() { return set1(0.0f); }
     static F set1(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
@@ -119,55 +120,37 @@ struct Avx2 {
         }
         return value;
     }
-    // Products of unsigned weights and signed activations, summed in pairs to 16 bits. 8-bit
-    // weights could overflow there, so their sign moves to the activation: 2 * 128 * 127 fits.
-    template <class L>
-    static __m256i pair_products(__m256i weights, __m256i x) {
-        if constexpr (L::kBits == 8) {
-            const __m256i is_signed = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
-            return _mm256_maddubs_epi16(_mm256_abs_epi8(is_signed), _mm256_sign_epi8(x, is_signed));
-        }
-        return _mm256_maddubs_epi16(weights, x);
+    static __m256i broadcast_pair(const int8_t* x) {
+        int32_t pair;
+        std::memcpy(&pair, x, 4);
+        return _mm256_set1_epi32(pair);
     }
-    // Quads whose 16-bit pair sums may be added up before they overflow: 4 * 2 * 31 * 127 fits.
-    template <class L>
-    static constexpr int kQuadsPerSum = L::kBits <= 5 ? 4 : (L::kBits == 6 ? 2 : 1);
-
-    static __m256i broadcast_quad(const int8_t* x) {
-        int32_t quad;
-        std::memcpy(&quad, x, 4);
-        return _mm256_set1_epi32(quad);
-    }
+    // x: 16-bit integers; of each quad elements 0, 2, 1, 3, as the bytes of a quad of weights are
+    // widened to 16 bits by taking the even and the odd ones.
     template <class L, int Tokens>
-    static void dot(const uint8_t* payload, const int8_t* x, int64_t stride, I (&low)[Tokens],
-                    I (&high)[Tokens]) {
-        const __m256i ones = _mm256_set1_epi16(1);
-        constexpr int kStep = kQuadsPerSum<L>;
+    static void dot(const uint8_t* payload, const int8_t* x, int64_t stride,
+                    Sum (&sums)[Tokens][L::kParts]) {
+        const __m256i mask = _mm256_set1_epi16(255);
         for (int part = 0; part < 2; ++part) {
-            for (int quad = 0; quad < 8; quad += kStep) {
-                __m256i pairs[Tokens];
-                for (int m = 0; m < Tokens; ++m) pairs[m] = _mm256_setzero_si256();
-                for (int i = quad; i < quad + kStep; ++i) {
-                    const __m256i weights = stored<L>(payload, i, part);
-                    for (int m = 0; m < Tokens; ++m) {
-                        const __m256i q = broadcast_quad(x + m * stride + i * 4);
-                        pairs[m] = _mm256_add_epi16(pairs[m], pair_products<L>(weights, q));
-                    }
-                }
+            for (int quad = 0; quad < 8; ++quad) {
+                const __m256i weights = stored<L>(payload, quad, part);
+                const __m256i even = _mm256_and_si256(weights, mask);
+                const __m256i odd = _mm256_srli_epi16(weights, 8);
                 for (int m = 0; m < Tokens; ++m) {
-                    __m256i& sum = quad < 4 ? low[m].half[part] : high[m].half[part];
-                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs[m], ones));
+                    const int8_t* q = x + m * stride + quad * 8;
+                    const __m256i products =
+                        _mm256_add_epi32(_mm256_madd_epi16(even, broadcast_pair(q)),
+                                         _mm256_madd_epi16(odd, broadcast_pair(q + 4)));
+                    __m256i& sum = sums[m][quad < 4 ? 0 : L::kParts - 1].half[part];
+                    sum = _mm256_add_epi32(sum, products);
                 }
             }
         }
     }
-    static I broadcast_shifted(const int32_t* value, int shift) {
-        const __m256i shifted = _mm256_slli_epi32(_mm256_set1_epi32(*value), shift);
+    static Sum start() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+    static Sum start(int32_t value, int shift) {
+        const __m256i shifted = _mm256_slli_epi32(_mm256_set1_epi32(value), shift);
         return {{shifted, shifted}};
-    }
-    static I zero_int() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-    static I add(const I& a, const I& b) {
-        return {{_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])}};
     }
 
     static uint32_t largest_magnitude(const float* x) {
@@ -192,14 +175,16 @@ struct Avx2 {
     }
     static void quantize(const float* x, float inverse, int8_t* q, int32_t* sums) {
         const __m256 scale = _mm256_set1_ps(inverse);
+        // Of each quad elements 0, 2, 1, 3.
+        const __m256i order = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
         for (int half = 0; half < 2; ++half) {
             const float* from = x + half * 16;
             const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from), scale));
             const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 8), scale));
             const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
-            const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words),
-                                                  _mm256_extracti128_si256(words, 1));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + half * 16), bytes);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + half * 32),
+                                _mm256_shuffle_epi8(words, order));
             sums[half] = sum_lanes(_mm256_add_epi32(a, b));
         }
     }

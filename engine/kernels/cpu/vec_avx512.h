@@ -14,10 +14,15 @@ namespace {
 struct Avx512 {
     // 8 tokens: 16 integer and 8 float accumulators and the weights fill the 32 registers.
     static constexpr int kTileTokens = 8;
-    // Whether dot() of 8-bit weights already subtracts the 128 that storage adds.
-    static constexpr bool kSignedBytes = false;
+    // Whether dot() already subtracts the offset of the stored integers.
+    static constexpr bool kSubtractsOffset = false;
     using F = __m512;
     using I = __m512i;
+    // 256 * high + low: products with the two bytes of 16-bit activations.
+    struct Sum {
+        I high;
+        I low;
+    };
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float value) { return _mm512_set1_ps(value); }
@@ -43,7 +48,9 @@ struct Avx512 {
         const I bits = _mm512_slli_epi32(_mm512_castps_si512(biased), 23);
         return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f800000)));
     }
-    static F to_float(I value) { return _mm512_cvtepi32_ps(value); }
+    static F to_float(const Sum& sum) {
+        return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low));
+    }
     static __m128i load_16_bytes(const uint8_t* from) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     }
@@ -78,9 +85,14 @@ struct Avx512 {
             return _mm512_and_si512(shifted, _mm512_set1_epi8(0x30));
         }
     }
+    // x: the high bytes of a block's 32 integers, then the low bytes.
+    static void add_products(I weights, const int8_t* x, Sum& sum) {
+        sum.high = _mm512_dpbusd_epi32(sum.high, weights, broadcast_quad(x));
+        sum.low = _mm512_dpbusd_epi32(sum.low, weights, broadcast_quad(x + kBlock));
+    }
     template <class L, int Quad, int Tokens>
     static void dot_line(const uint8_t* payload, const int8_t* x, int64_t stride,
-                         I (&low)[Tokens], I (&high)[Tokens]) {
+                         Sum (&sums)[Tokens][L::kParts]) {
         // Quad and Quad + 4: the two nibbles of one line, or two lines of 8-bit integers.
         I first, second;
         if constexpr (L::kBits == 8) {
@@ -98,23 +110,23 @@ struct Avx512 {
         }
         for (int m = 0; m < Tokens; ++m) {
             const int8_t* q = x + m * stride + Quad * 4;
-            low[m] = _mm512_dpbusd_epi32(low[m], first, broadcast_quad(q));
-            high[m] = _mm512_dpbusd_epi32(high[m], second, broadcast_quad(q + 16));
+            add_products(first, q, sums[m][0]);
+            add_products(second, q + 16, sums[m][L::kParts - 1]);
         }
     }
     template <class L, int Tokens>
-    static void dot(const uint8_t* payload, const int8_t* x, int64_t stride, I (&low)[Tokens],
-                    I (&high)[Tokens]) {
-        dot_line<L, 0>(payload, x, stride, low, high);
-        dot_line<L, 1>(payload, x, stride, low, high);
-        dot_line<L, 2>(payload, x, stride, low, high);
-        dot_line<L, 3>(payload, x, stride, low, high);
+    static void dot(const uint8_t* payload, const int8_t* x, int64_t stride,
+                    Sum (&sums)[Tokens][L::kParts]) {
+        dot_line<L, 0>(payload, x, stride, sums);
+        dot_line<L, 1>(payload, x, stride, sums);
+        dot_line<L, 2>(payload, x, stride, sums);
+        dot_line<L, 3>(payload, x, stride, sums);
     }
-    static I broadcast_shifted(const int32_t* value, int shift) {
-        return _mm512_slli_epi32(_mm512_set1_epi32(*value), static_cast<unsigned>(shift));
+    static Sum start() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+    static Sum start(int32_t value, int shift) {
+        const I shifted = _mm512_slli_epi32(_mm512_set1_epi32(value), static_cast<unsigned>(shift));
+        return {_mm512_setzero_si512(), shifted};
     }
-    static I zero_int() { return _mm512_setzero_si512(); }
-    static I add(I a, I b) { return _mm512_add_epi32(a, b); }
 
     static uint32_t largest_magnitude(const float* x) {
         const I mask = _mm512_set1_epi32(0x7fffffff);
@@ -126,10 +138,15 @@ struct Avx512 {
         const F scale = _mm512_set1_ps(inverse);
         for (int half = 0; half < 2; ++half) {
             const I value = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + half * 16), scale));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + half * 16),
-                             _mm512_cvtepi32_epi8(value));
+            // The low byte, read as a signed one, is value - 256 * high.
+            const I high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
+            store_bytes(q + half * 16, high);
+            store_bytes(q + kBlock + half * 16, value);
             sums[half] = _mm512_reduce_add_epi32(value);
         }
+    }
+    static void store_bytes(int8_t* to, I value) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(value));
     }
 };
 

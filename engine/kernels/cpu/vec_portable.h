@@ -12,14 +12,16 @@ namespace {
 
 struct Portable {
     static constexpr int kTileTokens = 2;
-    // Whether dot() of 8-bit weights already subtracts the 128 that storage adds.
-    static constexpr bool kSignedBytes = false;
+    // Whether dot() already subtracts the offset of the stored integers.
+    static constexpr bool kSubtractsOffset = true;
     struct F {
         float lane[16];
     };
-    // Integers of at most 2^24 in floats: exact, and every vector unit multiplies them fast.
-    struct I {
-        float lane[16];
+    // 256 * high + low: products with the two bytes of 16-bit activations. Each is an integer of at
+    // most 128 * 128 * 32 < 2^24, so exact in floats, which every vector unit multiplies fast.
+    struct Sum {
+        float high[16];
+        float low[16];
     };
 
     template <class Function>
@@ -84,8 +86,9 @@ struct Portable {
             return out;
         });
     }
-    static F to_float(const I& value) {
-        return map([&](int i) { return value.lane[i]; });
+    // Rounded once, in the last addition, like the conversion of a whole integer.
+    static F to_float(const Sum& sum) {
+        return map([&](int i) { return sum.high[i] * 256.0f + sum.low[i]; });
     }
     static F load_u8(const uint8_t* from) {
         return map([&](int i) { return static_cast<float>(from[i]); });
@@ -141,37 +144,31 @@ struct Portable {
         }
     }
 
-    // Adds the dot products of one 32-block: quads 0-3 to `low`, 4-7 to `high`.
+    // x: the high bytes of a block's 32 integers, then the low bytes.
     template <class L, int Tokens>
-    static void dot(const uint8_t* payload, const int8_t* x, int64_t stride, I (&low)[Tokens],
-                    I (&high)[Tokens]) {
+    static void dot(const uint8_t* payload, const int8_t* x, int64_t stride,
+                    Sum (&sums)[Tokens][L::kParts]) {
+        constexpr int kOffset = L::kHasOffset ? 1 << (L::kHasOffset ? L::kOffsetShift : 0) : 0;
         for (int quad = 0; quad < 8; ++quad) {
             uint32_t words[16];
             load_stored<L>(payload, quad, words);
             for (int j = 0; j < 4; ++j) {
                 float weights[16];
                 for (int r = 0; r < 16; ++r) {
-                    weights[r] = static_cast<float>(static_cast<int32_t>(words[r] >> (8 * j) & 255));
+                    const int stored = static_cast<int>(words[r] >> (8 * j) & 255);
+                    weights[r] = static_cast<float>(stored - kOffset);
                 }
                 for (int m = 0; m < Tokens; ++m) {
-                    const float q = x[m * stride + quad * 4 + j];
-                    I& sum = quad < 4 ? low[m] : high[m];
-                    for (int r = 0; r < 16; ++r) sum.lane[r] += weights[r] * q;
+                    const int8_t* q = x + m * stride + quad * 4 + j;
+                    const float high = q[0], low = q[kBlock];
+                    Sum& sum = sums[m][quad < 4 ? 0 : L::kParts - 1];
+                    for (int r = 0; r < 16; ++r) sum.high[r] += weights[r] * high;
+                    for (int r = 0; r < 16; ++r) sum.low[r] += weights[r] * low;
                 }
             }
         }
     }
-    static I broadcast_shifted(const int32_t* value, int shift) {
-        I out;
-        for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<float>(*value * (1 << shift));
-        return out;
-    }
-    static I zero_int() { return I{}; }
-    static I add(const I& a, const I& b) {
-        I out;
-        for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] + b.lane[i];
-        return out;
-    }
+    static Sum start() { return Sum{}; }
 
     // Largest |x| of 32 values as bits: comparing bits lets NaN win over infinity over numbers.
     static uint32_t largest_magnitude(const float* x) {
@@ -191,7 +188,9 @@ struct Portable {
         for (int i = 0; i < kBlock; ++i) {
             const float rounded = (x[i] * inverse + kRound) - kRound;
             const int value = static_cast<int>(rounded);
-            q[i] = static_cast<int8_t>(value);
+            const int high = (value + 128 + 32768) / 256 - 128;  // rounds down without a shift
+            q[i] = static_cast<int8_t>(high);
+            q[kBlock + i] = static_cast<int8_t>(value - 256 * high);
             sums[i / 16] += value;
         }
     }

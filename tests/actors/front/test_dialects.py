@@ -15,15 +15,16 @@ from cortexd.openai import (
     Completion,
     CompletionChoice,
 )
+from engine.text.answer import Text
 
 TEXTS = ["a", 'quote " and \\ and \n', "\x00", "日本 🙂", "data: [DONE]\n\n"]
-ANSWER = Answer(id="x-1", created=5, model="m\x00m", fingerprint="fp_1")
+ANSWER = Answer(id="x-1", created=5, model="m\x00m", request_id="r", fingerprint="fp_1")
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_chat_text_event_equals_the_encoded_struct(text: str) -> None:
     """Role event first, then one event whose bytes are those of a whole chunk struct."""
-    chunks = ChatEncoder(ANSWER).chunk(ChoiceOutput(2, text))
+    chunks = ChatEncoder(ANSWER).chunk(ChoiceOutput(2, [Text(text)]))
     expected = b"".join(
         data_event(
             ChatChunk(
@@ -43,7 +44,7 @@ def test_chat_text_event_equals_the_encoded_struct(text: str) -> None:
 @pytest.mark.parametrize("text", TEXTS)
 def test_completion_text_event_equals_the_encoded_struct(text: str) -> None:
     """The same for the legacy endpoint."""
-    event = CompletionEncoder(ANSWER).chunk(ChoiceOutput(2, text))
+    event = CompletionEncoder(ANSWER).chunk(ChoiceOutput(2, [Text(text)]))
     expected = Completion(
         id="x-1",
         created=5,

@@ -12,13 +12,22 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cortexd.anthropic import MessagesRequest
 from cortexd.openai import ChatCompletionRequest, CompletionRequest
 from tests.doubles.fleet import MODEL
 from tests.doubles.front import ServedFront, served_front
 
 FIELDS = sorted(
-    {*ChatCompletionRequest.__struct_fields__, *CompletionRequest.__struct_fields__} - {"stream"}
+    {
+        *ChatCompletionRequest.__struct_fields__,
+        *CompletionRequest.__struct_fields__,
+        *MessagesRequest.__struct_fields__,
+    }
+    - {"stream"}
 )
+KEYS = ["role", "content", "type", "text", "tool_calls", "1", "name", "function", "parameters"]
+KEYS += ["id", "input", "input_schema", "tool_use_id", "thinking", "source", "description"]
+WORDS = ["text", "user", "assistant", "none", "auto", "any", "function", "tool_use", "tool_result"]
 SCALARS = (
     st.none()
     | st.booleans()
@@ -26,16 +35,11 @@ SCALARS = (
     | st.integers(-3, 20)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8)
-    | st.sampled_from([MODEL, "text", "user", "none", "auto"])
+    | st.sampled_from([MODEL, *WORDS])
 )
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "tool_calls", "1"]), inner
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner),
     max_leaves=10,
 )
 BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6).map(
@@ -43,9 +47,13 @@ BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6).map(
         "model": MODEL,
         "messages": [{"role": "user", "content": "x"}],
         "prompt": "x",
+        "max_tokens": 5,
         **fields,
     }
 )
+
+MESSAGES = ["/v1/messages", "/v1/messages/count_tokens"]
+PATHS = ["/v1/chat/completions", "/v1/completions", *MESSAGES]
 
 
 class LiveFront:
@@ -79,14 +87,17 @@ def live_front() -> Iterator[LiveFront]:
 def check(status: int, body: Any) -> None:
     """An answer, or an error of the client's with its envelope."""
     if status == 200:
-        assert body["choices"]
+        assert body.keys() & {"choices", "content", "input_tokens"}
         return
     assert 400 <= status < 500, body
-    assert set(body["error"]) >= {"message", "type", "code", "param"}
+    if body.get("type") == "error":
+        assert set(body["error"]) == {"type", "message"}
+    else:
+        assert set(body["error"]) >= {"message", "type", "code", "param"}
 
 
-@given(body=BODIES, path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]))
-@settings(max_examples=80, deadline=None)
+@given(body=BODIES, path=st.sampled_from(PATHS))
+@settings(max_examples=160, deadline=None)
 def test_fuzz_typed_bodies_never_500(live_front: LiveFront, body: Any, path: str) -> None:
     """Known fields with any JSON value."""
     check(*live_front.post(path, msgspec.json.encode(body)))
@@ -96,4 +107,5 @@ def test_fuzz_typed_bodies_never_500(live_front: LiveFront, body: Any, path: str
 @settings(max_examples=60, deadline=None)
 def test_fuzz_any_bytes_never_500(live_front: LiveFront, data: bytes) -> None:
     """Any bytes, and any JSON value, as the body."""
-    check(*live_front.post("/v1/chat/completions", data))
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        check(*live_front.post(path, data))

@@ -24,7 +24,7 @@ async def test_models_lists_ids_and_aliases_with_limits() -> None:
             "feasible_on": [front.services.node],
             "locations": [{"node": front.services.node, "status": "loaded", "vram_estimate_mb": 5}],
             "capabilities": ["text"],
-            "tool_call": False,
+            "tool_call": True,
             "reasoning": False,
             "limit": {"context": CONTEXT, "input": CONTEXT - 1, "output": CONTEXT},
             "max_model_len": CONTEXT,

@@ -213,14 +213,6 @@ def test_open_unknown_tensor_type_is_refused_by_number(tmp_path: Path) -> None:
         GGUFFile.open(path)
 
 
-def test_open_split_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    """One part of a split model says so."""
-    path = tmp_path / "m-00001-of-00003.gguf"
-    path.write_bytes(raw_gguf(keys=[_u32_key("split.count", 3)]))
-    with pytest.raises(UnsupportedArchitecture, match="one of 3 parts"):
-        GGUFFile.open(path)
-
-
 @pytest.mark.parametrize("kind", ["directory", "missing", "pipe"])
 def test_open_what_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
     """Nothing blocks or leaks an OSError; a named pipe without a writer does not hang."""

@@ -25,13 +25,13 @@ def tokens(num_tokens: int, size: int, seed: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_linear_is_within_one_percent_of_dequantised_weights(name: str, isa: str) -> None:
+def test_linear_is_as_exact_as_dequantised_weights(name: str, isa: str) -> None:
     rows = random_rows(name, *SHAPES.get(name, ODD_SHAPE))
     bias = tokens(1, rows.shape[0])[0]
     x = tokens(11, rows.shape[1])
     expected = x @ rows.dequantize().T + bias
     got = cpu.linear(packed_of(rows, bias), x)
-    assert (got - expected).norm() <= 1e-2 * expected.norm()
+    assert (got - expected).norm() <= 3e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -89,7 +89,7 @@ def test_linear_poisoned_token_stays_alone_and_visible(poison: float, isa: str) 
 
 
 def test_linear_uses_the_extreme_integers_exactly(isa: str) -> None:
-    # -128 weights times 127 activations: the largest sums the integer paths can meet.
+    # -128 weights times 32512 activations: the largest sums the integer paths can meet.
     rows = random_rows("Q8_0", 16, 64)
     rows.packed.reshape(16, 2, 34)[:, :, 2:] = 0x80
     x = torch.ones(1, 64)

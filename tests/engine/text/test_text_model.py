@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from cortexd.errors import BadModelFile, InvalidRequest
+from cortexd.errors import BadModelFile, InvalidRequest, TemplateRenderFailed
 from cortexd.models import ModelFiles
 from engine.text.text_model import TextModel
-from tests.engine.text.chat_templates import CHATML
+from tests.engine.text.chat_templates import CHATML, THINKING_WITH_TOOLS
 from tests.engine.text.gguf_metadata import (
     byte_level_metadata,
     sentencepiece_metadata,
@@ -23,6 +23,7 @@ from tests.engine.text.gguf_metadata import (
 )
 
 USER = [{"role": "user", "content": "hi"}]
+TOOLS = [{"type": "function", "function": {"name": "look_up"}}]
 
 
 def _gguf_model(tmp_path: Path, metadata: dict[str, Any]) -> ModelFiles:
@@ -127,11 +128,53 @@ def test_template_file_wins_over_tokenizer_config(tmp_path: Path) -> None:
 
 def test_named_gguf_templates_are_found(tmp_path: Path) -> None:
     """`tokenizer.chat_template.tool_use` serves requests with tools."""
-    extra = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
+    extra = {
+        "tokenizer.chat_template": "plain",
+        "tokenizer.chat_template.tool_use": "tools {{ tools[0].function.name }}",
+    }
     metadata = byte_level_metadata(train_byte_level("smollm"), "smollm", **extra)
     model = TextModel.load(_gguf_model(tmp_path, metadata))
     assert model.render_chat(USER) == "plain"
-    assert model.render_chat(USER, tools=[{"type": "function"}]) == "tools"
+    assert model.render_chat(USER, tools=TOOLS) == "tools look_up"
+    assert model.can_call_tools
+
+
+def test_template_without_tools_is_refused_not_ignored(tmp_path: Path) -> None:
+    """Tools that do not reach the prompt are an error, even if the user spells their names."""
+    model = TextModel.load(_dense_model(tmp_path, chat_template=CHATML))
+    assert not model.can_call_tools
+    for content in ("hi", "please look_up"):
+        with pytest.raises(TemplateRenderFailed, match=r"does not render tools .*look_up"):
+            model.render_chat([{"role": "user", "content": content}], tools=TOOLS)
+    thinking = TextModel.load(_dense_model(tmp_path, chat_template=THINKING_WITH_TOOLS))
+    assert "look_up" in thinking.render_chat(USER, tools=TOOLS)
+
+
+def test_template_that_refuses_the_probe_is_judged_by_its_prompt(tmp_path: Path) -> None:
+    """A template that wants more than one message may still render tools."""
+    source = (
+        "{% if messages | length < 2 %}{{ raise_exception('two') }}{% endif %}{{ tools | tojson }}"
+    )
+    model = TextModel.load(_dense_model(tmp_path, chat_template=source))
+    assert "look_up" in model.render_chat([*USER, *USER], tools=TOOLS)
+
+
+def test_answer_format_finds_special_markers_and_shows_them(tmp_path: Path) -> None:
+    """Markers that are special tokens are hidden from clients but not from the parser."""
+    files = _dense_model(tmp_path, chat_template="[THINK]")
+    text = train_byte_level("qwen2").to_str()
+    content = json.loads(text.replace("<think>", "[THINK]").replace("</think>", "[/THINK]"))
+    for token in content["added_tokens"]:
+        token["special"] = True
+    _write(tmp_path / "tokenizer.json", content)
+    model = TextModel.load(files)
+    assert model.can_reason
+    found = model.answer_format(model.render_chat(USER), None)
+    assert found is not None
+    assert found.begins_in_reasoning
+    ids = model.encode("a[/THINK]b<|im_end|>", add_special_tokens=False)
+    assert model.detokenizer(shows_markers=True).push(ids) == "a[/THINK]b"
+    assert model.detokenizer().push(ids) == "ab"
 
 
 def test_encode_is_never_truncated(tmp_path: Path) -> None:

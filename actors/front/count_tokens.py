@@ -1,0 +1,46 @@
+"""`POST /v1/messages/count_tokens`: the very prompt a message would have, counted.
+
+Only the tokenizer and the template are needed, so a model whose files are known is not loaded.
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from actors.front.body import read_body
+from actors.front.health import json_response
+from actors.front.messages import parse_messages
+from actors.front.preparation import tokenise
+from actors.front.queries import known_models
+from actors.front.routing import route
+from actors.front.services import SERVICES, Services
+from cortexd.anthropic import CountTokensRequest, TokensCounted
+from cortexd.messages import EndRequest
+from cortexd.models import ModelFiles
+
+_MIB = 2**20
+
+
+async def count_tokens(request: web.Request) -> web.Response:
+    """Answer how many tokens the prompt has. Raises: what a message with it would."""
+    services = request.app[SERVICES]
+    body = await read_body(request, services.settings.gateway.max_body_mib * _MIB)
+    wanted = parse_messages(body, CountTokensRequest)
+    text_model = await services.text_models.get(await _files(services, wanted.model))
+    prompts = await tokenise(wanted, text_model)
+    return json_response(TokensCounted(sum(len(ids) for ids, _ in prompts)))
+
+
+async def _files(services: Services, model: str) -> ModelFiles:
+    """Return a model's files; only one that was never fetched is routed to, which fetches it."""
+    known = await known_models(services)
+    model_id = known.aliases.get(model, model)
+    for status in known.models:
+        if status.model_id == model_id and status.files is not None:
+            return status.files
+    lease_id = services.new_lease_id()
+    try:
+        wait_s = services.settings.gateway.unary_load_wait_s
+        return (await route(services.bus, model, lease_id, wait_s=wait_s)).files
+    finally:
+        services.tell_quietly("router", EndRequest(lease_id))

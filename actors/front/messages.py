@@ -1,0 +1,221 @@
+"""The shapes of `/v1/messages`: stream events, and the whole answer.
+
+An answer is a list of blocks in the order in which the model wrote their pieces; the stream opens,
+fills and closes the very same blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import assert_never
+
+import msgspec
+
+from actors.front.choice import ChoiceOutput
+from actors.front.decode import decode_body
+from actors.front.dialect import Answer, ChunkEncoder
+from actors.front.request import InferenceRequest
+from actors.front.validate import check_chat
+from cortexd.anthropic import (
+    BlockDelta,
+    BlockStart,
+    BlockStop,
+    ContentBlock,
+    CountTokensRequest,
+    Event,
+    InputJsonDelta,
+    Message,
+    MessageDelta,
+    MessagesRequest,
+    MessageStart,
+    MessageStop,
+    MessageUsage,
+    Ping,
+    SignatureDelta,
+    Stop,
+    TextBlock,
+    TextDelta,
+    ThinkingBlock,
+    ThinkingDelta,
+    ToolUseBlock,
+    error_document,
+    usage_of,
+)
+from cortexd.errors import CortexError
+from cortexd.openai import Usage
+from cortexd.translate import to_chat_request
+from engine.text.answer import Piece, Reasoning, Text, ToolCall
+
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+class MessagesDialect:
+    """`/v1/messages`."""
+
+    route = "/v1/messages"
+    id_prefix = "msg_"
+
+    def parse(self, body: bytes) -> InferenceRequest:
+        """Return the checked request."""
+        return parse_messages(body, MessagesRequest)
+
+    def encoder(self, answer: Answer) -> ChunkEncoder:
+        """Return a fresh stream encoder."""
+        return MessagesEncoder(answer)
+
+    def response(self, answer: Answer, outputs: list[ChoiceOutput], usage: Usage) -> bytes:
+        """Return the whole answer."""
+        output = outputs[0]
+        stop = _stop(output)
+        return msgspec.json.encode(
+            Message(
+                id=answer.id,
+                model=answer.model,
+                content=[_block(piece) for piece in output.pieces],
+                stop_reason=stop.stop_reason,
+                stop_sequence=stop.stop_sequence,
+                usage=usage_of(usage),
+            )
+        )
+
+
+def parse_messages(body: bytes, struct: type[CountTokensRequest]) -> InferenceRequest:
+    """Return the checked request of a messages endpoint. Raises: InvalidRequest's children."""
+    translation = to_chat_request(decode_body(body, struct))
+    return check_chat(translation.request, prefill=translation.prefill)
+
+
+class MessagesEncoder:
+    """Encode one stream of events; holds the block that is open."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._has_started = False
+        self._open: type[Text] | type[Reasoning] | None = None
+        self._index = -1
+        self._signer = _Signer()
+        self._stop = Stop(None, None)
+
+    def chunk(self, output: ChoiceOutput) -> bytes:
+        """Return the events of all pieces."""
+        events = self._start()
+        for piece in output.pieces:
+            events += self._add(piece)
+        if output.finish_reason is not None:
+            self._stop = _stop(output)
+        return events
+
+    def comment(self) -> bytes:
+        """Return a ping: this dialect has an event for it, which serves both kinds of watchers."""
+        return self.keepalive()
+
+    def keepalive(self) -> bytes:
+        """Return a ping, after the first event once the prompt's length is known."""
+        return (self._start() if self._answer.usage() is not None else b"") + event_bytes(Ping())
+
+    def end(self, usage: Usage) -> bytes:
+        """Close the open block and the message."""
+        ending = MessageDelta(self._stop, usage_of(usage))
+        return self._close() + event_bytes(ending) + event_bytes(MessageStop())
+
+    def error(self, error: CortexError) -> bytes:
+        """Return the error event."""
+        return event_bytes(error_document(error, self._answer.request_id))
+
+    def _start(self) -> bytes:
+        if self._has_started:
+            return b""
+        self._has_started = True
+        counted = self._answer.usage()
+        message = Message(
+            id=self._answer.id,
+            model=self._answer.model,
+            content=[],
+            stop_reason=None,
+            stop_sequence=None,
+            usage=_no_usage() if counted is None else usage_of(counted),
+        )
+        return event_bytes(MessageStart(message))
+
+    def _add(self, piece: Piece) -> bytes:
+        if isinstance(piece, ToolCall):
+            return self._add_call(piece)
+        events = b"" if type(piece) is self._open else self._close() + self._open_block(piece)
+        if isinstance(piece, Text):
+            return events + self._delta(TextDelta(piece.text))
+        self._signer.add(piece.text)
+        return events + self._delta(ThinkingDelta(piece.text))
+
+    def _add_call(self, call: ToolCall) -> bytes:
+        events = self._close()
+        self._index += 1
+        start = ToolUseBlock(_tool_id(call), call.name, msgspec.Raw(b"{}"))
+        events += event_bytes(BlockStart(self._index, start))
+        events += self._delta(InputJsonDelta(call.arguments))
+        return events + event_bytes(BlockStop(self._index))
+
+    def _open_block(self, piece: Text | Reasoning) -> bytes:
+        self._index += 1
+        self._open = type(piece)
+        self._signer = _Signer()
+        block = TextBlock("") if isinstance(piece, Text) else ThinkingBlock("", "")
+        return event_bytes(BlockStart(self._index, block))
+
+    def _close(self) -> bytes:
+        if self._open is None:
+            return b""
+        is_thinking = self._open is Reasoning
+        self._open = None
+        events = self._delta(SignatureDelta(self._signer.signature())) if is_thinking else b""
+        return events + event_bytes(BlockStop(self._index))
+
+    def _delta(self, delta: TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta) -> bytes:
+        return event_bytes(BlockDelta(self._index, delta))
+
+
+def event_bytes(event: Event) -> bytes:
+    """Return one server-sent event; its name stands on the event line and in the data."""
+    name = event.__struct_config__.tag
+    return b"event: %s\ndata: %s\n\n" % (str(name).encode(), msgspec.json.encode(event))
+
+
+class _Signer:
+    """Makes a thinking block's signature: a digest, for clients that insist on having one."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, text: str) -> None:
+        """Take in more of the block."""
+        self._digest.update(text.encode())
+
+    def signature(self) -> str:
+        """Return the signature of the block so far."""
+        return self._digest.hexdigest()
+
+
+def _block(piece: Piece) -> ContentBlock:
+    if isinstance(piece, Text):
+        return TextBlock(piece.text)
+    if isinstance(piece, Reasoning):
+        signer = _Signer()
+        signer.add(piece.text)
+        return ThinkingBlock(piece.text, signer.signature())
+    if isinstance(piece, ToolCall):
+        return ToolUseBlock(_tool_id(piece), piece.name, msgspec.Raw(piece.arguments.encode()))
+    assert_never(piece)
+
+
+def _tool_id(call: ToolCall) -> str:
+    return f"toolu_{call.key}"
+
+
+def _stop(output: ChoiceOutput) -> Stop:
+    if output.stop_string is not None:
+        return Stop("stop_sequence", output.stop_string)
+    reason = output.finish_reason
+    return Stop(None if reason is None else _STOP_REASONS.get(reason, "end_turn"), None)
+
+
+def _no_usage() -> MessageUsage:
+    return MessageUsage(input_tokens=0, cache_read_input_tokens=0, output_tokens=0)

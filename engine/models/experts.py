@@ -1,0 +1,77 @@
+"""Builds a layer's mixture of experts from the stored tensors, whichever layout they have."""
+
+from __future__ import annotations
+
+from cortexd.models import ModelSpec, MoeSpec
+from engine.layers.mlp import GatedMLP
+from engine.layers.sparse_mlp import SharedExpert, SparseMLP
+from engine.loader import Weights
+
+
+def build_sparse_mlp(weights: Weights, spec: ModelSpec, prefix: str) -> SparseMLP:
+    """Return the block whose tensors begin with `prefix` ("model.layers.0.mlp.")."""
+    moe, hidden = spec.moe, spec.hidden_size
+    assert moe is not None, f"{spec.model_type} has no experts"
+    shared = None
+    if moe.shared_intermediate_size:
+        mlp = build_gated_mlp(
+            weights, f"{prefix}shared_expert.", moe.shared_intermediate_size, hidden
+        )
+        gate = weights.linear(f"{prefix}shared_expert_gate.weight", 1, hidden, is_exact=True)
+        shared = SharedExpert(mlp, gate)
+    experts = [
+        _expert(weights, moe, f"{prefix}experts.", expert, hidden)
+        for expert in range(moe.num_experts)
+    ]
+    return SparseMLP(
+        weights.linear(f"{prefix}gate.weight", moe.num_experts, hidden, is_exact=True),
+        experts,
+        shared,
+        num_chosen=moe.num_experts_per_tok,
+        normalizes=moe.norm_topk_prob,
+    )
+
+
+def build_gated_mlp(
+    weights: Weights, prefix: str, intermediate: int, hidden: int, *, has_bias: bool = False
+) -> GatedMLP:
+    """Return the feed-forward block whose tensors begin with `prefix`."""
+    names = [f"{prefix}gate_proj", f"{prefix}up_proj"]
+    gate_up = weights.merged_linear(
+        [f"{name}.weight" for name in names],
+        [intermediate] * 2,
+        hidden,
+        [f"{name}.bias" for name in names] if has_bias else None,
+    )
+    down = weights.linear(
+        f"{prefix}down_proj.weight",
+        hidden,
+        intermediate,
+        f"{prefix}down_proj.bias" if has_bias else None,
+    )
+    return GatedMLP(gate_up, down)
+
+
+def _expert(weights: Weights, moe: MoeSpec, prefix: str, expert: int, hidden: int) -> GatedMLP:
+    size = moe.intermediate_size
+    if moe.expert_tensors == "separate":
+        return build_gated_mlp(weights, f"{prefix}{expert}.", size, hidden)
+
+    def rows_of(count: int) -> slice:
+        return slice(expert * count, (expert + 1) * count)
+
+    if moe.expert_tensors == "stacked":
+        gate_up = weights.merged_linear(
+            [f"{prefix}gate_proj", f"{prefix}up_proj"],
+            [size] * 2,
+            hidden,
+            selections=[rows_of(size)] * 2,
+        )
+    else:
+        gate_up = weights.merged_linear(
+            [f"{prefix}gate_up_proj"], [2 * size], hidden, selections=[rows_of(2 * size)]
+        )
+    down = weights.merged_linear(
+        [f"{prefix}down_proj"], [hidden], size, selections=[rows_of(hidden)]
+    )
+    return GatedMLP(gate_up, down)

@@ -1,0 +1,469 @@
+"""The router's rules, with every other actor played by a script."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from actors.actor import ActorContext
+from actors.registry import Registry
+from actors.router import Router, RouterArgs
+from cortexd.catalogue import Catalogue, CatalogueModel
+from cortexd.errors import (
+    BadModelFile,
+    Cancelled,
+    CortexError,
+    DeadlineExceeded,
+    InsufficientMemory,
+    ModelAlreadyLoaded,
+    ModelLoadFailed,
+    ModelLoading,
+    ModelNotFound,
+    ModelSourceError,
+    Overloaded,
+)
+from cortexd.messages import (
+    ActorDown,
+    ActorUp,
+    DescribeModel,
+    EndRequest,
+    EvictionProposal,
+    GroupDown,
+    GroupStarting,
+    GroupUp,
+    HostReport,
+    ModelLoaded,
+    Ok,
+    ProposeEviction,
+    QueryHost,
+    ResolvedFiles,
+    ResolveFiles,
+    Route,
+    Routed,
+    StartGroup,
+    StopGroup,
+    UnloadIdle,
+)
+from cortexd.messages.control import ActorInfo, Message
+from cortexd.messages.envelope import Address, Envelope
+from cortexd.messages.fleet import DeviceReport
+from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, RopeSpec
+from cortexd.settings import Gateway, Settings
+
+MODEL = "org/small"
+OTHER = "org/other"
+GIB = 2**30
+
+
+def model_spec() -> ModelSpec:
+    """A spec whose numbers do not matter here."""
+    return ModelSpec(
+        model_type="llama",
+        architecture="llama",
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=64,
+        rope=RopeSpec(),
+    )
+
+
+class World:
+    """Store, root, leaders and evictor, as far as the router sees them; a `Runtime`."""
+
+    def __init__(self) -> None:
+        self.peers = Registry()
+        self.asked: list[Message] = []
+        self.started = asyncio.Event()
+        self.resolve_error: CortexError | None = None
+        self.size_bytes = 1000
+        self.victims: list[str] = []
+        self.used_bytes = 0
+        self.epoch = 0
+        self.orders: dict[str, StartGroup] = {}
+        self.loads_by_itself = True
+        self.router: Router
+
+    def tell(self, name: str, body: Message) -> None:
+        """Nothing the router tells matters here."""
+
+    async def ask(self, name: str, body: Message, *, deadline_s: float) -> Message:
+        """Answer as the named actor would."""
+        self.asked.append(body)
+        answers: dict[type[Message], Callable[[Any], Awaitable[Message]]] = {
+            ResolveFiles: self._resolve,
+            StartGroup: self._start_group,
+            StopGroup: self._stop_group,
+            DescribeModel: lambda _: self._describe(name),
+            ProposeEviction: self._propose,
+            QueryHost: self._host,
+        }
+        return await answers[type(body)](body)
+
+    async def wait_for(self, name: str, *, deadline_s: float) -> ActorInfo:
+        """Not used by the router."""
+        raise AssertionError(name)
+
+    def report_progress(self, fraction: float, stage: str) -> None:
+        """Not used by the router."""
+
+    def count(self, kind: type[Message]) -> int:
+        """Return how often the router asked this."""
+        return sum(isinstance(message, kind) for message in self.asked)
+
+    async def _resolve(self, message: ResolveFiles) -> Message:
+        if self.resolve_error is not None:
+            raise self.resolve_error
+        return ResolvedFiles(self._files(message.model_id), model_spec())
+
+    def _files(self, model_id: str) -> ModelFiles:
+        return ModelFiles(
+            model_id=model_id,
+            source="hub",
+            revision="main",
+            format="gguf",
+            weights=("/m.gguf",),
+            size_bytes=self.size_bytes,
+        )
+
+    async def _start_group(self, order: StartGroup) -> Message:
+        self.epoch += 1
+        self.orders[order.group] = order
+        self.started.set()
+        if self.loads_by_itself:
+            asyncio.get_running_loop().call_soon(lambda: self.spawn_up(order.group, self.epoch))
+        return GroupStarting(order.group, self.epoch)
+
+    def spawn_up(self, group: str, epoch: int) -> None:
+        """Let a group become ready."""
+        leader = f"{group}/0"
+        info = ActorInfo(leader, epoch, "ready", group=group, epoch=epoch)
+        self.peers.apply(ActorUp(self.peers.sequence + 1, info))
+        self.router.spawn(self.router.on_group_up(GroupUp(0, group, epoch, leader)))
+
+    async def _stop_group(self, message: StopGroup) -> Message:
+        self.router.on_group_down(
+            GroupDown(0, message.group, self.epoch, "stopped", will_restart=False, commanded=True)
+        )
+        return Ok()
+
+    async def _describe(self, leader: str) -> Message:
+        order = self.orders[leader.split("/", maxsplit=1)[0]]
+        args = msgspec.msgpack.decode(order.args)
+        options = msgspec.convert(args["options"], LoadOptions)
+        return ModelLoaded(
+            options,
+            self._files(options.model_id),
+            model_spec(),
+            ModelLimits(context=64, output=63),
+            3 * GIB,
+            "cpu",
+            "float32",
+            "reference",
+            0.1,
+        )
+
+    async def _host(self, message: QueryHost) -> Message:
+        device = DeviceReport(0, "cpu", "cpu", 4 * GIB, self.used_bytes)
+        return HostReport("host", "Linux", "6", None, [device], [])
+
+    async def _propose(self, message: ProposeEviction) -> Message:
+        return EvictionProposal(self.victims, "lru")
+
+
+def make_router(world: World, folder: Path, **settings: Any) -> Router:
+    """Return a router that knows two models and talks to `world`."""
+    catalogue = Catalogue(
+        models=[CatalogueModel(id=MODEL), CatalogueModel(id=OTHER)], aliases={"small": MODEL}
+    )
+    context = ActorContext(
+        name="router",
+        incarnation=1,
+        settings=Settings(**settings),
+        args=msgspec.msgpack.encode(RouterArgs([], catalogue)),
+        listeners={},
+        log=logging.getLogger("test"),
+        runtime_dir=folder,
+    )
+    router = Router(context)
+    router.attach(world)
+    world.router = router
+    return router
+
+
+def envelope(deadline_s: float = 10.0, front: str = "front.0") -> Envelope:
+    """An envelope from a front."""
+    return Envelope(
+        id=1,
+        re=0,
+        src=Address(front, 1),
+        dst=Address("router", 1),
+        epoch=0,
+        deadline_ns=time.monotonic_ns() + int(deadline_s * 1e9),
+        body=Ok(),
+    )
+
+
+def route(request_id: str = "r1", *, model: str = MODEL, wait: bool = True) -> Route:
+    """A front's question."""
+    return Route(model, request_id, wait)
+
+
+async def routed(router: Router, request_id: str = "r1", model: str = MODEL) -> Routed:
+    """Ask and wait until the model runs."""
+    return await asyncio.wait_for(
+        router.on_route(route(request_id, model=model), envelope()), timeout=5
+    )
+
+
+def state_of(router: Router, model: str = MODEL) -> str:
+    """Return a model's state."""
+    return router.models[model].state
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    """Run one asynchronous test."""
+    asyncio.run(asyncio.wait_for(work(), timeout=10))  # type: ignore[arg-type]
+
+
+def test_fifty_requests_for_a_cold_model_make_one_load(tmp_path: Path) -> None:
+    """All get the same leader, and only one group is started."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        answers = await asyncio.gather(*(routed(router, f"r{n}") for n in range(50)))
+        assert len({answer.leader for answer in answers}) == 1
+        assert all(answer.cold_start for answer in answers)
+        assert (world.count(ResolveFiles), world.count(StartGroup)) == (1, 1)
+        assert router.models[MODEL].status().in_flight == 50
+        assert not (await routed(router, "later")).cold_start
+
+    run(work)
+
+
+def test_alias_routes_to_its_model_and_unknown_names_close_ones(tmp_path: Path) -> None:
+    """An alias is an entry of its own; a typo is answered with what was meant."""
+
+    async def work() -> None:
+        router = make_router(World(), tmp_path)
+        assert (await routed(router, model="small")).model_id == MODEL
+        with pytest.raises(ModelNotFound, match=f'did you mean "{MODEL}"'):
+            await router.on_route(route(model="org/smal"), envelope())
+
+    run(work)
+
+
+def test_route_without_wait_starts_the_load_and_says_so(tmp_path: Path) -> None:
+    """The answer is retriable and the load goes on."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        with pytest.raises(ModelLoading) as caught:
+            await router.on_route(route(wait=False), envelope())
+        assert caught.value.retry_after_s is not None
+        assert (await routed(router)).leader
+
+    run(work)
+
+
+def test_wait_ends_at_its_deadline_and_opens_no_lease(tmp_path: Path) -> None:
+    """A slow load does not leave leases that nobody closes."""
+
+    async def work() -> None:
+        world = World()
+        world.loads_by_itself = False
+        router = make_router(world, tmp_path)
+        with pytest.raises(DeadlineExceeded):
+            await router.on_route(route(), envelope(deadline_s=0.02))
+        world.spawn_up(router.models[MODEL].group, 1)
+        await routed(router, "r2")
+        assert list(router.models[MODEL].leases) == ["r2"]
+
+    run(work)
+
+
+def test_request_that_ends_while_it_waits_opens_no_lease(tmp_path: Path) -> None:
+    """EndRequest also ends a wait."""
+
+    async def work() -> None:
+        world = World()
+        world.loads_by_itself = False
+        router = make_router(world, tmp_path)
+        waiting = asyncio.create_task(router.on_route(route(), envelope()))
+        await asyncio.wait_for(world.started.wait(), timeout=5)
+        router.on_end_request(EndRequest("r1"), envelope())
+        world.spawn_up(router.models[MODEL].group, 1)
+        with pytest.raises(Cancelled):
+            await waiting
+        assert not router.models[MODEL].leases
+
+    run(work)
+
+
+def test_dead_front_gives_its_leases_back(tmp_path: Path) -> None:
+    """Only the dead incarnation's leases close."""
+
+    async def work() -> None:
+        router = make_router(World(), tmp_path)
+        await routed(router)
+        await router.on_route(route("r2"), envelope(front="front.1"))
+        router.on_actor_down(ActorDown(1, "front.0", 1, "", 0, "killed"))
+        assert list(router.models[MODEL].leases) == ["r2"]
+
+    run(work)
+
+
+def test_structural_failure_is_told_at_once_and_not_retried(tmp_path: Path) -> None:
+    """A file that cannot be loaded stays refused until somebody loads it on purpose."""
+
+    async def work() -> None:
+        world = World()
+        world.resolve_error = BadModelFile("m.gguf: cut short")
+        router = make_router(world, tmp_path)
+        for request in ("r1", "r2"):
+            with pytest.raises(BadModelFile, match="cut short"):
+                await routed(router, request)
+        assert world.count(ResolveFiles) == 1
+        world.resolve_error = None
+        await router.load(LoadOptions(model_id=MODEL))
+        assert state_of(router) == "loaded"
+
+    run(work)
+
+
+def test_transient_failure_cools_down_then_is_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests in the cool-down get the cause and when to retry; after it the load is tried."""
+
+    async def work() -> None:
+        world = World()
+        world.resolve_error = ModelSourceError("the hub does not answer")
+        router = make_router(world, tmp_path)
+        with pytest.raises(ModelLoadFailed, match="does not answer") as caught:
+            await routed(router)
+        assert caught.value.retry_after_s == pytest.approx(10, abs=1)
+        world.resolve_error = None
+        router.models[MODEL].state_since -= 11
+        assert (await routed(router, "r2")).leader
+
+    run(work)
+
+
+def test_group_death_recovers_and_a_given_up_group_fails(tmp_path: Path) -> None:
+    """While a group restarts requests wait; when the root gave it up they get its error."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        first = await routed(router)
+        group = router.models[MODEL].group
+        router.on_group_down(GroupDown(1, group, 1, "killed", will_restart=True, commanded=False))
+        assert state_of(router) == "recovering"
+        world.spawn_up(group, 2)
+        second = await routed(router, "r2")
+        assert second.epoch == first.epoch + 1
+        error = InsufficientMemory("too big").to_info()
+        router.on_group_down(GroupDown(2, group, 2, "out of memory", False, False, error))
+        with pytest.raises(ModelLoadFailed, match="too big"):
+            await routed(router, "r3")
+
+    run(work)
+
+
+def test_unload_waits_for_requests_and_refuses_when_they_do_not_end(tmp_path: Path) -> None:
+    """Nothing in use is unloaded unless forced."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path, gateway=Gateway(drain_s=0.05))
+        await routed(router)
+        with pytest.raises(Overloaded, match="1 requests"):
+            await router.unload(MODEL, force=False)
+        assert state_of(router) == "loaded"
+        unloading = asyncio.create_task(router.unload(MODEL, force=False))
+        await asyncio.sleep(0)
+        router.on_end_request(EndRequest("r1"), envelope())
+        await unloading
+        assert state_of(router) == "unloaded"
+        await routed(router, "r2")
+        await router.unload(MODEL, force=True)
+        assert state_of(router) == "unloaded"
+
+    run(work)
+
+
+def test_idle_proposal_is_ignored_while_in_use(tmp_path: Path) -> None:
+    """The router looks again: a request that came meanwhile wins."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router)
+        await router.on_unload_idle(UnloadIdle(MODEL, 60), envelope())
+        assert state_of(router) == "loaded"
+        router.on_end_request(EndRequest("r1"), envelope())
+        await router.on_unload_idle(UnloadIdle(MODEL, 60), envelope())
+        assert state_of(router) == "unloaded"
+
+    run(work)
+
+
+def test_no_room_asks_the_evictor_and_unloads_its_victims(tmp_path: Path) -> None:
+    """A model that does not fit displaces what the evictor names, once nothing uses it."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router, model=OTHER)
+        router.on_end_request(EndRequest("r1"), envelope())
+        full = DeviceReport(0, "cpu", "cpu", 4 * GIB, 3 * GIB)
+        router.on_host_report(HostReport("host", "Linux", "6", None, [full], []), envelope())
+        world.size_bytes = 2 * GIB
+        world.victims = [OTHER]
+        await routed(router, "r2")
+        assert (state_of(router, OTHER), state_of(router)) == ("unloaded", "loaded")
+
+    run(work)
+
+
+def test_load_with_other_options_is_refused(tmp_path: Path) -> None:
+    """The same options join; others must unload first."""
+
+    async def work() -> None:
+        router = make_router(World(), tmp_path)
+        await router.load(LoadOptions(model_id=MODEL))
+        await router.load(LoadOptions(model_id=MODEL))
+        with pytest.raises(ModelAlreadyLoaded, match="unload it first"):
+            await router.load(LoadOptions(model_id=MODEL, quant="Q8_0"))
+
+    run(work)
+
+
+def test_no_room_and_no_victim_says_both_numbers(tmp_path: Path) -> None:
+    """What does not fit is refused before any process is started."""
+
+    async def work() -> None:
+        world = World()
+        world.used_bytes = 3 * GIB
+        world.size_bytes = 2 * GIB
+        router = make_router(world, tmp_path)
+        with pytest.raises(ModelLoadFailed, match=r"needs about 2\.5 GiB and 1\.0 GiB are free"):
+            await routed(router)
+        assert world.count(StartGroup) == 0
+
+    run(work)

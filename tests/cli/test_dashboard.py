@@ -1,0 +1,120 @@
+"""The dashboard's screen, from the answers of the admin socket."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cli.dashboard import look, render
+from cli.main import main
+from tests.tree.daemon import Daemon, wait_for
+
+STATUS: dict[str, object] = {
+    "version": "0.1.0",
+    "state": "ok",
+    "role": "all",
+    "uptime_s": 12.0,
+    "listen": {"api": "127.0.0.1:31313"},
+    "actors": [{"name": "router", "state": "ready", "pid": 7, "restarts": 2, "rss_bytes": 2**20}],
+    "models": [
+        {"model_id": "org/big", "state": "loading", "progress": 0.5, "stage": "loading weights"},
+        {"model_id": "org/small", "state": "loaded", "memory_bytes": 2**30},
+    ],
+}
+HOST: dict[str, object] = {
+    "devices": [
+        {
+            "index": 0,
+            "kind": "cuda",
+            "name": "GPU",
+            "memory_total_bytes": 2**34,
+            "utilization_pct": 7,
+        }
+    ],
+    "loads": [
+        {
+            "model_id": "org/small",
+            "num_running": 3,
+            "num_waiting": 1,
+            "tok_s_prefill": 900.0,
+            "tok_s_decode": 55.5,
+            "kv_blocks_used": 1,
+            "kv_blocks_total": 4,
+        }
+    ],
+}
+
+
+def screen(status: dict[str, object], host: dict[str, object], *events: dict[str, object]) -> str:
+    """Return the rendered text, 140 columns wide."""
+    console = Console(file=io.StringIO(), width=140, color_system=None)
+    console.print(render(status, host, deque(events)))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_screen_shows_models_with_load_devices_actors_and_events() -> None:
+    """One look tells what runs, how loaded it is and what happened."""
+    event: dict[str, object] = {"event": "actor.ready", "time": 0, "fields": {"actor": "router"}}
+    text = screen(STATUS, HOST, event)
+    for expected in (
+        "loading weights 50 %",
+        "1.0 GiB",
+        "900 tok/s",
+        "55.5 tok/s",
+        "25 %",
+        "cuda:0",
+        "16.0 GiB",
+        "router",
+        "actor.ready actor=router",
+    ):
+        assert expected in text
+
+
+def test_screen_is_drawn_while_actors_are_away() -> None:
+    """A restarting router or poller is said, and the rest is shown."""
+    text = screen(
+        {**STATUS, "models": None, "models_error": "no answer"}, {"error": 'actor "poller" is down'}
+    )
+    assert "unknown: no answer" in text
+    assert 'unknown: actor "poller" is down' in text
+    assert "router" in text
+
+
+def test_foreign_text_cannot_control_the_terminal() -> None:
+    """Names and errors come from outside."""
+    model = {"model_id": "evil\x1b[2J", "state": "failed", "error": "bad\x1b]0;title\x07"}
+    assert "\x1b" not in screen({**STATUS, "models": [model]}, HOST)
+
+
+def test_top_without_a_terminal_names_the_other_way(capsys: pytest.CaptureFixture[str]) -> None:
+    """Scripts are sent to `status --json`."""
+    assert main(["top"]) == 1
+    assert "status --json" in capsys.readouterr().err
+
+
+@pytest.mark.tree
+def test_look_reads_a_real_daemon(tmp_path: Path) -> None:
+    """The three operations exist and have the fields that the screen shows."""
+    from actors.transport import AdminChannel
+
+    with (
+        Daemon(tmp_path) as daemon,
+        AdminChannel(daemon.runtime_dir / "admin.s", timeout_s=10) as channel,
+    ):
+        # The front answers before the poller has looked at the host.
+        wait_for(lambda: daemon.actors()["poller"]["state"] == "ready", 10.0, "the poller")
+        events: deque[dict[str, object]] = deque()
+        status, host = look(channel, events)
+        num_events = len(events)
+        look(channel, events)
+        assert num_events
+        assert [event["sequence"] for event in events] == list(range(1, len(events) + 1))
+        text = screen(status, host, *events)
+    assert "front.0" in text
+    assert "cpu:0" in text or "cuda:0" in text
+    assert "unknown" not in text
