@@ -10,6 +10,7 @@ several ranks, this one decides and the workers get every step's plan through th
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -91,29 +92,9 @@ class Leader(SyncActor):
         )
 
     def _meet_workers(self, device: Device) -> Comm:
-        """Find all workers, join the collectives, test them, and let the shards be loaded."""
-        from engine.tp.comm import Comm
-        from engine.tp.sharding import Shard
-
-        supervision = self.context.settings.supervision
-        ranks = self._ranks = RankGroup(
-            self,
-            self.context.address,
-            self.context.world_size,
-            Deadlines(
-                supervision.start_timeout_s, self.args.load_timeout_s, supervision.step_timeout_s
-            ),
-            model_id=self.args.options.model_id,
-        )
-        ranks.ping()
-        address = meeting_address(self.context.runtime_dir, self.context.address)
-        shard = Shard(0, self.context.world_size)
-        comm = ranks.join(
-            address,
-            lambda where: Comm.join(where, shard, device, timeout_s=supervision.step_timeout_s),
-        )
-        leave_meeting_place(address)
-        ranks.check_sanity(lambda: comm.sanity_sum(device))
+        """Join the workers, and let the shards be loaded."""
+        ranks = self._ranks = rank_group(self, self.args)
+        comm = join_workers(self, ranks, device, lambda stage: None)
         event(self.log, "ranks.joined", world_size=comm.world_size, devices=ranks.devices)
         ranks.begin_load(
             msgspec.json.encode(self.args.spec), self.args.files.weights, self.args.files.quant
@@ -206,6 +187,65 @@ class Leader(SyncActor):
         except (ActorDownError, MailboxFull) as error:
             event(self.log, "front.unreachable", 30, front=owner, error=error.message)
             self.engine.cancel_owner(owner)
+
+
+class Probe(SyncActor):
+    """Rank 0 of a group without a model: finds out whether the ranks can work together."""
+
+    def on_start(self) -> None:
+        """Try every stage and tell the doctor of each; raises what fails."""
+        from engine.device import choose_device, device_name
+
+        args = msgspec.msgpack.decode(self.context.args, type=RankArgs)
+        device = choose_device(self.context.settings.engine, args.options.device_of(0))
+        self._found(f"device: {device_name(device)}")
+        if self.context.world_size == 1:
+            return
+        ranks = rank_group(self, args)
+        join_workers(self, ranks, device, self._found)
+        free = ", ".join(f"{info.free_mb} of {info.total_mb} MiB" for info in ranks.vram())
+        self._found(f"memory free on the workers: {free}")
+        self._found("shutdown")
+        ranks.shutdown()
+
+    def _found(self, stage: str) -> None:
+        self.tell("doctor", LoadProgress("doctor", 0.0, stage))
+
+
+def rank_group(actor: SyncActor, args: RankArgs) -> RankGroup:
+    """Return the workers of a rank 0."""
+    supervision = actor.context.settings.supervision
+    return RankGroup(
+        actor,
+        actor.context.address,
+        actor.context.world_size,
+        Deadlines(supervision.start_timeout_s, args.load_timeout_s, supervision.step_timeout_s),
+        model_id=args.options.model_id,
+    )
+
+
+def join_workers(
+    actor: SyncActor, ranks: RankGroup, device: Device, found: Callable[[str], None]
+) -> Comm:
+    """Find all workers, join the collectives with them, and test these; `found` hears of each.
+
+    Raises: CortexError naming the rank that failed.
+    """
+    from engine.tp.comm import Comm
+    from engine.tp.sharding import Shard
+
+    context = actor.context
+    timeout_s = context.settings.supervision.step_timeout_s
+    ranks.ping()
+    found(f"ping: workers on {', '.join(ranks.devices)}")
+    address = meeting_address(context.runtime_dir, context.address)
+    shard = Shard(0, ranks.world_size)
+    comm = ranks.join(address, lambda where: Comm.join(where, shard, device, timeout_s=timeout_s))
+    leave_meeting_place(address)
+    found(f"init: {ranks.world_size} ranks joined over {comm.backend}")
+    ranks.check_sanity(lambda: comm.sanity_sum(device))
+    found(f"sanity: every rank added up {ranks.world_size}")
+    return comm
 
 
 def _owner(envelope: Envelope) -> str:

@@ -71,6 +71,11 @@ class Comm:
         """How many ranks there are."""
         return self.shard.world_size
 
+    @property
+    def backend(self) -> str:
+        """What carries the tensors."""
+        return "nothing" if self._group is None else str(self._group.name())
+
     def all_reduce(self, partial: Tensor) -> Tensor:
         """Return the sum over all ranks, in the dtype of `partial`, which may be overwritten.
 

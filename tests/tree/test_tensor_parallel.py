@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,7 +164,15 @@ def test_unloaded_model_ends_all_its_ranks(split: Daemon, model: str) -> None:
 @pytest.mark.parametrize(
     ("architecture", "sizes"),
     [
-        ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 96}),
+        (
+            "llama",
+            {
+                "num_attention_heads": 6,
+                "num_key_value_heads": 3,
+                "hidden_size": 96,
+                "intermediate_size": 96,
+            },
+        ),
         ("qwen3", {}),
     ],
 )
@@ -181,3 +191,21 @@ def test_three_and_four_ranks_answer_as_one(
         found.append([_ask(daemon, model, prompt) for prompt in PROMPTS])
         daemon.post("/models/unload", {"model_id": model}, port=daemon.neuron_port)
     assert all(texts == found[0] for texts in found)
+
+
+def test_doctor_tries_every_stage_and_leaves_nothing(tmp_path: Path) -> None:
+    """Spawn, ping, init, sanity, shutdown; two ranks on the CPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cortexd", "doctor", "--tp", "2"],
+        env={**os.environ, "TMPDIR": "/tmp", "CORTEXD_ENGINE__DEVICE": "cpu"},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    expected = "spawn device ping init sanity memory free on the workers shutdown status=ok"
+    assert " ".join(stages) == expected
+    assert done.stderr == ""
