@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cortexd.errors import CortexError
 from tests.tree.daemon import Daemon, streamed_text, wait_for
 from tests.tree.tiny_model import make_tiny_model
 
@@ -151,6 +152,15 @@ def test_world_size_that_does_not_divide_is_refused_before_any_process(
     assert "num_attention_heads = 4" in answer["error"]["message"]
     assert "allowed for this model: 1, 2, 4" in answer["error"]["message"]
     assert other not in split.models() or split.models()[other]["state"] == "failed"
+
+
+@pytest.mark.parametrize("world_size", [0, 65])
+def test_operator_cannot_ask_for_an_impossible_number_of_ranks(
+    split: Daemon, model: str, world_size: int
+) -> None:
+    """The admin protocol checks what the command line would."""
+    with pytest.raises(CortexError, match="tensor_parallel"):
+        split.admin("model.load", model_id=model, tensor_parallel=world_size)
 
 
 def test_unloaded_model_ends_all_its_ranks(split: Daemon, model: str) -> None:

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "llama": ("llama", {}, (2, 4)),
     "llama-tied": ("llama", {"tie_word_embeddings": True}, (2,)),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}, (2,)),
+    "qwen2": ("qwen2", {}, (2,)),
     "qwen3": ("qwen3", {}, (2, 4)),
     "qwen3-three": ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3}, (3,)),
     "qwen3-one-kv": ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 1}, (3,)),
