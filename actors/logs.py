@@ -85,7 +85,7 @@ def json_line(line: bytes, actor: str, pid: int, time_s: float) -> bytes:
         try:
             msgspec.json.decode(line, type=dict)
             return line
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             pass  # text that only looks like JSON is wrapped below
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_s))
     return _encode(

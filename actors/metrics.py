@@ -64,6 +64,11 @@ class Metrics(AsyncActor):
                 ("tok_s_prefill", "cortex_model_tok_s_prefill", "Prefill speed, tokens/s"),
                 ("tok_s_decode", "cortex_model_tok_s_decode", "Decode speed, tokens/s"),
                 ("kv_blocks_used", "cortex_model_kv_blocks_used", "KV blocks in use"),
+                (
+                    "kv_blocks_cached",
+                    "cortex_model_kv_blocks_cached",
+                    "Free KV blocks with known KV",
+                ),
                 ("kv_blocks_total", "cortex_model_kv_blocks", "KV blocks in all"),
                 ("num_preemptions", "cortex_model_preemptions", "Preemptions since load"),
             )

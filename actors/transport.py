@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from hashlib import blake2s
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import zmq
@@ -53,6 +53,7 @@ _SHORT_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,22}")
 CONTROL_SOCKET: Final = "control.s"
 
 _encode = msgspec.msgpack.Encoder().encode
+_T = TypeVar("_T")
 _header_decoder = msgspec.msgpack.Decoder(Header)
 _body_decoder = msgspec.msgpack.Decoder(Body)
 
@@ -82,13 +83,20 @@ def encode_message(header: Header, body: Message | ErrorInfo) -> tuple[bytes, by
 
 def decode_header(frame: bytes) -> Header:
     """Return the header. Raises: msgspec.MsgspecError."""
-    return _header_decoder.decode(frame)
+    return _decoded(_header_decoder, frame)
 
 
 def decode_body(frame: bytes) -> Message | ErrorInfo:
     """Return the body. Raises: msgspec.MsgspecError for anything but a known, valid message."""
-    body: Message | ErrorInfo = _body_decoder.decode(frame)
+    body: Message | ErrorInfo = _decoded(_body_decoder, frame)
     return body
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
+    try:
+        return decoder.decode(frame)
+    except UnicodeDecodeError as error:  # the one fault that msgspec lets out under another name
+        raise msgspec.DecodeError(f"text is not UTF-8: {error}") from error
 
 
 class Transport:

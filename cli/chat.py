@@ -1,7 +1,8 @@
 """`cortexd chat`: a streaming conversation in the terminal, over the HTTP API like any client.
 
 Ctrl-C stops an answer (the server frees its place at once), Ctrl-D leaves. What was said so far
-stays in the history, a stopped answer with what had come of it.
+stays in the history, a stopped answer with what had come of it. At a terminal the model's reasoning
+is shown as it comes (on standard error: it is no part of the answer).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import contextlib
 import importlib
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Final
 
 from cli import format as fmt
@@ -28,8 +29,14 @@ def chat(args: argparse.Namespace) -> int:
     url = args.url or parse_host_port(settings_of(args).settings.gateway.listen).url()
     client = ApiClient(url)
     model = args.model or first_model(client)
-    conversation = Conversation(client, model, _sampling(args), args.system)
     interactive = sys.stdin.isatty()
+    conversation = Conversation(
+        client,
+        model,
+        _sampling(args),
+        args.system,
+        on_reasoning=_show_reasoning if interactive else lambda text: None,
+    )
     if interactive:
         # Importing it gives `input` line editing and history.
         with contextlib.suppress(ImportError):
@@ -44,7 +51,13 @@ class Conversation:
     """The messages so far, and the way to the model."""
 
     def __init__(
-        self, client: ApiClient, model: str, sampling: Document, system: str | None = None
+        self,
+        client: ApiClient,
+        model: str,
+        sampling: Document,
+        system: str | None = None,
+        *,
+        on_reasoning: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.messages: list[Document] = []
         if system is not None:
@@ -52,6 +65,7 @@ class Conversation:
         self._client = client
         self._model = model
         self._sampling = sampling
+        self._on_reasoning = on_reasoning
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """Yield the answer piece by piece, then keep both sides in the history.
@@ -66,10 +80,16 @@ class Conversation:
             **self._sampling,
         }
         answer = ""
+        is_reasoning = False
         try:
             with contextlib.closing(self._client.stream("/v1/chat/completions", body)) as events:
                 for event in events:
-                    piece = _content(event)
+                    piece = _delta(event, "content")
+                    thought = _delta(event, "reasoning_content")
+                    if piece and is_reasoning:
+                        thought = "\n\n"  # sets the answer off
+                    is_reasoning = (is_reasoning or bool(thought)) and not piece
+                    self._on_reasoning(thought)
                     answer += piece
                     if piece:
                         yield piece
@@ -133,11 +153,16 @@ def _answer(conversation: Conversation, question: str, *, interactive: bool) -> 
         fmt.complain(fmt.error_line(error))
 
 
-def _content(event: Document) -> str:
-    """Return the text of one chat.completion.chunk."""
+def _show_reasoning(text: str) -> None:
+    dim = fmt.coloured(fmt.printable(text), "dim", enabled=fmt.has_colour(sys.stderr))
+    print(dim, end="", file=sys.stderr, flush=True)
+
+
+def _delta(event: Document, field: str) -> str:
+    """Return what one chat.completion.chunk adds to a text field of the message."""
     choices = event.get("choices")
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
         return ""
     delta = choices[0].get("delta")
-    content = delta.get("content") if isinstance(delta, dict) else None
+    content = delta.get(field) if isinstance(delta, dict) else None
     return content if isinstance(content, str) else ""

@@ -14,7 +14,13 @@ from typing import Final, TextIO
 
 from cortexd.errors import CortexError
 
-_COLOURS: Final[Mapping[str, str]] = {"green": "32", "yellow": "33", "red": "31", "bold": "1"}
+_COLOURS: Final[Mapping[str, str]] = {
+    "green": "32",
+    "yellow": "33",
+    "red": "31",
+    "bold": "1",
+    "dim": "2",
+}
 _STATE_COLOURS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("ok", "ready", "loaded"), "green"),
     **dict.fromkeys(
@@ -34,7 +40,7 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def coloured(text: str, colour: str, *, enabled: bool) -> str:
-    """Return `text` in a colour (green, yellow, red, bold), or as it is."""
+    """Return `text` in a colour (green, yellow, red, bold, dim), or as it is."""
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if enabled else text
 
 

@@ -37,7 +37,7 @@ def read_desired(runtime_dir: Path) -> list[DesiredModel] | None:
     try:
         text = (runtime_dir / _FILE).read_bytes()
         return msgspec.json.decode(text, type=list[DesiredModel])
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 

@@ -83,6 +83,7 @@ class Engine(Section, frozen=True):
     max_prefill_chunk: Annotated[int, Meta(ge=16, le=65536)] = 512
     max_model_len: NonNegativeInt = 0
     max_queue_depth: PositiveInt = 256
+    prefix_cache: bool = True
     backend: Literal["auto", "reference"] = "auto"
 
 

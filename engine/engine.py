@@ -186,6 +186,8 @@ class Engine:
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
             steps=self._steps,
+            num_cached_tokens=self.scheduler.prefix_cache.num_hit_tokens,
+            kv_blocks_cached=pool.num_cached,
         )
 
     def close(self) -> None:
@@ -197,6 +199,7 @@ class Engine:
     def _execute(self, plan: StepPlan) -> Iterator[SampledToken] | None:
         """Return the sampled tokens in row order, or None when memory ran out."""
         try:
+            self._copy_states(plan)
             batch = build_batch(plan.rows, self.cache.block_size, self._device)
             sequences = [row.sequence for row in plan.rows if row.samples]
             self._lockstep.begin_step(plan)
@@ -210,6 +213,12 @@ class Engine:
         # Only here, past the handler, are the failed step's tensors free.
         devices.release_cached_memory(self._device)
         return None
+
+    def _copy_states(self, plan: StepPlan) -> None:
+        states = self.cache.states
+        for source, target in plan.state_copies:
+            assert states is not None, "only a hybrid's plan moves states"
+            states.copy(source, target)
 
     def _shrink(self, plan: StepPlan) -> None:
         sequence = self.scheduler.reduce(plan)
@@ -232,7 +241,7 @@ class Engine:
                 f"request {sequence.submit.request_id}: the model's logits held NaN or infinity "
                 f"at token {len(sequence.token_ids)}; only this request failed"
             )
-            self._fail(sequence, error)
+            self._fail(sequence, error, is_tainted=True)
         elif token.token_id in sequence.stop_token_ids:
             self._finish(sequence)
             self._outbox.add_end(sequence, "stop")
@@ -244,12 +253,14 @@ class Engine:
                 self._finish(sequence)
             self._outbox.add_token(sequence, token, "length" if is_last else None)
 
-    def _fail(self, sequence: Sequence, error: errors.CortexError) -> None:
-        self._finish(sequence)
+    def _fail(
+        self, sequence: Sequence, error: errors.CortexError, *, is_tainted: bool = False
+    ) -> None:
+        self._finish(sequence, is_tainted=is_tainted)
         self._outbox.add_end(sequence, "error", error)
 
-    def _finish(self, sequence: Sequence) -> None:
-        self.scheduler.finish(sequence)
+    def _finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
+        self.scheduler.finish(sequence, is_tainted=is_tainted)
         self.sampler.release(sequence)
         del self._sequences[sequence.owner, sequence.sequence_id]
 

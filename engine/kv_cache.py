@@ -20,6 +20,8 @@ from engine.state_cache import StateCache
 MIB: Final = 1024 * 1024
 # Of the memory that is free after the weights: on a CPU others live there too.
 CPU_SHARE: Final = 0.25
+# More than this is taken on a CPU only where one sequence of full length needs it.
+CPU_SUFFICIENT_BYTES: Final = 2048 * MIB
 # On CUDA the rest is for activations, logits, library workspaces and graph pools.
 CUDA_SHARE: Final = 0.85
 
@@ -38,24 +40,29 @@ def choose_size(
 ) -> CacheSize:
     """Return the cache size.
 
-    A hybrid gets a state slot for each sequence that may run, but of half the budget at most.
+    A hybrid gets a state slot for each sequence that may run, and as many again for snapshots of
+    cached prefixes, but of half the budget at most.
     Raises: InsufficientMemory when not even two blocks and one state fit.
     """
     block_bytes = spec.kv_bytes_per_token(element_size) * settings.block_size
     context = spec.max_position_embeddings
     if settings.max_model_len:
         context = min(context, settings.max_model_len)
+    blocks_per_sequence = -(-context // settings.block_size)
+    slot_bytes = spec.state_bytes_per_sequence(element_size)
     if settings.kv_cache_mib:
         budget = settings.kv_cache_mib * MIB
+    elif device_type == "cuda":
+        budget = int(free_bytes * CUDA_SHARE)
     else:
-        budget = int(free_bytes * (CUDA_SHARE if device_type == "cuda" else CPU_SHARE))
-    slot_bytes = spec.state_bytes_per_sequence(element_size)
+        one_sequence = (blocks_per_sequence + 1) * block_bytes + 2 * slot_bytes
+        budget = min(int(free_bytes * CPU_SHARE), max(CPU_SUFFICIENT_BYTES, one_sequence))
     num_slots = 0
     least = 2 * block_bytes
     if slot_bytes:
         least += 2 * slot_bytes
-        num_slots = max(1, min(settings.max_num_seqs, budget // 2 // slot_bytes - 1))
-    blocks_per_sequence = -(-context // settings.block_size)
+        wanted = settings.max_num_seqs * (2 if settings.prefix_cache else 1)
+        num_slots = max(1, min(wanted, budget // 2 // slot_bytes - 1))
     useful_blocks = settings.max_num_seqs * blocks_per_sequence + 1
     state_bytes = (num_slots + 1) * slot_bytes if slot_bytes else 0
     num_blocks = min((budget - state_bytes) // block_bytes, useful_blocks)

@@ -8,6 +8,11 @@ A step holds one token of every decoding sequence, then prefill chunks, oldest f
 token budget; waiting sequences are admitted first in, first out. When blocks run out, the newest
 running sequence gives its blocks back, keeps its tokens, and waits at the head of the queue to be
 computed again.
+
+Equal prefixes are computed once. A sequence takes over what the prefix cache holds when it is
+admitted, and also while it prefills; and when a row of the plan is about to compute the very block
+that it needs next, it sits this step out and takes the block in the next one. So of n answers to
+one prompt, or of equal prompts sent together, one computes and the others follow a step behind.
 """
 
 from __future__ import annotations
@@ -19,8 +24,11 @@ from typing import Final
 from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
 from engine.block_pool import NULL_BLOCK, BlockPool
+from engine.prefix_cache import PrefixCache, PublicationKey
+from engine.prefix_tree import PrefixNode
 from engine.sequence import Sequence, SequenceState
 from engine.slot_pool import NULL_SLOT, SlotPool
+from engine.snapshots import Snapshots, StateCopy
 
 # Prefill chunks are not cut smaller than this when memory is short: smaller ones save nothing.
 MIN_PREFILL_CHUNK: Final = 16
@@ -55,15 +63,27 @@ class PlannedRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The rows of one step: decode rows first, `num_decodes` of them, then prefill rows."""
+    """The rows of one step: decode rows first, `num_decodes` of them, then prefill rows.
+
+    `state_copies` move a hybrid's states between slots before anything is computed.
+    """
 
     rows: list[PlannedRow] = field(default_factory=list)
     num_decodes: int = 0
+    state_copies: list[StateCopy] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows."""
         return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRows:
+    """The prefill rows of a plan in the making, and the blocks that they compute next."""
+
+    rows: list[PlannedRow] = field(default_factory=list)
+    keys: set[PublicationKey] = field(default_factory=set)
 
 
 class Scheduler:
@@ -81,6 +101,10 @@ class Scheduler:
         assert pool.num_usable * block_size >= context, "one full-length sequence must fit"
         self.pool = pool
         self.slots = slots
+        self.snapshots = None if slots is None else Snapshots(slots)
+        self.prefix_cache = PrefixCache(
+            pool, block_size, is_enabled=settings.prefix_cache, snapshots=self.snapshots
+        )
         self.block_size = block_size
         self.context = context
         self.token_budget = settings.max_num_batched_tokens
@@ -124,30 +148,42 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """Choose the next step's rows and give them their blocks."""
         decodes, prefills, budget = self._plan_running()
-        while self._can_admit():
-            num_tokens = self._chunk_size(self.waiting[0], budget, is_first=not prefills)
+        while (found := self._admissible()) is not None:
+            sequence = self.waiting[0]
+            # What waits has computed nothing.
+            num_left = self._num_left(sequence, len(found) * self.block_size)
+            num_tokens = self._chunk_size(num_left, budget, is_first=not prefills.rows)
             if num_tokens == 0:
                 break
-            sequence = self.waiting.popleft()
+            self.waiting.popleft()
+            self.prefix_cache.take(sequence, found)
+            if self.snapshots is not None and sequence.state_slot == NULL_SLOT:
+                sequence.state_slot = self.snapshots.allocate()
             sequence.state = SequenceState.RUNNING
-            if self.slots is not None:
-                sequence.state_slot = self.slots.allocate()
             self.running.append(sequence)
-            budget -= self._plan_chunk(prefills, sequence, num_tokens)
-        return StepPlan(decodes + prefills, len(decodes))
+            if not self._waits_for(prefills, sequence):
+                budget -= self._plan_chunk(prefills, sequence, num_tokens)
+        copies = [] if self.snapshots is None else self.snapshots.take_copies()
+        return StepPlan(decodes + prefills.rows, len(decodes), copies)
 
     def complete(self, plan: StepPlan) -> None:
         """Count the plan's tokens as computed; call it before sampled tokens are appended."""
         for row in plan.rows:
             row.sequence.num_computed = row.start + row.num_tokens
+            self.prefix_cache.publish(row.sequence)
         self._clean_steps += 1
         if self._clean_steps >= STEPS_TO_REGROW:
             self._clean_steps = 0
             self._chunk_limit = min(self._chunk_limit * 2, self.max_prefill_chunk)
             self._seat_limit = min(self._seat_limit * 2, self.max_running)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Remove a sequence, wherever it stands, and release its blocks and its state slot."""
+    def finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
+        """Remove a sequence, wherever it stands, and release its blocks and its state slot.
+
+        When it `is_tainted`, nothing that begins like it is kept for others.
+        """
+        if is_tainted:
+            self.prefix_cache.discard(sequence)
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
         elif sequence.state is SequenceState.WAITING:
@@ -156,6 +192,7 @@ class Scheduler:
             return
         sequence.state = SequenceState.FINISHED
         self._release_blocks(sequence)
+        self._release_slot(sequence)
 
     def reduce(self, plan: StepPlan) -> Sequence | None:
         """Make the next plans smaller, since this one ran out of memory and nothing of it counts.
@@ -167,7 +204,9 @@ class Scheduler:
         if self.slots is not None:
             # Some layers have advanced their state by this step's tokens, others have not.
             for row in plan.rows:
+                self._release_blocks(row.sequence)
                 row.sequence.num_computed = 0
+                row.sequence.num_cached_tokens = 0
         longest = max(row.num_tokens for row in plan.rows)
         if longest > MIN_PREFILL_CHUNK:
             self._chunk_limit = max(MIN_PREFILL_CHUNK, longest // 2)
@@ -179,19 +218,21 @@ class Scheduler:
             return plan.rows[0].sequence
         return None
 
-    def _plan_running(self) -> tuple[list[PlannedRow], list[PlannedRow], int]:
+    def _plan_running(self) -> tuple[list[PlannedRow], PrefillRows, int]:
         """Return decode rows, prefill rows and the budget that is left.
 
         Oldest first, so that blocks are only ever taken from sequences not planned yet: the oldest
         one always moves on, whatever the others do.
         """
+        for sequence in self.running:
+            self.prefix_cache.take(sequence, self.prefix_cache.find(sequence))
         num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
         budget = self.token_budget - num_decodes
         if num_decodes:
             # Decoding sequences wait for the whole step: bound what prefill adds to it.
             budget = min(budget, self._chunk_limit)
         decodes: list[PlannedRow] = []
-        prefills: list[PlannedRow] = []
+        prefills = PrefillRows()
         for sequence in list(self.running):
             if sequence.state is not SequenceState.RUNNING:
                 continue  # preempted by an older one in this very loop
@@ -200,29 +241,45 @@ class Scheduler:
                     decodes.append(PlannedRow(sequence, sequence.num_computed, 1, samples=True))
                 else:
                     self._preempt(sequence)
-            else:
-                num_tokens = self._chunk_size(sequence, budget, is_first=not prefills)
+            elif not self._waits_for(prefills, sequence):
+                num_left = self._num_left(sequence, sequence.num_computed)
+                num_tokens = self._chunk_size(num_left, budget, is_first=not prefills.rows)
                 # When an older one's chunk does not fit, no newer one overtakes it.
                 budget -= self._plan_chunk(prefills, sequence, num_tokens) or budget
         return decodes, prefills, budget
 
-    def _chunk_size(self, sequence: Sequence, budget: int, *, is_first: bool) -> int:
-        """Return the tokens of the sequence's next chunk; 0 when it does not fit this step.
+    def _waits_for(self, prefills: PrefillRows, sequence: Sequence) -> bool:
+        """Tell whether a row of this step computes what the sequence can take over in the next."""
+        key = self.prefix_cache.next_key(sequence)
+        return key in prefills.keys and self.prefix_cache.could_take_next(sequence)
+
+    def _num_left(self, sequence: Sequence, start: int) -> int:
+        """Return how many tokens from `start` on a single chunk may have."""
+        end = len(sequence.token_ids)
+        if self.snapshots is not None:
+            end = self.prefix_cache.next_cut(sequence, start) or end
+        return end - start
+
+    def _chunk_size(self, num_left: int, budget: int, *, is_first: bool) -> int:
+        """Return the tokens of the next chunk of a sequence; 0 when it does not fit this step.
 
         Only a step's first chunk is cut to the budget: else the cuts, and with them the last bits
         of a prompt's KV, would depend on what else happens to run.
         """
-        num_tokens = min(sequence.num_uncomputed, self._chunk_limit)
+        num_tokens = min(num_left, self._chunk_limit)
         if num_tokens <= budget:
             return num_tokens
         return budget if is_first else 0
 
-    def _plan_chunk(self, prefills: list[PlannedRow], sequence: Sequence, num_tokens: int) -> int:
+    def _plan_chunk(self, prefills: PrefillRows, sequence: Sequence, num_tokens: int) -> int:
         """Add a prefill row of at most `num_tokens`; return for how many there were blocks."""
         num_tokens = self._take_blocks(sequence, num_tokens)
         if num_tokens:
             samples = num_tokens == sequence.num_uncomputed
-            prefills.append(PlannedRow(sequence, sequence.num_computed, num_tokens, samples))
+            prefills.rows.append(PlannedRow(sequence, sequence.num_computed, num_tokens, samples))
+            key = self.prefix_cache.next_key(sequence)
+            if key is not None:
+                prefills.keys.add(key)
         return num_tokens
 
     def _take_blocks(self, sequence: Sequence, num_tokens: int) -> int:
@@ -241,18 +298,22 @@ class Scheduler:
         room = len(sequence.block_table) * self.block_size - sequence.num_computed
         return min(num_tokens, room)
 
-    def _can_admit(self) -> bool:
+    def _admissible(self) -> list[PrefixNode] | None:
+        """Return the cached prefix of the first waiting sequence, or None when it must wait."""
         if not self.waiting or len(self.running) >= self._seat_limit:
-            return False
-        if self.slots is not None and not self.slots.num_free:
-            return False
+            return None
+        if self.snapshots is not None and not self.snapshots.has_room:
+            return None
+        sequence = self.waiting[0]
+        found = self.prefix_cache.find(sequence)
         # Without room for all its tokens it would only be preempted again.
-        needed = self._blocks_for(len(self.waiting[0].token_ids) + 1)
-        return not self.running or self._unclaimed_blocks() >= needed
+        needed = self._blocks_for(len(sequence.token_ids) + 1) - self.prefix_cache.num_held(found)
+        return found if not self.running or self._unclaimed_blocks() >= needed else None
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release_blocks(sequence)
+        self._release_slot(sequence)
         sequence.state = SequenceState.WAITING
         sequence.num_computed = 0
         sequence.num_preemptions += 1
@@ -263,6 +324,9 @@ class Scheduler:
         # Last block first: the head of a prompt is the part that others may share, keep it longest.
         self.pool.release(sequence.block_table[::-1])
         sequence.block_table = []
+        sequence.prefix_node = None
+
+    def _release_slot(self, sequence: Sequence) -> None:
         if self.slots is not None and sequence.state_slot != NULL_SLOT:
             self.slots.release(sequence.state_slot)
             sequence.state_slot = NULL_SLOT

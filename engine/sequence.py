@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass, field
 
 from cortexd.messages.inference import Submit
+from engine.prefix_tree import PrefixNode
 from engine.slot_pool import NULL_SLOT
 
 
@@ -38,9 +39,11 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    prefix_node: PrefixNode | None = None  # the blocks before this and its own are shareable
     state_slot: int = NULL_SLOT  # of a hybrid model's recurrent state, while it runs
     num_preemptions: int = 0
-    num_cached_tokens: int = 0
+    stable_length: int = 0  # so many tokens will begin the conversation's next prompt, too
+    num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
 
     def __repr__(self) -> str:
         return (

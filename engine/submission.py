@@ -60,8 +60,22 @@ def make_sequence(owner: str, submit: Submit, spec: ModelSpec, limits: ModelLimi
         num_prompt_tokens=len(prompt),
         max_tokens=min(submit.max_tokens, limits.output, limits.context - len(prompt)),
         stop_token_ids=frozenset() if submit.ignore_eos else stop_token_ids,
+        stable_length=_stable_length(prompt, stop_token_ids),
         seed=secrets.randbits(64) if submit.seed is None else submit.seed % 2**64,
     )
+
+
+def _stable_length(prompt: list[int], end_token_ids: frozenset[int]) -> int:
+    """Return the length of the prompt up to its last end token, that one included.
+
+    In a chat that is where the last message ends. What follows, the header of the answer, merges
+    with the answer when it is tokenised again, or loses the opening of a reasoning that clients
+    strip. A prompt without any end token is plain text: all but its last token.
+    """
+    for index in range(len(prompt) - 1, -1, -1):
+        if prompt[index] in end_token_ids:
+            return index + 1
+    return len(prompt) - 1
 
 
 def _check_sampling(submit: Submit, vocab_size: int) -> None:

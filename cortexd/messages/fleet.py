@@ -135,6 +135,8 @@ class LoadReport(Message, frozen=True, tag="LoadReport"):
     num_prompt_tokens: int
     num_generated_tokens: int
     steps: int
+    num_cached_tokens: int = 0  # of the prompt tokens, those that were not computed again
+    kv_blocks_cached: int = 0  # free blocks whose content is kept for prompts to come
 
 
 class DeviceReport(msgspec.Struct, frozen=True, array_like=True):

@@ -32,6 +32,7 @@ class Submit(Message, frozen=True, tag="Submit"):
     min_tokens: int = 0
     stop_token_ids: bytes = b""
     logit_bias: dict[int, float] = {}
+    cache_salt: str = ""  # only sequences with equal salts share cached prefixes
 
 
 class Cancel(Message, frozen=True, tag="Cancel"):

@@ -80,7 +80,7 @@ def read_intact_files(directory: Path, transfer: Transfer) -> list[str] | None:
 def _read_manifest(directory: Path) -> Manifest | None:
     try:
         return msgspec.json.decode((directory / MANIFEST_NAME).read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 

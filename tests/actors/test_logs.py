@@ -145,3 +145,10 @@ def test_hub_captures_to_ring_file_and_followers(tmp_path: Path) -> None:
     assert hub.lines(None, 2)[-1] == b'{"event":"last"}'
     assert hub.lines("a", 0) == []
     assert hub.lines("nobody", 5) == []
+
+
+def test_json_line_with_broken_text_is_wrapped_not_raised() -> None:
+    """What a dying process writes must never harm the root."""
+    for line in (b'{"event":"\xff\xfe"}', b'{"a":' * 5000, b"{\x00}"):
+        entry = msgspec.json.decode(json_line(line, "engine/0", 7, 0.0))
+        assert entry["event"] == "output"

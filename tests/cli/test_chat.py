@@ -50,6 +50,18 @@ def test_chat_streams_answers_and_keeps_history(
     ]
 
 
+def test_reasoning_is_shown_apart_and_not_kept(api: FakeApi) -> None:
+    """Reasoning goes to its own listener, closed off before the answer; history has words only."""
+    thought = b'data: {"choices": [{"delta": {"reasoning_content": "hm"}}]}\n\n'
+    api.replies = [thought + sse("yes"), thought + sse("no")]
+    thoughts: list[str] = []
+    conversation = Conversation(ApiClient(api.url), "a/warm", {}, on_reasoning=thoughts.append)
+    assert list(conversation.ask("?")) == ["yes"]
+    assert "".join(thoughts) == "hm\n\n"
+    assert conversation.messages[-1] == {"role": "assistant", "content": "yes"}
+    assert list(Conversation(ApiClient(api.url), "a/warm", {}).ask("?")) == ["no"]
+
+
 def test_stopped_answer_leaves_the_server_and_stays_in_the_history(api: FakeApi) -> None:
     """Closing the answer closes the connection at once; what had come is kept."""
     api.replies = [sse("One", " two", done=False), sse("ok")]

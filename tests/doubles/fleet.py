@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cortexd.errors import (
     ActorDown,
@@ -78,8 +78,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, Message]] = []
-        self.reply: bytes = b"Hello, world!"
-        self.replies: list[bytes] = []  # taken first, one per Submit
+        self.reply: Sequence[int] = b"Hello, world!"  # token ids
+        self.replies: list[Sequence[int]] = []  # taken first, one per Submit
         self.finish_reason = "stop"
         self.delta_error: CortexError | None = None
         self.num_cached_tokens = 0
@@ -88,6 +88,7 @@ class Fleet:
         self.load_error: CortexError | None = None
         self.host_answers = True
         self.context = CONTEXT
+        self.spec = SPEC
         self.incarnations: dict[str, int | None] = {"router": 1, LEADER: 1, "poller": 1}
         self.epoch = 1
         self.on_batch: Callable[[TokenBatch], None] = lambda batch: None
@@ -208,7 +209,7 @@ class Fleet:
             self.incarnations[LEADER] or 0,
             self.epoch,
             FILES,
-            SPEC,
+            self.spec,
             ModelLimits(context=self.context, output=self.context),
             is_cold,
         )

@@ -21,6 +21,7 @@ from actors.front.services import Services
 from actors.front.text_models import TextModels
 from cortexd.errors import CortexError
 from cortexd.settings import Gateway, Settings
+from engine.text.text_model import TextModel
 from tests.doubles.fleet import LEADER, MODEL, Fleet
 from tests.doubles.text import ByteTextModel
 
@@ -125,7 +126,10 @@ def _listener(send_buffer_bytes: int | None) -> socket.socket:
 
 @asynccontextmanager
 async def served_front(
-    *, send_buffer_bytes: int | None = None, **gateway: Any
+    *,
+    send_buffer_bytes: int | None = None,
+    real_text_model: TextModel | None = None,
+    **gateway: Any,
 ) -> AsyncIterator[ServedFront]:
     """Serve until the block ends; then nothing of any request may be left."""
     fleet = Fleet()
@@ -135,7 +139,7 @@ async def served_front(
         bus=fleet,
         log=logging.getLogger("front"),
         sequences=SequenceTable(),
-        text_models=TextModels(loader=lambda files: text_model),  # type: ignore[arg-type,return-value]
+        text_models=TextModels(loader=lambda files: real_text_model or text_model),  # type: ignore[arg-type,return-value]
     )
     fleet.on_batch = services.sequences.dispatch
     listeners = {name: _listener(send_buffer_bytes) for name in ("api", "neuron")}

@@ -23,7 +23,12 @@ def make_submit(prompt: list[int], sequence_id: int = 1, **fields: Any) -> Submi
 
 
 def make_sequence(
-    prompt: list[int], output: list[int] | None = None, *, seed: int = 0, **fields: Any
+    prompt: list[int],
+    output: list[int] | None = None,
+    *,
+    seed: int = 0,
+    stable_length: int = 0,
+    **fields: Any,
 ) -> Sequence:
     """Return a sequence that has generated `output` so far."""
     submit = make_submit(prompt, **fields)
@@ -35,4 +40,5 @@ def make_sequence(
         max_tokens=submit.max_tokens,
         stop_token_ids=frozenset(),
         seed=seed,
+        stable_length=stable_length,
     )

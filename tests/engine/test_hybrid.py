@@ -22,6 +22,7 @@ from engine.layers.delta_rule import DeltaInputs, chunk_delta_rule, recurrent_de
 from engine.layers.gated_delta_net import GatedDeltaNet
 from engine.scheduler import StepPlan
 from engine.sequence import Sequence
+from engine.state_cache import StateCache
 from tests.engine.checkpoints import (
     Oracle,
     load_engine,
@@ -147,6 +148,16 @@ def after_preemption(files: ModelFiles, prompt: list[int]) -> Tensor:
     return recorder.logits[-1]
 
 
+def after_a_snapshot(files: ModelFiles, prompt: list[int]) -> Tensor:
+    """Return the logits after a prompt whose beginning another sequence has computed."""
+    engine = load_engine(files)
+    generate(engine, prompt[:-20], max_tokens=9, ignore_eos=True)
+    generate(engine, random_prompt(50, seed=5), max_tokens=9, ignore_eos=True)
+    logits = whole(engine, prompt)
+    assert engine.report("m").num_cached_tokens == (NUM_PROMPT - 21) // 8 * 8
+    return logits
+
+
 WAYS: dict[str, Callable[[ModelFiles, list[int]], Tensor]] = {
     way.__name__: way
     for way in (
@@ -157,13 +168,14 @@ WAYS: dict[str, Callable[[ModelFiles, list[int]], Tensor]] = {
         among_others,
         after_another,
         after_preemption,
+        after_a_snapshot,
     )
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_equals_transformers(way: str, oracle: Oracle, files: ModelFiles) -> None:
-    """One pass = any chunks = token by token = in a batch = in a used slot = after preemption."""
+    """One pass = any chunks = token by token = in a batch = in a used slot = after a restart."""
     for name, prompt in PROMPTS.items():
         expected = oracle_logits(oracle, prompt)
         assert max_difference(WAYS[way](files, prompt), expected) < TOLERANCE, name
@@ -230,6 +242,10 @@ def _computes_on_after_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module.Scheduler, "_preempt", broken)
 
 
+def _loses_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StateCache, "copy", lambda *_: None)
+
+
 MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "decode forgets": (_forgets_decode_state, "token_by_token"),
     "chunks forget": (_forgets_state_between_chunks, "in_uneven_chunks"),
@@ -238,6 +254,7 @@ MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "slot not cleared": (_keeps_what_a_slot_held, "after_another"),
     "slot shared": (_shares_one_slot, "among_others"),
     "state lost at preemption": (_computes_on_after_preemption, "after_preemption"),
+    "snapshot lost": (_loses_snapshots, "after_a_snapshot"),
 }
 
 
@@ -264,7 +281,8 @@ def test_many_at_once_equal_each_alone(kind: str, tmp_path: Path) -> None:
     for index, prompt in enumerate(prompts):
         assert outcomes[index].token_ids == oracle_greedy(oracle, prompt, 6)
     assert engine.scheduler.slots is not None
-    assert engine.scheduler.slots.num_used == 0
+    assert engine.scheduler.snapshots is not None
+    assert engine.scheduler.slots.num_used == len(engine.scheduler.snapshots)
 
 
 def test_nan_left_in_a_slot_harms_nobody(oracle: Oracle, files: ModelFiles) -> None:
@@ -282,7 +300,7 @@ def test_out_of_memory_in_a_step_does_not_advance_the_state_twice(
     oracle: Oracle, files: ModelFiles
 ) -> None:
     """A step that fails at its end is computed again from the beginning of its sequences."""
-    engine = load_engine(files)
+    engine = load_engine(files, prefix_cache=False)
     model = engine.model
     num_rows: list[int] = []  # of each step
     failed: list[int] = []
@@ -316,9 +334,10 @@ def test_state_slots_are_counted_in_memory(files: ModelFiles) -> None:
     assert tight.cache.states is not None
     assert roomy.scheduler.max_running == 16
     slot_bytes = roomy.spec.state_bytes_per_sequence(4)
-    assert roomy.cache.states.memory_bytes == 17 * slot_bytes
+    assert roomy.cache.states.memory_bytes == (2 * 16 + 1) * slot_bytes  # snapshots, null slot
     assert tight.cache.states.memory_bytes <= 1 << 19
     assert tight.scheduler.slots is not None
     assert tight.scheduler.max_running == tight.scheduler.slots.num_slots < 500
+    assert load_engine(files, prefix_cache=False).cache.states.memory_bytes == 17 * slot_bytes
     assert roomy.memory_bytes > roomy.cache.blocks.nbytes + roomy.cache.states.memory_bytes
     assert roomy.cache.blocks.shape[0] == 1, "only one layer of four has a KV cache"

@@ -40,6 +40,14 @@ def test_size_auto_takes_a_quarter_of_free_memory_on_a_cpu() -> None:
     assert size_for(free_mib=100) == CacheSize(num_blocks=200, context=4096)
 
 
+def test_size_auto_on_a_cpu_stops_at_what_is_sufficient() -> None:
+    """Of 100 GiB two are taken; more only when one sequence of full length needs it."""
+    assert size_for(free_mib=102_400, max_num_seqs=256).num_blocks == 2048 * 8
+    long = msgspec.structs.replace(SPEC, max_position_embeddings=2**20)
+    assert size_for(long, free_mib=102_400) == CacheSize(2**15 + 1, 2**20)
+    assert size_for(long, free_mib=8192).context == 2048 * 256 - 32
+
+
 def test_size_auto_takes_no_more_than_all_seats_can_use() -> None:
     """Two seats of 4096 tokens need 256 blocks, and one is the null block."""
     assert size_for(free_mib=100_000, max_num_seqs=2) == CacheSize(num_blocks=257, context=4096)
@@ -66,7 +74,8 @@ def test_hybrid_needs_room_for_two_states_as_well() -> None:
     )
     spec = msgspec.structs.replace(SPEC, linear_layers=(0, 1, 2), linear_attention=linear)
     assert spec.state_bytes_per_sequence(4) == 215040
-    assert size_for(spec, max_num_seqs=8).num_state_slots == 8
+    assert size_for(spec, max_num_seqs=8).num_state_slots == 16  # as many again for snapshots
+    assert size_for(spec, max_num_seqs=8, prefix_cache=False).num_state_slots == 8
     tight = size_for(spec, kv_cache_mib=2)
     assert (tight.num_state_slots, tight.num_blocks) == (3, 2**21 // 32768 - 27)
     with pytest.raises(errors.InsufficientMemory, match="and two recurrent states") as caught:

@@ -66,6 +66,22 @@ def test_official_sdk_streams_and_counts(daemon: Daemon, tiny_model: Path) -> No
     assert str(tiny_model) in [model.id for model in client.models.list()]
 
 
+def test_next_turn_is_told_how_much_of_it_was_cached(daemon: Daemon, tiny_model: Path) -> None:
+    """A conversation's second prompt reuses the first one's blocks; usage and metrics say so."""
+    messages = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog " * 9}]
+    body = {"model": str(tiny_model), "messages": messages, "temperature": 0, "max_tokens": 5}
+    status, first = daemon.post("/v1/chat/completions", body)
+    assert status == 200, first
+    messages.append(first["choices"][0]["message"])
+    messages.append({"role": "user", "content": "and then?"})
+    status, second = daemon.post("/v1/chat/completions", body)
+    assert status == 200, second
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    # All full blocks of 32 tokens, but for the few of the answer's header.
+    assert first["usage"]["prompt_tokens"] - 40 < cached < second["usage"]["prompt_tokens"]
+    assert cached % 32 == 0
+
+
 def test_unknown_model_is_404_with_code(daemon: Daemon) -> None:
     """An unknown model is named, and nothing is loaded."""
     status, answer = daemon.chat("no/such-model", "hello")
