@@ -64,7 +64,7 @@ def decode_step(message: GenerateStep, block_size: int, num_blocks: int) -> list
             f"step {message.step}: {len(tokens)} tokens and {len(blocks)} blocks for rows of "
             f"{sum(lengths)} and {sum(counts)}"
         )
-    if not all(0 <= block < num_blocks for block in blocks):
+    if min(blocks) < 0 or max(blocks) >= num_blocks:
         raise InvalidValue(f"step {message.step}: a block outside of 0 to {num_blocks - 1}")
     rows = [
         ReceivedRow(start, end - begin, bool(flag), tokens[begin:end], blocks[first:last], slot)
