@@ -26,7 +26,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_config: str | None = None
     chat_template: str | None = None  # chat_template.jinja
     generation_config: str | None = None
-    quant: str | None = None
+    quant: str | None = None  # of the GGUF file, or what safetensors are quantised to at load
     size_bytes: int = 0
 
 

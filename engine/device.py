@@ -50,18 +50,22 @@ def choose_device(settings: EngineSettings, index: int = 0) -> torch.device:
 
 
 def choose_dtype(
-    settings: EngineSettings, device: torch.device, spec: ModelSpec, is_gguf: bool
+    settings: EngineSettings, device: torch.device, spec: ModelSpec, is_quantized: bool
 ) -> torch.dtype:
     """Return the compute dtype.
 
-    "auto" is bfloat16 on CUDA; on a CPU it is bfloat16 for bfloat16 safetensors and float32 for all
-    else: GGUF kernels take float32 activations, and float16 arithmetic is slow there.
+    "auto" is bfloat16 on CUDA. On a CPU it is float32: the native kernels multiply weights as they
+    are stored with float32 activations, and float16 arithmetic is slow there. Only bfloat16
+    safetensors that stay dense run in bfloat16 where there are no native kernels, as float32 would
+    double them.
     """
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     if device.type == "cuda":
         return torch.bfloat16
-    return torch.bfloat16 if spec.torch_dtype == "bfloat16" and not is_gguf else torch.float32
+    is_native = settings.backend == "auto" and native.available()
+    is_bfloat16 = spec.torch_dtype == "bfloat16" and not is_quantized
+    return torch.bfloat16 if is_bfloat16 and not is_native else torch.float32
 
 
 def set_num_threads(settings: EngineSettings, world_size: int = 1) -> None:

@@ -72,7 +72,7 @@ class Engine:
         self.memory_bytes += self._lockstep.make_cache(size.num_blocks)
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self.backend_name = "native" if model.is_native else "reference"
+        self.backend_name = model.backend_name
         self._device = device
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
@@ -102,6 +102,8 @@ class Engine:
 
         Raises: BadModelFile, UnsupportedArchitecture, InsufficientMemory, ConfigError.
         """
+        # The first use on a machine may compile the CPU kernels, which takes some seconds.
+        progress(0.0, "preparing")
         comm = comm or Comm()
         device = device or devices.choose_device(settings)
         loaded = load_model(files, spec, settings, comm, device=device, progress=progress)

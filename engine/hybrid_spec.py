@@ -78,7 +78,9 @@ def linear_attention_from_gguf(
     return _check_groups(fields.file, value_heads_key, f"{prefix}ssm.group_count", linear)
 
 
-def moe_from_config(fields: Fields, num_layers: int, *, normalizes: bool | None) -> MoeSpec:
+def moe_from_config(
+    fields: Fields, num_layers: int, *, normalizes: bool | None, has_shared_expert: bool
+) -> MoeSpec:
     """Return the experts of a Hugging Face configuration.
 
     `normalizes`: what norm_topk_prob is when not given; None when the family always normalises.
@@ -93,8 +95,10 @@ def moe_from_config(fields: Fields, num_layers: int, *, normalizes: bool | None)
         num_experts=num_experts,
         num_experts_per_tok=fields.integer("num_experts_per_tok", maximum=num_experts),
         intermediate_size=fields.integer("moe_intermediate_size", maximum=MAX_WIDTH),
-        shared_intermediate_size=fields.integer(
-            "shared_expert_intermediate_size", minimum=0, maximum=MAX_WIDTH, default=0
+        shared_intermediate_size=(
+            fields.integer("shared_expert_intermediate_size", maximum=MAX_WIDTH)
+            if has_shared_expert
+            else 0
         ),
         norm_topk_prob=(
             True if normalizes is None else fields.boolean("norm_topk_prob", default=normalizes)

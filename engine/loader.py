@@ -2,13 +2,14 @@
 
 Plan first, copy second: opening checks every name, shape and type against the architecture's plan
 (nothing copied yet); then the model's constructor asks for its layers one by one. Quantised tensors
-stay quantised; dense ones take the compute dtype. A tensor is copied (or packed) once, straight
-from the mapping, so the peak is the model plus one tensor. Called on every rank, which reads only
-its own part of each tensor.
+stay quantised; dense ones take the compute dtype, or are quantised here when the user asked for it.
+A tensor is copied (or packed) once, straight from the mapping, so the peak is the model plus one
+tensor. Called on every rank, which reads only its own part of each tensor.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,17 @@ import torch
 from torch import Tensor
 
 from cortexd.errors import BadModelFile
+from cortexd.log import event
 from cortexd.models import ModelFiles, ModelSpec
-from engine.formats.checkpoint import Checkpoint, CheckpointTensor
+from engine import device as devices
+from engine.formats.checkpoint import Checkpoint, CheckpointTensor, listing
 from engine.formats.checkpoint_check import check_plan
+from engine.formats.in_situ import in_situ_type, type_for_columns
 from engine.layers.embedding import Embedding, tied_embedding
 from engine.layers.linear import Backend, Linear, Weight, pack_native
+from engine.memory_check import check_weights_fit
 from engine.models.registry import REGISTRY
+from engine.quant.quantize import quantize_rows
 from engine.quant.tensor import QuantizedTensor
 from engine.tensor_plan import HEAD
 from engine.tensor_views import TORCH_DTYPES, bytes_view, dense_view, stack_rows
@@ -59,9 +65,13 @@ class Weights:
         dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
         progress: ProgressCallback | None = None,
+        quant: str | None = None,
         comm: Comm | None = None,
     ) -> None:
-        """Take the whole model's spec; `comm` says which part of it this rank holds."""
+        """Take the whole model's spec; `comm` says which part of it this rank holds.
+
+        `quant` is what dense matrices are quantised to while they are loaded.
+        """
         entry = REGISTRY[spec.model_type]
         plan = entry.plan(spec)
         check_plan(checkpoint, plan, spec)
@@ -70,9 +80,12 @@ class Weights:
         self.device = torch.device(device)
         self.backend: Backend = backend
         self.memory_bytes = 0  # of all layers handed out so far
+        self.has_native_layers = False  # whether native kernels compute any of them
         self._checkpoint = checkpoint
         self._spec = spec
         local = self._comm.shard.local_spec(spec)
+        self._in_situ = None if quant is None else in_situ_type(quant)
+        self._kept_dense: list[str] = []
         self._checked = plan.required
         self._unused = dict.fromkeys(plan.required)
         self._permuted_heads = (
@@ -110,11 +123,22 @@ class Weights:
                 dtype=dtype,
                 backend=backend,
                 progress=progress,
+                quant=None if checkpoint.is_gguf else files.quant,
                 comm=comm,
             )
         except BaseException:
             checkpoint.close()
             raise
+
+    def check_memory(self) -> None:
+        """Raise InsufficientMemory when the device has no room for the weights; none is read."""
+        check_weights_fit(
+            [self._local(name) for name in self._checked],
+            self.dtype.itemsize,
+            self._in_situ,
+            available_bytes=devices.free_memory_bytes(self.device, self._comm.world_size),
+            device=str(self.device),
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -189,14 +213,16 @@ class Weights:
         return VocabParallelEmbedding(local, self._comm, rows)
 
     def _embedding(self, name: str, rows: int, columns: int) -> Embedding:
-        mapped = self._matrix(StoredRows(name, rows), columns)
+        mapped = self._matrix(StoredRows(name, rows, is_exact=True), columns)
         embedding = None
         is_tied = self._spec.tie_word_embeddings
+        # Rows that are only looked up take no time, so they stay as exact as they are stored.
+        head = self._quantized(name, mapped) if is_tied else mapped
         if is_tied and self.device.type == "cpu":
-            embedding = tied_embedding(mapped, dtype=self.dtype, backend=self.backend)
+            embedding = tied_embedding(mapped, head, dtype=self.dtype, backend=self.backend)
         if embedding is None:
-            # Rows that are only looked up are converted then: half the memory of bf16 as float32.
-            owned = self._own(mapped, self.dtype if is_tied else None)
+            # Dense rows are converted on look-up: half the memory of bf16 as float32.
+            owned = self._own(head, self.dtype if is_tied else None)
             embedding = Embedding(owned, dtype=self.dtype)
         return self._track(embedding)
 
@@ -238,8 +264,20 @@ class Weights:
         return factors.to(self.device)
 
     def check_all_used(self) -> None:
-        """Check that the model asked for every planned tensor; a fault here is the model's."""
+        """Check that the model asked for every planned tensor; a fault here is the model's.
+
+        Logs which matrices could not be quantised as the user wanted.
+        """
         assert not self._unused, f"never asked for: {list(self._unused)[:10]}"
+        if self._in_situ is not None and self._kept_dense:
+            event(
+                logging.getLogger("cortexd.engine"),
+                "weights.kept_dense",
+                logging.WARNING,
+                quant=self._in_situ.name,
+                reason="rows are no multiple of 32",
+                tensors=listing("tensor", sorted(set(self._kept_dense))),
+            )
 
     def close(self) -> None:
         """Let go of the files. Layers stay valid; mapped pages leave this process."""
@@ -251,7 +289,9 @@ class Weights:
         biases = [self._bias(part) for part in rows if part.bias_name is not None]
         bias = torch.cat(biases) if biases else None
         weight = stack_rows(matrices)
-        packed = pack_native(weight, bias, self.backend) if self.device.type == "cpu" else None
+        packed = None
+        if self.device.type == "cpu":
+            packed = pack_native(weight, bias, self.dtype, self.backend)
         if packed is not None:
             return Linear.from_products([packed], in_features)
         owned = (
@@ -299,7 +339,7 @@ class Weights:
             rows = rows[part.selection]
         assert len(rows) == part.num_rows, f"{part.name}: {len(rows)} rows, not {part.num_rows}"
         if tensor.ggml_type in TORCH_DTYPES:
-            return rows
+            return rows if part.is_exact else self._quantized(part.name, rows)
         assert tensor.ggml_type is not None, f"{part.name}: {tensor.type_name} passed the plan"
         return QuantizedTensor(tensor.ggml_type, (part.num_rows, columns), rows)
 
@@ -315,8 +355,24 @@ class Weights:
         pairs = rows.view(num_heads, self._spec.head_dim // 2, 2, -1)
         return pairs.transpose(1, 2).reshape(rows.shape)
 
+    def _quantized(self, name: str, weight: Weight) -> Weight:
+        """Return a dense matrix quantised on the device, if the model is to be and its rows fit."""
+        if self._in_situ is None or isinstance(weight, QuantizedTensor):
+            return weight
+        ggml_type = type_for_columns(self._in_situ, weight.shape[1])
+        if ggml_type is None:
+            self._kept_dense.append(name)
+            return weight
+        rows = weight.to(self.device)
+        if not bool(torch.isfinite(rows).all()):
+            path = self._checkpoint[name].file.path
+            raise BadModelFile(f"{path}: tensor {name} holds NaN or infinity; cannot be quantised")
+        return quantize_rows(rows, ggml_type)
+
     def _own(self, weight: Weight, dtype: torch.dtype | None) -> Weight:
         """Return a copy on the device: quantised as it is, dense in `dtype` (None: as stored)."""
+        if self._in_situ is not None and isinstance(weight, QuantizedTensor):
+            return weight  # made here, and on the device
         if isinstance(weight, QuantizedTensor):
             packed = weight.packed.to(self.device, copy=True)
             return QuantizedTensor(weight.ggml_type, weight.shape, packed)
@@ -330,4 +386,5 @@ class Weights:
 
     def _track(self, layer: Layer) -> Layer:
         self.memory_bytes += layer.num_bytes
+        self.has_native_layers |= layer.is_native
         return layer

@@ -28,8 +28,8 @@ class Model(Protocol):
     """What `engine/models/*` provide."""
 
     @property
-    def is_native(self) -> bool:
-        """Whether the CPU's own kernels run every operation."""
+    def backend_name(self) -> str:
+        """What computes: "native", "native linears" or "reference"."""
         ...
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -64,7 +64,8 @@ def load_model(
     Raises: BadModelFile, UnsupportedArchitecture, InsufficientMemory, ConfigError.
     """
     devices.set_num_threads(settings, comm.world_size)
-    dtype = devices.choose_dtype(settings, device, spec, files.format == "gguf")
+    is_quantized = files.format == "gguf" or files.quant is not None
+    dtype = devices.choose_dtype(settings, device, spec, is_quantized)
     weights = Weights.open(
         files,
         spec,
@@ -76,6 +77,7 @@ def load_model(
     )
     local_spec = comm.shard.local_spec(spec)
     try:
+        weights.check_memory()
         model: Model = load_class(spec.model_type)(local_spec, weights)
         weights.check_all_used()
     finally:

@@ -40,6 +40,8 @@ def rope_from_config(
     check_rope_type(fields.file, rope_type)
     if rope_type == "default":
         return RopeSpec(theta=theta, partial_rotary_factor=partial)
+    if rope_type == "yarn":
+        _refuse_yarn_variants(rope)
     original = rope.integer(
         "original_max_position_embeddings", maximum=_MAX_POSITIONS, default=max_position_embeddings
     )
@@ -58,6 +60,15 @@ def rope_from_config(
             attention_factor=_optional_factor(rope, "attention_factor"),
         ),
     )
+
+
+def _refuse_yarn_variants(rope: Fields) -> None:
+    """Refuse what other families than ours add to yarn: it would be computed without."""
+    for key in ("mscale", "mscale_all_dim"):
+        if rope.values.get(key) is not None:
+            raise UnsupportedArchitecture(f"{rope.file}: {key} is not supported for yarn")
+    if not rope.boolean("truncate", default=True):
+        raise UnsupportedArchitecture(f"{rope.file}: truncate = false is not supported for yarn")
 
 
 def rope_from_gguf(

@@ -2,12 +2,14 @@
 
 Called by the engine once per step with the logits of the rows that end in a new token. Every row is
 computed by itself, so its token depends on its own logits, settings, seed and position only. Order:
-logit bias and minimum length, repetition, frequency and presence penalties, temperature, top-k,
-top-p, min-p. A row whose logits are not finite yields no token, and the others are unharmed.
+logit bias, minimum length and bad words, repetition, frequency and presence penalties, a grammar's
+mask, temperature, top-k, top-p, min-p. A row whose logits are not finite, or of which nothing is
+allowed, yields no token, and the others are unharmed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,9 +25,15 @@ from engine.sequence import Sequence
 TOP_P_CANDIDATES: Final = (64, 1024)
 
 
+# What a grammar says about a sequence's next token: bool (vocab_size,) on the logits' device, True
+# where it is allowed. Called once per sampled token, after the last one was appended; a grammar
+# that has ended allows an end token.
+RowMask = Callable[[Sequence], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One row's result; `token_id` is None when the row's logits held NaN or infinity."""
+    """One row's result; `token_id` is None when no token could be chosen."""
 
     token_id: int | None
     logprob: float | None = None
@@ -53,21 +61,27 @@ class _TokenCounts:
 
 
 class Sampler:
-    """Holds the token counts of the sequences that ask for penalties."""
+    """Holds the token counts of the sequences that ask for penalties, and the grammars' masks."""
 
     def __init__(self) -> None:
         self._counts: dict[Sequence, _TokenCounts] = {}
+        self._masks: dict[Sequence, RowMask] = {}
+
+    def constrain(self, sequence: Sequence, mask: RowMask) -> None:
+        """Let `mask` decide from now on which tokens the sequence may have."""
+        self._masks[sequence] = mask
 
     def release(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence."""
         self._counts.pop(sequence, None)
+        self._masks.pop(sequence, None)
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """Return one token per row of `logits` (num_rows, vocab_size), any float dtype."""
         logits = logits.float()
         # A sum is finite only if all its terms are: one pass instead of three.
         sums = logits.sum(-1)
-        if all(_is_plain_greedy(sequence) for sequence in sequences):
+        if not self._masks and all(_is_plain_greedy(sequence) for sequence in sequences):
             ids_and_sums = torch.stack([logits.argmax(-1).double(), sums.double()]).tolist()
             return [
                 SampledToken(int(token_id) if _is_finite(total) else None)
@@ -81,6 +95,11 @@ class Sampler:
     def _sample_row(self, raw: Tensor, sequence: Sequence) -> SampledToken:
         submit = sequence.submit
         logits = self._penalise(raw, sequence)
+        mask = self._masks.get(sequence)
+        if mask is not None:
+            logits = logits.masked_fill(~mask(sequence), float("-inf"))
+        if (mask is not None or sequence.bad_words) and bool(logits.isneginf().all()):
+            return SampledToken(None)
         if submit.temperature == 0:
             token_id = int(logits.argmax())
         else:
@@ -101,6 +120,9 @@ class Sampler:
         if sequence.num_output_tokens < submit.min_tokens and sequence.stop_token_ids:
             ids = torch.tensor(sorted(sequence.stop_token_ids), device=raw.device)
             logits = logits.index_fill(0, ids, float("-inf"))
+        banned = _ends_of_bad_words(sequence)
+        if banned:
+            logits = logits.index_fill(0, torch.tensor(banned, device=raw.device), float("-inf"))
         if _has_penalties(submit):
             counts = self._counts.get(sequence) or _TokenCounts(sequence)
             counts.update(sequence)
@@ -181,6 +203,16 @@ def _with_logprobs(raw: Tensor, token_id: int, count: int) -> SampledToken:
     return SampledToken(token_id, float(logprobs[token_id]), ids.tolist(), values.tolist())
 
 
+def _ends_of_bad_words(sequence: Sequence) -> list[int]:
+    """Return the last token of each bad word whose beginning the output ends with."""
+    output = sequence.token_ids[sequence.num_prompt_tokens :]
+    return [
+        word[-1]
+        for word in sequence.bad_words
+        if len(word) <= len(output) + 1 and output[len(output) + 1 - len(word) :] == word[:-1]
+    ]
+
+
 def _has_penalties(submit: Submit) -> bool:
     return bool(
         submit.repetition_penalty != 1.0 or submit.frequency_penalty or submit.presence_penalty
@@ -193,6 +225,7 @@ def _is_plain_greedy(sequence: Sequence) -> bool:
         submit.temperature == 0
         and submit.num_logprobs < 0
         and not submit.logit_bias
+        and not sequence.bad_words
         and sequence.num_output_tokens >= submit.min_tokens
         and not _has_penalties(submit)
     )

@@ -4,10 +4,12 @@ Called by the engine: `submit`, then `plan` / `complete` once per step, `finish`
 ends. Owns the waiting queue, the running list and, through the block pool, all block tables. Pure
 Python and deterministic: a tensor-parallel leader can send a plan to its workers as it is.
 
-A step holds one token of every decoding sequence, then prefill chunks, oldest first, within the
-token budget; waiting sequences are admitted first in, first out. When blocks run out, the newest
-running sequence gives its blocks back, keeps its tokens, and waits at the head of the queue to be
-computed again.
+Waiting sequences are admitted first in, first out. A step holds one token of every decoding
+sequence, then prefill chunks within the token budget: those of the prompt that needs the fewest
+first, so that a long one does not hold up all that come after it. A prompt that a newer one
+overtakes moves up by one chunk, so it is overtaken at most as often as it has chunks. When blocks
+run out, the newest running sequence that is not in the step gives its blocks back, keeps its
+tokens, and waits at the head of the queue to be computed again.
 
 Equal prefixes are computed once. A sequence takes over what the prefix cache holds when it is
 admitted, and also while it prefills; and when a row of the plan is about to compute the very block
@@ -78,12 +80,26 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillRows:
-    """The prefill rows of a plan in the making, and the blocks that they compute next."""
+@dataclass(slots=True)
+class PlanInMaking:
+    """The rows so far, whose they are, and what their sequences publish next."""
 
-    rows: list[PlannedRow] = field(default_factory=list)
+    decodes: list[PlannedRow] = field(default_factory=list)
+    prefills: list[PlannedRow] = field(default_factory=list)
+    planned: set[Sequence] = field(default_factory=set)
     keys: set[PublicationKey] = field(default_factory=set)
+
+    def add_decode(self, row: PlannedRow) -> None:
+        """Add the row of a sequence that decodes."""
+        self.decodes.append(row)
+        self.planned.add(row.sequence)
+
+    def add_prefill(self, row: PlannedRow, key: PublicationKey | None) -> None:
+        """Add a chunk of a prompt."""
+        self.prefills.append(row)
+        self.planned.add(row.sequence)
+        if key is not None:
+            self.keys.add(key)
 
 
 class Scheduler:
@@ -147,24 +163,20 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Choose the next step's rows and give them their blocks."""
-        decodes, prefills, budget = self._plan_running()
+        for sequence in self.running:
+            self.prefix_cache.take(sequence, self.prefix_cache.find(sequence))
         while (found := self._admissible()) is not None:
-            sequence = self.waiting[0]
-            # What waits has computed nothing.
-            num_left = self._num_left(sequence, len(found) * self.block_size)
-            num_tokens = self._chunk_size(num_left, budget, is_first=not prefills.rows)
-            if num_tokens == 0:
-                break
-            self.waiting.popleft()
-            self.prefix_cache.take(sequence, found)
-            if self.snapshots is not None and sequence.state_slot == NULL_SLOT:
-                sequence.state_slot = self.snapshots.allocate()
-            sequence.state = SequenceState.RUNNING
-            self.running.append(sequence)
-            if not self._waits_for(prefills, sequence):
-                budget -= self._plan_chunk(prefills, sequence, num_tokens)
+            self._admit(self.waiting.popleft(), found)
+        num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
+        budget = self.token_budget - num_decodes
+        if num_decodes:
+            # Decoding sequences wait for the whole step: bound what prefill adds to it.
+            budget = min(budget, self._chunk_limit)
+        making = PlanInMaking()
+        self._plan_decodes(making)
+        self._plan_prefills(making, budget)
         copies = [] if self.snapshots is None else self.snapshots.take_copies()
-        return StepPlan(decodes + prefills.rows, len(decodes), copies)
+        return StepPlan(making.decodes + making.prefills, len(making.decodes), copies)
 
     def complete(self, plan: StepPlan) -> None:
         """Count the plan's tokens as computed; call it before sampled tokens are appended."""
@@ -218,40 +230,54 @@ class Scheduler:
             return plan.rows[0].sequence
         return None
 
-    def _plan_running(self) -> tuple[list[PlannedRow], PrefillRows, int]:
-        """Return decode rows, prefill rows and the budget that is left.
-
-        Oldest first, so that blocks are only ever taken from sequences not planned yet: the oldest
-        one always moves on, whatever the others do.
-        """
-        for sequence in self.running:
-            self.prefix_cache.take(sequence, self.prefix_cache.find(sequence))
-        num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
-        budget = self.token_budget - num_decodes
-        if num_decodes:
-            # Decoding sequences wait for the whole step: bound what prefill adds to it.
-            budget = min(budget, self._chunk_limit)
-        decodes: list[PlannedRow] = []
-        prefills = PrefillRows()
+    def _plan_decodes(self, making: PlanInMaking) -> None:
         for sequence in list(self.running):
-            if sequence.state is not SequenceState.RUNNING:
-                continue  # preempted by an older one in this very loop
-            if sequence.num_uncomputed == 1:
-                if self._take_blocks(sequence, 1):
-                    decodes.append(PlannedRow(sequence, sequence.num_computed, 1, samples=True))
-                else:
-                    self._preempt(sequence)
-            elif not self._waits_for(prefills, sequence):
-                num_left = self._num_left(sequence, sequence.num_computed)
-                num_tokens = self._chunk_size(num_left, budget, is_first=not prefills.rows)
-                # When an older one's chunk does not fit, no newer one overtakes it.
-                budget -= self._plan_chunk(prefills, sequence, num_tokens) or budget
-        return decodes, prefills, budget
+            if sequence.state is not SequenceState.RUNNING or sequence.num_uncomputed != 1:
+                continue  # preempted by an older one in this very loop, or prefills
+            if self._take_blocks(making, sequence, 1):
+                making.add_decode(PlannedRow(sequence, sequence.num_computed, 1, samples=True))
+            else:
+                self._preempt(sequence)
 
-    def _waits_for(self, prefills: PrefillRows, sequence: Sequence) -> bool:
+    def _plan_prefills(self, making: PlanInMaking, budget: int) -> None:
+        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        passed_over: list[Sequence] = []
+        for sequence in sorted(prefilling, key=self._prefill_rank):  # stable: else oldest first
+            if sequence.state is not SequenceState.RUNNING or self._waits_for(making, sequence):
+                continue
+            num_left = self._num_left(sequence, sequence.num_computed)
+            num_tokens = self._chunk_size(num_left, budget, is_first=not making.prefills)
+            if num_tokens == 0:
+                # Nobody behind one whose chunk does not fit gets what is left.
+                budget = 0
+            num_tokens = self._take_blocks(making, sequence, num_tokens)
+            if num_tokens == 0:
+                passed_over.append(sequence)
+                continue
+            budget -= num_tokens
+            samples = num_tokens == sequence.num_uncomputed
+            row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
+            making.add_prefill(row, self.prefix_cache.next_key(sequence))
+        self._count_overtaken(making, passed_over)
+
+    def _prefill_rank(self, sequence: Sequence) -> int:
+        """Return how many chunks a sequence needs, less one for each time it was overtaken."""
+        num_chunks = -(-sequence.num_uncomputed // self._chunk_limit)
+        return max(num_chunks - sequence.num_overtaken, 0)
+
+    def _count_overtaken(self, making: PlanInMaking, passed_over: list[Sequence]) -> None:
+        if not passed_over or not making.prefills:
+            return
+        age = {sequence: index for index, sequence in enumerate(self.running)}
+        newest = max(age[row.sequence] for row in making.prefills)
+        for sequence in passed_over:
+            if age.get(sequence, newest) < newest:
+                sequence.num_overtaken += 1
+
+    def _waits_for(self, making: PlanInMaking, sequence: Sequence) -> bool:
         """Tell whether a row of this step computes what the sequence can take over in the next."""
         key = self.prefix_cache.next_key(sequence)
-        return key in prefills.keys and self.prefix_cache.could_take_next(sequence)
+        return key in making.keys and self.prefix_cache.could_take_next(sequence)
 
     def _num_left(self, sequence: Sequence, start: int) -> int:
         """Return how many tokens from `start` on a single chunk may have."""
@@ -271,32 +297,40 @@ class Scheduler:
             return num_tokens
         return budget if is_first else 0
 
-    def _plan_chunk(self, prefills: PrefillRows, sequence: Sequence, num_tokens: int) -> int:
-        """Add a prefill row of at most `num_tokens`; return for how many there were blocks."""
-        num_tokens = self._take_blocks(sequence, num_tokens)
-        if num_tokens:
-            samples = num_tokens == sequence.num_uncomputed
-            prefills.rows.append(PlannedRow(sequence, sequence.num_computed, num_tokens, samples))
-            key = self.prefix_cache.next_key(sequence)
-            if key is not None:
-                prefills.keys.add(key)
-        return num_tokens
-
-    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+    def _take_blocks(self, making: PlanInMaking, sequence: Sequence, num_tokens: int) -> int:
         """Give the sequence blocks for `num_tokens` more; return for how many there was room.
 
-        Newer sequences are preempted as far as needed.
+        Newer sequences that the step does not compute are preempted as far as needed.
         """
         held = len(sequence.block_table)
         missing = self._blocks_for(sequence.num_computed + num_tokens) - held
-        while missing > self.pool.num_free and self.running[-1] is not sequence:
-            self._preempt(self.running[-1])
+        while missing > self.pool.num_free:
+            victim = self._newest_victim(making, sequence)
+            if victim is None:
+                break
+            self._preempt(victim)
         missing = min(missing, self.pool.num_free)
         if missing > 0:
             last = sequence.block_table[-1] if held else NULL_BLOCK
             sequence.block_table += self.pool.allocate(missing, after=last)
         room = len(sequence.block_table) * self.block_size - sequence.num_computed
         return min(num_tokens, room)
+
+    def _newest_victim(self, making: PlanInMaking, sequence: Sequence) -> Sequence | None:
+        """Return the newest sequence that holds blocks and may lose them to `sequence`."""
+        for candidate in reversed(self.running):
+            if candidate is sequence:
+                return None
+            if candidate.block_table and candidate not in making.planned:
+                return candidate
+        return None
+
+    def _admit(self, sequence: Sequence, found: list[PrefixNode]) -> None:
+        self.prefix_cache.take(sequence, found)
+        if self.snapshots is not None and sequence.state_slot == NULL_SLOT:
+            sequence.state_slot = self.snapshots.allocate()
+        sequence.state = SequenceState.RUNNING
+        self.running.append(sequence)
 
     def _admissible(self) -> list[PrefixNode] | None:
         """Return the cached prefix of the first waiting sequence, or None when it must wait."""

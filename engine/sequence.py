@@ -36,12 +36,14 @@ class Sequence:
     max_tokens: int  # clamped to the context
     stop_token_ids: frozenset[int]  # empty when end tokens are ignored
     seed: int
+    bad_words: list[list[int]] = field(default_factory=list)  # none is empty
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     prefix_node: PrefixNode | None = None  # the blocks before this and its own are shareable
     state_slot: int = NULL_SLOT  # of a hybrid model's recurrent state, while it runs
     num_preemptions: int = 0
+    num_overtaken: int = 0  # steps in which a newer sequence prefilled and this one could not
     stable_length: int = 0  # so many tokens will begin the conversation's next prompt, too
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
 

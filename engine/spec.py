@@ -61,7 +61,12 @@ def spec_from_config(
     _refuse_unsupported_options(fields, model_type)
     num_layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
     moe = (
-        moe_from_config(fields, num_layers, normalizes=entry.normalizes_experts)
+        moe_from_config(
+            fields,
+            num_layers,
+            normalizes=entry.normalizes_experts,
+            has_shared_expert=entry.has_shared_expert,
+        )
         if entry.has_experts
         else None
     )

@@ -50,6 +50,13 @@ def make_sequence(owner: str, submit: Submit, spec: ModelSpec, limits: ModelLimi
     _check_sampling(submit, spec.vocab_size)
     named = unpack_token_ids(submit.stop_token_ids, "stop")
     _check_ids(named, spec.vocab_size, "stop_token_ids")
+    bad_words = [unpack_token_ids(word, "bad_words") for word in submit.bad_words]
+    for word in bad_words:
+        _check_ids(word, spec.vocab_size, "bad_words")
+        if not word:
+            raise errors.InvalidValue(
+                "bad_words holds an empty word; leave it out", param="bad_words"
+            )
     stop_token_ids = frozenset(named).union(
         token_id for token_id in spec.eos_token_ids if 0 <= token_id < spec.vocab_size
     )
@@ -60,6 +67,7 @@ def make_sequence(owner: str, submit: Submit, spec: ModelSpec, limits: ModelLimi
         num_prompt_tokens=len(prompt),
         max_tokens=min(submit.max_tokens, limits.output, limits.context - len(prompt)),
         stop_token_ids=frozenset() if submit.ignore_eos else stop_token_ids,
+        bad_words=bad_words,
         stable_length=_stable_length(prompt, stop_token_ids),
         seed=secrets.randbits(64) if submit.seed is None else submit.seed % 2**64,
     )

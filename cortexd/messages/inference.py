@@ -11,8 +11,9 @@ from cortexd.messages.control import Message
 class Submit(Message, frozen=True, tag="Submit"):
     """Run one sequence. Numbers are validated by the front; the engine checks them again.
 
-    `sequence_id` is unique per front incarnation; `prompt_token_ids`, `stop_token_ids` are packed
-    little-endian int32. `max_tokens` is the number of tokens to generate at most (>= 1).
+    `sequence_id` is unique per front incarnation; `prompt_token_ids`, `stop_token_ids` and each of
+    `bad_words` (token sequences that the output must not hold) are packed little-endian int32.
+    `max_tokens` is the number of tokens to generate at most (>= 1).
     """
 
     request_id: str
@@ -32,6 +33,7 @@ class Submit(Message, frozen=True, tag="Submit"):
     min_tokens: int = 0
     stop_token_ids: bytes = b""
     logit_bias: dict[int, float] = {}
+    bad_words: list[bytes] = []
     cache_salt: str = ""  # only sequences with equal salts share cached prefixes
 
 

@@ -39,6 +39,11 @@ class Embedding:
         return f"Embedding({self.vocab_size}x{self.hidden_size}, {self._dtype})"
 
     @property
+    def is_native(self) -> bool:
+        """Whether a native kernel computes the head that shares this matrix."""
+        return self._native_head is not None
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of weights held; a mapped file's pages are not counted."""
         if self._native_head is not None:
@@ -58,7 +63,12 @@ class Embedding:
         return Linear(self.weight, dtype=self._dtype, backend="reference")
 
 
-def tied_embedding(weight: Weight, *, dtype: torch.dtype, backend: Backend) -> Embedding | None:
-    """Return an embedding over the mapped view `weight` with a native head; None without one."""
-    head = pack_native(weight, None, backend)
-    return None if head is None else Embedding(weight, dtype=dtype, native_head=head)
+def tied_embedding(
+    weight: Weight, head: Weight, *, dtype: torch.dtype, backend: Backend
+) -> Embedding | None:
+    """Return an embedding over the mapped view `weight` with a native head; None without one.
+
+    `head` is the same matrix, or the same quantised.
+    """
+    packed = pack_native(head, None, dtype, backend)
+    return None if packed is None else Embedding(weight, dtype=dtype, native_head=packed)

@@ -80,9 +80,16 @@ class NativeProduct:
         return native.linear(self.packed, x.float().contiguous()).to(x.dtype)
 
 
-def pack_native(weight: Weight, bias: Tensor | None, backend: Backend) -> NativeProduct | None:
-    """Return the weight packed for the native CPU kernels; None when they do not apply."""
+def pack_native(
+    weight: Weight, bias: Tensor | None, dtype: torch.dtype, backend: Backend
+) -> NativeProduct | None:
+    """Return the weight packed for the native CPU kernels; None when they do not apply.
+
+    Dense weights are packed as they are stored, for float32 computing only.
+    """
     if backend == "reference" or weight.device.type != "cpu" or not native.available():
+        return None
+    if isinstance(weight, Tensor) and dtype != torch.float32:
         return None
     packed = native.pack(weight, None if bias is None else bias.float())
     return None if packed is None else NativeProduct(packed)
@@ -140,6 +147,11 @@ class Linear:
         return parts if len(parts) == len(self._products) else None
 
     @property
+    def is_native(self) -> bool:
+        """Whether a native kernel computes any part."""
+        return any(isinstance(product, NativeProduct) for product in self._products)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of weights held."""
         return sum(product.num_bytes for product in self._products)
@@ -152,7 +164,7 @@ class Linear:
 
 
 def _product(weight: Weight, bias: Tensor | None, dtype: torch.dtype, backend: Backend) -> Product:
-    packed = pack_native(weight, bias, backend)
+    packed = pack_native(weight, bias, dtype, backend)
     if packed is not None:
         return packed
     if isinstance(weight, QuantizedTensor):

@@ -61,11 +61,14 @@ class Decoder:
         self.norm = self._build_norm(weights, FINAL_NORM)
         self.head = weights.head(self.embedding)
         self._native = native_decoder(self) if weights.dtype == torch.float32 else None
+        self._has_native_linears = weights.has_native_layers
 
     @property
-    def is_native(self) -> bool:
-        """Whether a step is one call of the native kernels."""
-        return self._native is not None
+    def backend_name(self) -> str:
+        """What computes: "native" (a step is one native call), "native linears", "reference"."""
+        if self._native is not None:
+            return "native"
+        return "native linears" if self._has_native_linears else "reference"
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Return the logits (num_logit_rows, vocab_size); K and V of all tokens go to the cache."""

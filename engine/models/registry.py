@@ -38,6 +38,7 @@ class Architecture:
     is_hybrid: bool = False  # has Gated DeltaNet layers
     has_tiled_gguf_heads: bool = False  # GGUF: V heads are reordered
     has_experts: bool = False
+    has_shared_expert: bool = False
     normalizes_experts: bool | None = None  # default of norm_topk_prob; None: always
 
 
@@ -93,6 +94,7 @@ REGISTRY: Final[dict[str, Architecture]] = {
         default_partial_rotary_factor=0.25,
         is_hybrid=True,
         has_experts=True,
+        has_shared_expert=True,
         normalizes_experts=True,
     ),
     "qwen3_5": Architecture(
@@ -121,6 +123,7 @@ REGISTRY: Final[dict[str, Architecture]] = {
         is_hybrid=True,
         has_tiled_gguf_heads=True,
         has_experts=True,
+        has_shared_expert=True,
     ),
 }
 

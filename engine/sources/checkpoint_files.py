@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 from cortexd.errors import BadModelFile, InvalidValue, ModelSourceError
 from cortexd.models import ModelFiles
+from engine.formats.in_situ import in_situ_names, in_situ_type
 from engine.sources.quant_choice import choose_gguf, list_ggufs
 
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -36,17 +37,31 @@ def is_dense(names: set[str]) -> bool:
 def takes_safetensors(names: set[str], quant: str | None, model_id: str) -> bool:
     """Return whether to take the safetensors rather than a GGUF file.
 
-    Raises: InvalidValue when a quant is asked for and there is no GGUF file.
+    A quant chooses among GGUF files where there are any; else the safetensors are quantised to it
+    while they are loaded. Raises: InvalidValue when they cannot be.
     """
     if not is_dense(names):
         return False
-    if quant and not list_ggufs(names):
+    if not quant:
+        return True
+    if list_ggufs(names):
+        return False
+    if in_situ_type(quant) is None:
+        available = in_situ_names()
         raise InvalidValue(
-            f'model "{model_id}" has no GGUF files, so quant "{quant}" cannot be chosen; leave '
-            "quant unset to load its safetensors",
+            f'model "{model_id}" has no GGUF files, and quant "{quant}" is not one that its '
+            f"safetensors can be quantised to while they are loaded: {', '.join(available)}; "
+            "leave quant unset to load them as they are",
             param="quant",
+            available=available,
         )
-    return not quant
+    return True
+
+
+def in_situ_quant(quant: str | None) -> str | None:
+    """Return the usual name of the type that safetensors are to be quantised to, if any."""
+    ggml_type = in_situ_type(quant) if quant else None
+    return None if ggml_type is None else ggml_type.name.lower()
 
 
 def read_shard_names(index: Path) -> list[str]:
@@ -103,7 +118,7 @@ def collect_directory(
     if takes_safetensors(names, quant, model_id):
         index = directory / INDEX_NAME if INDEX_NAME in names else None
         weights = safetensors_names(names, index, model_id)
-        tag, file_format = None, "safetensors"
+        tag, file_format = in_situ_quant(quant), "safetensors"
     else:
         nested = _names_one_down(directory) if source == "hub" else set()
         names |= nested

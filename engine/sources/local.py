@@ -11,7 +11,7 @@ from pathlib import Path
 from cortexd.errors import BadModelFile, InvalidValue, ModelSourceError
 from cortexd.models import ModelFiles
 from engine.sources.checkpoint_files import collect_directory, model_files
-from engine.sources.quant_choice import choose_gguf
+from engine.sources.quant_choice import SHARD, choose_gguf, list_ggufs
 
 
 def resolve_path(path: Path, quant: str | None, model_id: str) -> ModelFiles:
@@ -40,14 +40,23 @@ def _resolve_file(path: Path, quant: str | None, model_id: str) -> ModelFiles:
             "directory that holds them and config.json",
             param="model_id",
         )
-    choice = choose_gguf([path.name], quant, model_id)
+    choice = choose_gguf(_parts(path), quant, model_id)
     return model_files(
         path.parent,
         set(),
-        [path.name],
+        list(choice.files),
         quant=choice.quant,
         file_format="gguf",
         model_id=model_id,
         source="path",
         revision="local",
     )
+
+
+def _parts(path: Path) -> list[str]:
+    """Return the names of all parts of the split model that `path` is of, or just its own."""
+    if not SHARD.search(path.stem):
+        return [path.name]
+    names = [entry.name for entry in os.scandir(path.parent) if entry.is_file()]
+    groups = [choice.files for choice in list_ggufs(names) if path.name in choice.files]
+    return list(groups[0]) if groups else [path.name]

@@ -15,7 +15,7 @@ from typing import Final
 
 from cortexd.errors import InvalidValue, ModelSourceError
 
-_SHARD: Final = re.compile(r"-(\d{5})-of-(\d{5})$")
+SHARD: Final = re.compile(r"-(\d{5})-of-(\d{5})$")
 _QUANT_TAG: Final = re.compile(
     r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d_\d|BF16|FP?16|FP?32|MXFP4\w*|NVFP4))(?=$|[-.])",
     re.IGNORECASE,
@@ -37,7 +37,7 @@ def list_ggufs(names: Iterable[str]) -> list[GGUFChoice]:
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         if name.lower().endswith(".gguf") and not _COMPANION.search(name):
-            groups.setdefault(_SHARD.sub("", name[: -len(".gguf")]), []).append(name)
+            groups.setdefault(SHARD.sub("", name[: -len(".gguf")]), []).append(name)
     return [GGUFChoice(_quant_tag(stem), tuple(files)) for stem, files in groups.items()]
 
 

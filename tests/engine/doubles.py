@@ -6,7 +6,7 @@ from typing import Any
 
 from cortexd.messages.inference import Submit
 from engine.sequence import Sequence
-from engine.token_ids import pack_token_ids
+from engine.token_ids import pack_token_ids, unpack_token_ids
 
 
 def make_submit(prompt: list[int], sequence_id: int = 1, **fields: Any) -> Submit:
@@ -14,6 +14,8 @@ def make_submit(prompt: list[int], sequence_id: int = 1, **fields: Any) -> Submi
     fields = {"max_tokens": 8, "temperature": 0.0, **fields}
     if isinstance(stop := fields.get("stop_token_ids"), list):
         fields["stop_token_ids"] = pack_token_ids(stop)
+    if "bad_words" in fields:
+        fields["bad_words"] = [pack_token_ids(word) for word in fields["bad_words"]]
     return Submit(
         request_id=f"request-{sequence_id}",
         sequence_id=sequence_id,
@@ -41,4 +43,5 @@ def make_sequence(
         stop_token_ids=frozenset(),
         seed=seed,
         stable_length=stable_length,
+        bad_words=[unpack_token_ids(word, "word") for word in submit.bad_words],
     )

@@ -68,9 +68,9 @@ class Recorder:
         self.spoil: dict[int, float] = {}  # row of the next step with logits → value
 
     @property
-    def is_native(self) -> bool:
+    def backend_name(self) -> str:
         """As the real model."""
-        return self.model.is_native
+        return self.model.backend_name
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run the real model."""

@@ -18,10 +18,11 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
-    ("where", "stored", "is_gguf", "setting", "expected"),
+    ("where", "stored", "is_quantized", "setting", "expected"),
     [
         (CPU, "bfloat16", True, "auto", torch.float32),
-        (CPU, "bfloat16", False, "auto", torch.bfloat16),
+        (CPU, "bfloat16", False, "auto", torch.float32),
+        (CPU, "bfloat16", False, "bfloat16", torch.bfloat16),
         (CPU, "float16", False, "auto", torch.float32),
         (CPU, "float32", False, "auto", torch.float32),
         (CPU, "bfloat16", False, "float32", torch.float32),
@@ -30,11 +31,24 @@ CUDA = torch.device("cuda", 0)
     ],
 )
 def test_choose_dtype_follows_device_and_file(
-    where: torch.device, stored: str, is_gguf: bool, setting: Any, expected: torch.dtype
+    where: torch.device, stored: str, is_quantized: bool, setting: Any, expected: torch.dtype
 ) -> None:
     """What "auto" means, and that a setting overrides it."""
     spec = msgspec.structs.replace(SPEC, torch_dtype=stored)
-    assert device.choose_dtype(EngineSettings(dtype=setting), where, spec, is_gguf) == expected
+    assert device.choose_dtype(EngineSettings(dtype=setting), where, spec, is_quantized) == expected
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_choose_dtype_keeps_bfloat16_where_no_native_kernel_runs(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 torch would hold the weights twice as large."""
+    if backend == "auto":
+        monkeypatch.setattr(device.native, "available", lambda: False)
+    spec = msgspec.structs.replace(SPEC, torch_dtype="bfloat16")
+    settings = EngineSettings(backend=backend)
+    assert device.choose_dtype(settings, CPU, spec, is_gguf=False) == torch.bfloat16
+    assert device.choose_dtype(settings, CPU, spec, is_gguf=True) == torch.float32
 
 
 def test_choose_device_refuses_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,9 +277,9 @@ class SmallMemory:
         self.max_tokens = max_tokens
 
     @property
-    def is_native(self) -> bool:
+    def backend_name(self) -> str:
         """As the real model."""
-        return self.model.is_native
+        return self.model.backend_name
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Run, or raise what torch raises when memory is exhausted."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.sampler import TOP_P_CANDIDATES, SampledToken, Sampler, apply_penalties, truncate
+from engine.sequence import Sequence
 from tests.engine.doubles import make_sequence, make_submit
 
 VOCAB_SIZE = 50
@@ -239,3 +240,50 @@ def test_bfloat16_logits_are_sampled_in_float32() -> None:
     assert sample(logits, num_logprobs=0).logprob == pytest.approx(
         math.log(max(plain_probabilities(logits.float()))), abs=1e-5
     )
+
+
+def test_bad_word_is_not_completed_by_the_output() -> None:
+    """The last token of a word is out of the question behind its beginning, and only there."""
+    logits = random_logits()
+    best, second = logits.topk(2).indices.tolist()
+    assert sample(logits, bad_words=[[best]]).token_id == second
+    assert sample(logits, bad_words=[[4, best]]).token_id == best
+    assert sample(logits, bad_words=[[3, best]]).token_id == best, "3 is the prompt's"
+    for output, expected in (([9, 4], second), ([4, 9], best), ([4], second), ([], best)):
+        sequence = make_sequence([1], output, bad_words=[[4, best]])
+        assert Sampler().sample(logits.unsqueeze(0), [sequence])[0].token_id == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_mask_leaves_only_what_a_grammar_allows(temperature: float) -> None:
+    """The masked row chooses among the allowed tokens, its neighbour among all."""
+    logits = random_logits()
+    best = int(logits.argmax())
+    masked, free = (make_sequence([1], seed=seed, temperature=temperature) for seed in (1, 2))
+    expected = Sampler().sample(logits.unsqueeze(0), [free])[0].token_id
+    sampler = Sampler()
+    seen: list[int] = []
+
+    def mask(sequence: Sequence) -> Tensor:
+        seen.append(len(sequence.token_ids))
+        allowed = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+        allowed[[(best + 1) % VOCAB_SIZE, (best + 2) % VOCAB_SIZE]] = True
+        return allowed
+
+    sampler.constrain(masked, mask)
+    tokens = sampler.sample(torch.stack([logits, logits]), [masked, free])
+    assert tokens[0].token_id in {(best + 1) % VOCAB_SIZE, (best + 2) % VOCAB_SIZE}
+    assert tokens[1].token_id == expected
+    assert seen == [1]
+    sampler.release(masked)
+    sampler.sample(logits.unsqueeze(0), [masked])
+    assert seen == [1]
+
+
+def test_row_of_which_nothing_is_allowed_yields_no_token() -> None:
+    """A grammar at its wits' end, or too many bad words, fail the one request."""
+    sequence = make_sequence([1], temperature=1.0)
+    sampler = Sampler()
+    sampler.constrain(sequence, lambda _: torch.zeros(VOCAB_SIZE, dtype=torch.bool))
+    assert sampler.sample(random_logits().unsqueeze(0), [sequence])[0].token_id is None
+    assert sample(random_logits(), bad_words=[[token] for token in range(50)]).token_id is None

@@ -90,6 +90,36 @@ def test_plan_first_chunk_is_cut_when_no_step_could_hold_it_whole() -> None:
     assert shape(run_step(scheduler)) == [(1, 4, 1), (2, 0, 15)]
 
 
+def run_beside_short_prompts(scheduler: Scheduler, long: Sequence) -> tuple[int, int]:
+    """Submit a long prompt, and a short one each step; return steps and short answers by its end.
+
+    Gives up after 200 steps.
+    """
+    scheduler.submit(long)
+    num_short = 0
+    for step in range(1, 200):
+        scheduler.submit(make_sequence([1] * 16, max_tokens=1, sequence_id=step))
+        num_short += any(
+            row.sequence is not long and row.samples for row in run_step(scheduler).rows
+        )
+        if long.num_output_tokens:
+            return step, num_short
+    return 200, num_short
+
+
+def test_long_prompt_and_short_ones_neither_starve() -> None:
+    """Short prompts overtake a long one of ten chunks nine times; then it goes first."""
+    scheduler = make_scheduler(max_num_batched_tokens=16, max_prefill_chunk=16, num_blocks=128)
+    assert run_beside_short_prompts(scheduler, make_sequence([1] * 160)) == (19, 9)
+
+
+def test_long_prompt_would_starve_without_aging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above can fail: shortest first alone never comes to the long prompt."""
+    monkeypatch.setattr(Scheduler, "_count_overtaken", lambda *_: None)
+    scheduler = make_scheduler(max_num_batched_tokens=16, max_prefill_chunk=16, num_blocks=128)
+    assert run_beside_short_prompts(scheduler, make_sequence([1] * 160))[0] == 200
+
+
 def test_submit_beyond_seats_and_queue_raises_overloaded() -> None:
     """Seats do not count as queue places; one more than both is refused."""
     scheduler = make_scheduler(max_num_seqs=2, max_queue_depth=3)
@@ -202,7 +232,7 @@ def test_random_traffic_keeps_all_promises(
     reductions: set[int],
     prefix_cache: bool,
 ) -> None:
-    """No leak, no wrong share, budget kept, everything ends, and begins in order of arrival."""
+    """No leak, no wrong share, budget kept; everything ends and is overtaken so often at most."""
     scheduler = make_scheduler(
         num_blocks,
         context=100,
@@ -218,7 +248,6 @@ def test_random_traffic_keeps_all_promises(
     ]
     everything = [sequence for _, sequence in todo]
     cancelled: set[Sequence] = set()
-    first_steps: list[int] = []
     step = 0
     while todo or scheduler.has_work:
         while todo and todo[0][0] <= step % 4:
@@ -238,25 +267,17 @@ def test_random_traffic_keeps_all_promises(
                     scheduler.finish(victim)
                     cancelled.add(victim)
             else:
-                _note_first_steps(model.step(), first_steps)
+                model.step()
         step += 1
         assert step < 6000, "starvation"
     assert scheduler.pool.num_used == 0
     for (_, output, _, _), sequence in zip(arrivals, everything, strict=True):
         assert sequence in cancelled or sequence.num_output_tokens == output
-    if not prefix_cache:  # else one may wait for a block that others share
-        assert first_steps == sorted(first_steps)
+    for sequence in everything:
+        assert sequence.num_overtaken <= -(-len(sequence.token_ids) // MIN_PREFILL_CHUNK)
 
 
 def _prompt(length: int, index: int, is_shared: bool) -> list[int]:
     """Return tokens 1 to 5, of which the shared half of prompts begins alike."""
     own = 0 if is_shared else index
     return [1 + (own + position // 11) % 5 for position in range(length)]
-
-
-def _note_first_steps(plan: StepPlan, first_steps: list[int]) -> None:
-    for row in plan.rows:
-        # A prompt of one token is a decode row, so it may overtake after a plan was dropped.
-        is_first = row.start == 0 and row.sequence.num_prompt_tokens > 1
-        if is_first and row.sequence.num_preemptions == 0:
-            first_steps.append(row.sequence.sequence_id)

@@ -185,6 +185,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CortexError], str]] = {
         UnsupportedArchitecture,
         "rope type 'longrope' .*supported: default, linear, llama3, yarn",
     ),
+    "yarn variant": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2, "mscale": 0.7}},
+        UnsupportedArchitecture,
+        "rope parameters: mscale is not supported for yarn",
+    ),
+    "yarn untruncated": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}},
+        UnsupportedArchitecture,
+        "truncate = false is not supported",
+    ),
     "rope per layer": (
         {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
         UnsupportedArchitecture,

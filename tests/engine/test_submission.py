@@ -107,3 +107,24 @@ def test_malformed_prompt_is_refused(packed: bytes, message: str) -> None:
     submit = Submit(request_id="r", sequence_id=1, prompt_token_ids=packed, max_tokens=1)
     with pytest.raises(errors.InvalidValue, match=message):
         make_sequence("front.0", submit, SPEC, LIMITS)
+
+
+def test_bad_words_are_checked() -> None:
+    """A word has tokens, and the model has them."""
+    limits = ModelLimits(context=16, output=15)
+    sequence = make_sequence("f", make_submit([1], bad_words=[[3, 4], [5]]), SPEC, limits)
+    assert sequence.bad_words == [[3, 4], [5]]
+    with pytest.raises(errors.InvalidValue, match="empty word"):
+        make_sequence("f", make_submit([1], bad_words=[[]]), SPEC, limits)
+    with pytest.raises(errors.InvalidValue, match="bad_words holds token id 100"):
+        make_sequence("f", make_submit([1], bad_words=[[100]]), SPEC, limits)
+
+
+def test_stable_length_ends_with_the_last_end_token() -> None:
+    """What follows a chat's last message is not counted on; plain text is, but for one token."""
+    limits = ModelLimits(context=16, output=15)
+    end = SPEC.eos_token_ids[0]
+    for prompt, length in (([1, end, 3, end, 3, 4], 4), ([1, 3, 4], 2), ([end], 1)):
+        assert make_sequence("f", make_submit(prompt), SPEC, limits).stable_length == length
+    marked = make_submit([1, 7, 3], stop_token_ids=[7])
+    assert make_sequence("f", marked, SPEC, limits).stable_length == 2

@@ -1,4 +1,5 @@
-// Activations quantised to 16 bits, 32 at a time: the right-hand side of every packed matrix.
+// The right-hand side of packed matrices: quantised to 16 bits, 32 at a time, for quantised weights;
+// as they are for dense ones.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +21,12 @@ struct BlockInfo {
     int32_t negative_half_sums[2];
 };
 
-// `num_tokens` rows of `columns / 32` blocks of kBlockBytes, and as many infos; both dense.
+// `num_tokens` rows of `columns / 32` blocks of kBlockBytes and as many infos, without gaps (null
+// when no matrix needs them); and where each token's floats lie.
 struct Activation {
     const int8_t* values;
     const BlockInfo* infos;
+    const float* const* rows;
 };
 
 }  // namespace cortexd

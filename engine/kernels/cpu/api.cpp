@@ -49,9 +49,10 @@ CORTEXD_EXPORT int cortexd_linear(const Matrix* matrix, const float* x, int64_t 
                                   float* y) {
     return guarded([&] {
         static thread_local ActivationBuffer buffer;
-        buffer.quantize(num_tokens, matrix->columns,
-                        [&](int64_t m) { return x + m * matrix->columns; });
-        multiply(Projection{matrix, 1}, buffer.view(), num_tokens, y, false);
+        const Projection projection{matrix, 1};
+        buffer.prepare(num_tokens, projection,
+                       [&](int64_t m) { return x + m * matrix->columns; });
+        multiply(projection, buffer.view(), num_tokens, y, false);
     });
 }
 

@@ -27,7 +27,7 @@ from typing import Final
 
 SOURCE_DIR: Final = Path(__file__).resolve().parent
 CACHE_ENV: Final = "CORTEXD_KERNELS_DIR"
-COMPILE_TIMEOUT_S: Final = 120.0
+COMPILE_TIMEOUT_S: Final = 90.0  # under the supervisor's patience with a loading model
 
 # -ffp-contract=off: a compiler that fuses a multiply and an add where it likes would give results
 # that differ between instruction sets and between tile sizes.

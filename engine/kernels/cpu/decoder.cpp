@@ -1,5 +1,5 @@
 // See decoder.h. Between the matrix products everything is done a token at a time, right before
-// the token is quantised for the next product.
+// the token is made ready for the next product.
 #include "decoder.h"
 
 #include <cstddef>
@@ -40,8 +40,8 @@ class Step {
             mlp_block(weights_.layers[i]);
         }
         if (step_.num_logit_rows == 0) return;
-        norm_and_quantize(weights_.final_norm, step_.num_logit_rows,
-                          [&](int64_t i) { return hidden(step_.logit_rows[i]); });
+        norm_for(weights_.head, weights_.final_norm, step_.num_logit_rows,
+                 [&](int64_t i) { return hidden(step_.logit_rows[i]); });
         multiply(weights_.head, scratch_.activation.view(), step_.num_logit_rows, step_.logits,
                  false);
     }
@@ -50,9 +50,9 @@ class Step {
     float* hidden(int64_t token) const { return step_.hidden + token * weights_.hidden_size; }
 
     template <class RowOf>
-    void norm_and_quantize(const float* norm, int64_t count, const RowOf& row_of) {
+    void norm_for(const Projection& next, const float* norm, int64_t count, const RowOf& row_of) {
         float* const normed = Scratch::grown(scratch_.normed, count * weights_.hidden_size);
-        scratch_.activation.quantize(count, weights_.hidden_size, [&](int64_t i) {
+        scratch_.activation.prepare(count, next, [&](int64_t i) {
             float* const row = normed + i * weights_.hidden_size;
             set_.rms_norm(row_of(i), norm, weights_.norm_eps, weights_.hidden_size, row);
             return row;
@@ -66,13 +66,13 @@ class Step {
         const int64_t out_size = shape.num_heads * shape.head_dim;
         float* const qkv = Scratch::grown(scratch_.projected, tokens * qkv_size);
         float* const attended = Scratch::grown(scratch_.attended, tokens * out_size);
-        norm_and_quantize(layer.input_norm, tokens, [&](int64_t t) { return hidden(t); });
+        norm_for(layer.qkv, layer.input_norm, tokens, [&](int64_t t) { return hidden(t); });
         multiply(layer.qkv, scratch_.activation.view(), tokens, qkv, false);
         rope_and_kv_write(shape, qkv, tokens, scratch_.tables, layer.head_norm, weights_.norm_eps,
                           step_.slots, cache_layer);
         attend(shape, qkv, qkv_size, cache_layer, step_.rows, step_.num_rows, attended);
-        scratch_.activation.quantize(tokens, out_size,
-                                     [&](int64_t t) { return attended + t * out_size; });
+        scratch_.activation.prepare(tokens, layer.output,
+                                    [&](int64_t t) { return attended + t * out_size; });
         multiply(layer.output, scratch_.activation.view(), tokens, step_.hidden, true);
     }
 
@@ -80,9 +80,9 @@ class Step {
         const int64_t tokens = step_.num_tokens;
         const int64_t size = weights_.intermediate_size;
         float* const gate_up = Scratch::grown(scratch_.projected, tokens * 2 * size);
-        norm_and_quantize(layer.mlp_norm, tokens, [&](int64_t t) { return hidden(t); });
+        norm_for(layer.gate_up, layer.mlp_norm, tokens, [&](int64_t t) { return hidden(t); });
         multiply(layer.gate_up, scratch_.activation.view(), tokens, gate_up, false);
-        scratch_.activation.quantize(tokens, size, [&](int64_t t) {
+        scratch_.activation.prepare(tokens, layer.down, [&](int64_t t) {
             float* const gate = gate_up + t * 2 * size;
             set_.silu_mul(gate, gate + size, size, gate);
             return gate;

@@ -7,6 +7,9 @@ namespace {
 // See kFloatsPerChunk.
 constexpr int64_t kMacsPerChunk = 60000;
 
+// Dense kernels take this many groups side by side (see Isa::kDenseGroups).
+constexpr int64_t kDenseStep = 4;
+
 int64_t num_groups(const Matrix& matrix) { return (matrix.rows + kRows - 1) / kRows; }
 
 // The part of [begin, end) that lies in [first, first + count), relative to first.
@@ -27,7 +30,8 @@ void multiply(const Projection& projection, const Activation& x, int64_t num_tok
     int64_t groups = 0;
     for (int64_t i = 0; i < projection.num_parts; ++i) groups += num_groups(projection.parts[i]);
     const int64_t macs_per_group = kRows * projection.parts[0].columns * num_tokens;
-    const int64_t grain = macs_per_group < kMacsPerChunk ? kMacsPerChunk / macs_per_group : 1;
+    int64_t grain = macs_per_group < kMacsPerChunk ? kMacsPerChunk / macs_per_group : 1;
+    if (projection.has_dense_part()) grain = (grain + kDenseStep - 1) / kDenseStep * kDenseStep;
     parallel_for(groups, grain, [&](int64_t begin, int64_t end) {
         int64_t first = 0, column = 0;
         for (int64_t i = 0; i < projection.num_parts; ++i) {

@@ -19,36 +19,6 @@ inline int64_t tokens_per_chunk(int64_t columns) {
     return columns < kFloatsPerChunk ? kFloatsPerChunk / columns : 1;
 }
 
-// The quantised form of some rows of tokens; its memory is kept between uses.
-class ActivationBuffer {
-   public:
-    // Quantises num_tokens rows of `columns` floats; row_of(token) returns a token's row and is
-    // called once per token, on the thread that quantises it.
-    template <class RowOf>
-    void quantize(int64_t num_tokens, int64_t columns, const RowOf& row_of) {
-        const int64_t blocks = columns / kBlock;
-        grow(num_tokens * blocks);
-        const Kernels& set = kernels();
-        parallel_for(num_tokens, tokens_per_chunk(columns), [&](int64_t begin, int64_t end) {
-            for (int64_t m = begin; m < end; ++m) {
-                set.quantize(row_of(m), blocks, values_.data() + m * blocks * kBlockBytes,
-                             infos_.data() + m * blocks);
-            }
-        });
-    }
-    Activation view() const { return {values_.data(), infos_.data()}; }
-
-   private:
-    void grow(int64_t blocks) {
-        if (static_cast<size_t>(blocks) <= infos_.size()) return;
-        values_.resize(static_cast<size_t>(blocks * kBlockBytes));
-        infos_.resize(static_cast<size_t>(blocks));
-    }
-
-    std::vector<int8_t> values_;
-    std::vector<BlockInfo> infos_;
-};
-
 // Matrices of equal width whose outputs stand side by side.
 struct Projection {
     const Matrix* parts;
@@ -59,6 +29,51 @@ struct Projection {
         for (int64_t i = 0; i < num_parts; ++i) sum += parts[i].rows;
         return sum;
     }
+    bool has_part(bool dense) const {
+        for (int64_t i = 0; i < num_parts; ++i) {
+            if (is_dense(parts[i].type) == dense) return true;
+        }
+        return false;
+    }
+    bool has_quantized_part() const { return has_part(false); }
+    bool has_dense_part() const { return has_part(true); }
+};
+
+// Some rows of tokens as a projection needs them; its memory is kept between uses.
+class ActivationBuffer {
+   public:
+    // row_of(token) makes and returns a token's row of floats, which must stay as it is until the
+    // product is done; it is called once per token, on the thread that quantises it.
+    template <class RowOf>
+    void prepare(int64_t num_tokens, const Projection& projection, const RowOf& row_of) {
+        const int64_t columns = projection.parts[0].columns;
+        const int64_t blocks = columns / kBlock;
+        const bool is_quantized = projection.has_quantized_part();
+        grow(num_tokens, is_quantized ? num_tokens * blocks : 0);
+        const Kernels& set = kernels();
+        parallel_for(num_tokens, tokens_per_chunk(columns), [&](int64_t begin, int64_t end) {
+            for (int64_t m = begin; m < end; ++m) {
+                const float* const row = row_of(m);
+                rows_[static_cast<size_t>(m)] = row;
+                if (!is_quantized) continue;
+                set.quantize(row, blocks, values_.data() + m * blocks * kBlockBytes,
+                             infos_.data() + m * blocks);
+            }
+        });
+    }
+    Activation view() const { return {values_.data(), infos_.data(), rows_.data()}; }
+
+   private:
+    void grow(int64_t tokens, int64_t blocks) {
+        if (static_cast<size_t>(tokens) > rows_.size()) rows_.resize(static_cast<size_t>(tokens));
+        if (static_cast<size_t>(blocks) <= infos_.size()) return;
+        values_.resize(static_cast<size_t>(blocks * kBlockBytes));
+        infos_.resize(static_cast<size_t>(blocks));
+    }
+
+    std::vector<const float*> rows_;
+    std::vector<int8_t> values_;
+    std::vector<BlockInfo> infos_;
 };
 
 // y (num_tokens, projection.rows()), dense, = [y +] x . matrix^T + bias.

@@ -1,8 +1,10 @@
-"""Matrix products with weights that stay quantised.
+"""Matrix products with weights that stay as they are stored: quantised, bfloat16, float16, float32.
 
-Used by `engine.layers.linear`. A weight is repacked once (integers exact, see packed.h); each call
-quantises the activation to 16 bits per 32 values and multiplies integers. A token's result is
-bit-identical whatever the other tokens, their number, the threads and the instruction set.
+Used by `engine.layers.linear`. A weight is repacked once (numbers exact, see packed.h). For
+quantised weights each call quantises the activation to 16 bits per 32 values and multiplies
+integers; for dense ones it multiplies and adds in float32. A token's result is bit-identical
+whatever the other tokens, their number and the threads (for quantised weights the instruction set
+as well).
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from engine.kernels.cpu.structs import Matrix
 
 # GGML's own numbers, as in packed.h.
 TYPE_NUMBERS: Final = {
+    "F32": 0,
+    "F16": 1,
     "Q4_0": 2,
     "Q4_1": 3,
     "Q5_0": 6,
@@ -27,7 +31,9 @@ TYPE_NUMBERS: Final = {
     "Q4_K": 12,
     "Q5_K": 13,
     "Q6_K": 14,
+    "BF16": 30,
 }
+DENSE_TYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class _Named(Protocol):
@@ -76,30 +82,36 @@ _ARENA: Final = Arena()
 
 
 def pack(weight: QuantizedRows | Tensor, bias: Tensor | None) -> PackedLinear | None:
-    """Repack `weight` for `linear`; None when there are no kernels, or none for its type.
+    """Repack `weight` for `linear`; None when there are no kernels, or none for its type or shape.
 
     The weight's own bytes are not needed afterwards.
     """
-    if isinstance(weight, Tensor) or not library.available():
-        return None
-    number = TYPE_NUMBERS.get(weight.ggml_type.name)
-    if number is None or weight.packed.device.type != "cpu":
+    name, source = _stored(weight)
+    number = TYPE_NUMBERS.get(name)
+    if number is None or source.device.type != "cpu" or not library.available():
         return None
     rows, columns = weight.shape
     native = library.load()
     size = native.cortexd_packed_bytes(number, rows, columns)
     if size < 0:
         return None
-    source = weight.packed
-    assert source.dtype == torch.uint8, f"packed rows are {source.dtype}, not uint8"
-    assert source.stride(1) == 1, "the bytes of a packed row are not contiguous"
+    assert source.stride(1) == 1, "the numbers of a row are not contiguous"
+    row_bytes = source.stride(0) * source.element_size()
     storage = _ARENA.allocate(size)
     done = native.cortexd_pack(
-        number, source.data_ptr(), source.stride(0), rows, columns, storage.data_ptr()
+        number, source.data_ptr(), row_bytes, rows, columns, storage.data_ptr()
     )
-    assert done == 0, f"{weight.ggml_type.name} of {rows}x{columns} has a size but no packing"
+    assert done == 0, f"{name} of {rows}x{columns} has a size but no packing"
     float_bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    return PackedLinear(weight.ggml_type.name, (rows, columns), storage, float_bias)
+    return PackedLinear(name, (rows, columns), storage, float_bias)
+
+
+def _stored(weight: QuantizedRows | Tensor) -> tuple[str, Tensor]:
+    """Return the type's name and the rows as they are stored."""
+    if isinstance(weight, Tensor):
+        return DENSE_TYPES.get(weight.dtype, str(weight.dtype)), weight
+    assert weight.packed.dtype == torch.uint8, f"packed rows are {weight.packed.dtype}, not uint8"
+    return weight.ggml_type.name, weight.packed
 
 
 def linear(packed: PackedLinear, x: Tensor) -> Tensor:

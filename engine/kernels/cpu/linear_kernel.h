@@ -10,7 +10,9 @@
 #include <cstdint>
 #include <limits>
 
+#include "dense_kernel.h"
 #include "kernels.h"
+#include "output.h"
 
 namespace cortexd {
 namespace {
@@ -96,31 +98,6 @@ void multiply_tile(const uint8_t* group, int64_t blocks, const int8_t* values,
     }
 }
 
-// What becomes of a finished sum: bias (or null), number of real rows, add to what is there.
-struct Output {
-    const float* bias;
-    int64_t rows;
-    float* y;
-    int64_t stride;
-    bool accumulate;
-
-    template <class Isa>
-    void store(typename Isa::F sum, int64_t token) const {
-        float* to = y + token * stride;
-        if (rows == kRows) {
-            if (bias != nullptr) sum = Isa::add(sum, Isa::load(bias));
-            Isa::store(to, accumulate ? Isa::add(Isa::load(to), sum) : sum);
-            return;
-        }
-        float lane[kRows];
-        Isa::store(lane, sum);
-        for (int64_t r = 0; r < rows; ++r) {
-            const float value = bias == nullptr ? lane[r] : lane[r] + bias[r];
-            to[r] = accumulate ? to[r] + value : value;
-        }
-    }
-};
-
 // Tokens in tiles of at most `Tokens`, the rest in tiles of half that size.
 template <class Isa, class L, int Tokens>
 void multiply_group(const uint8_t* group, int64_t blocks, const Activation& x, int64_t first,
@@ -139,16 +116,18 @@ void multiply_group(const uint8_t* group, int64_t blocks, const Activation& x, i
 template <class Isa>
 void multiply_groups(const Matrix& matrix, const Activation& x, int64_t num_tokens, int64_t begin,
                      int64_t end, float* y, int64_t y_stride, bool accumulate) {
+    const Destination to{y, y_stride, accumulate};
     visit_layout(matrix.type, [&](auto layout) {
         using L = decltype(layout);
         const int64_t blocks = matrix.columns / kBlock;
         for (int64_t g = begin; g < end; ++g) {
-            const int64_t left = matrix.rows - g * kRows;
-            const Output out{matrix.bias == nullptr ? nullptr : matrix.bias + g * kRows,
-                             left < kRows ? left : kRows, y + g * kRows, y_stride, accumulate};
-            multiply_group<Isa, L, Isa::kTileTokens / L::kParts>(matrix.packed + g * L::group_bytes(blocks),
-                                                     blocks, x, 0, num_tokens, out);
+            multiply_group<Isa, L, Isa::kTileTokens / L::kParts>(
+                matrix.packed + g * L::group_bytes(blocks), blocks, x, 0, num_tokens,
+                Output(matrix, g, to));
         }
+    });
+    visit_dense(matrix.type, [&](auto dense) {
+        multiply_dense<Isa, decltype(dense)>(matrix, x, num_tokens, begin, end, to);
     });
 }
 

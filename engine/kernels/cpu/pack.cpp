@@ -2,6 +2,7 @@
 #include "pack.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "pool.h"
 
@@ -167,6 +168,36 @@ void pack_group(const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t 
     }
 }
 
+// `Number` is the unsigned integer of the size of one number.
+template <class D, class Number>
+void pack_dense_group(const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t columns,
+                      uint8_t* group) {
+    if (rows < kRows) std::memset(group, 0, static_cast<size_t>(D::group_bytes(columns)));
+    for (int64_t r = 0; r < rows; ++r) {
+        const uint8_t* from = source + r * row_bytes;
+        for (int64_t k = 0; k < columns; ++k, from += sizeof(Number)) {
+            const int64_t lane = D::kType == Type::BF16 ? r * 2 + k % 2 : k % 2 * kRows + r;
+            std::memcpy(group + k / 2 * D::kPairBytes + lane * sizeof(Number), from,
+                        sizeof(Number));
+        }
+    }
+}
+
+// Calls place(row, rows, destination) for each group of rows, on all threads.
+template <class Place>
+void for_each_group(int64_t rows, int64_t group_bytes, uint8_t* destination, const Place& place) {
+    parallel_for((rows + kRows - 1) / kRows, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g) {
+            const int64_t left = rows - g * kRows;
+            place(g * kRows, left < kRows ? left : kRows, destination + g * group_bytes);
+        }
+    });
+}
+
+bool fits_dense(int64_t rows, int64_t columns) {
+    return rows > 0 && columns > 0 && columns % kBlock == 0;
+}
+
 template <class L>
 bool fits(int64_t rows, int64_t columns) {
     return rows > 0 && columns > 0 && columns % (L::kSuperBlocks ? kSuperBlock : kBlock) == 0;
@@ -182,27 +213,33 @@ int64_t packed_bytes(Type type, int64_t rows, int64_t columns) {
         using L = decltype(layout);
         if (fits<L>(rows, columns)) bytes = num_groups(rows) * L::group_bytes(columns / kBlock);
     });
+    visit_dense(type, [&](auto dense) {
+        if (fits_dense(rows, columns)) bytes = num_groups(rows) * dense.group_bytes(columns);
+    });
     return bytes;
 }
 
 bool pack(Type type, const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t columns,
           uint8_t* destination) {
-    bool done = false;
+    if (packed_bytes(type, rows, columns) < 0) return false;
     visit_layout(type, [&](auto layout) {
         using L = decltype(layout);
-        if (!fits<L>(rows, columns)) return;
         const int64_t blocks = columns / kBlock;
-        parallel_for(num_groups(rows), 4, [&](int64_t begin, int64_t end) {
-            for (int64_t g = begin; g < end; ++g) {
-                const int64_t left = rows - g * kRows;
-                pack_group<L>(source + g * kRows * row_bytes, row_bytes,
-                              left < kRows ? left : kRows, blocks,
-                              destination + g * L::group_bytes(blocks));
-            }
-        });
-        done = true;
+        for_each_group(rows, L::group_bytes(blocks), destination,
+                       [&](int64_t row, int64_t count, uint8_t* group) {
+                           pack_group<L>(source + row * row_bytes, row_bytes, count, blocks, group);
+                       });
     });
-    return done;
+    visit_dense(type, [&](auto dense) {
+        using D = decltype(dense);
+        using Number = std::conditional_t<D::kNumberBytes == 4, uint32_t, uint16_t>;
+        for_each_group(rows, D::group_bytes(columns), destination,
+                       [&](int64_t row, int64_t count, uint8_t* group) {
+                           pack_dense_group<D, Number>(source + row * row_bytes, row_bytes, count,
+                                                       columns, group);
+                       });
+    });
+    return true;
 }
 
 }  // namespace cortexd

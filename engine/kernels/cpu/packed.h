@@ -1,10 +1,13 @@
 // How a weight matrix lies in memory after repacking, for every supported GGML type.
 //
+// Quantised types://
 // Rows are taken in groups of 16 (the last group is padded with zero rows). A group is
 //   [meta: one record per 32-block, or per 256-block] [payload: one record per 32-block]
 // so that both streams are read forwards and every payload line of 64 bytes is aligned. A payload
 // line holds 4 consecutive elements of each of the 16 rows: byte r * 4 + j is row r, element j of
 // a quad. The quantised integers are kept exactly; only their order changes.
+//
+// Dense types (see Dense): groups of 16 rows as well, without meta; the numbers are kept exactly.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +19,8 @@ constexpr int64_t kBlock = 32;  // elements per activation block
 
 // GGML's own type numbers, as found in GGUF files.
 enum class Type : int32_t {
+    F32 = 0,
+    F16 = 1,
     Q4_0 = 2,
     Q4_1 = 3,
     Q5_0 = 6,
@@ -24,7 +29,35 @@ enum class Type : int32_t {
     Q4_K = 12,
     Q5_K = 13,
     Q6_K = 14,
+    BF16 = 30,
 };
+
+// Dense groups hold, for each pair of columns, two numbers of each of the 16 rows: BF16 one 64-byte
+// line whose words are (first, second column) of a row, F16 and F32 the 16 rows of the first column,
+// then those of the second.
+template <Type DenseType>
+struct Dense {
+    static constexpr Type kType = DenseType;
+    static constexpr int64_t kNumberBytes = DenseType == Type::F32 ? 4 : 2;
+    static constexpr int64_t kPairBytes = 2 * kRows * kNumberBytes;
+
+    static constexpr int64_t group_bytes(int64_t columns) { return columns / 2 * kPairBytes; }
+};
+
+constexpr bool is_dense(Type type) {
+    return type == Type::F32 || type == Type::F16 || type == Type::BF16;
+}
+
+// Calls `visitor(Dense<..>{})` for `type`; false when it is not dense.
+template <class Visitor>
+bool visit_dense(Type type, Visitor&& visitor) {
+    switch (type) {
+        case Type::F32: visitor(Dense<Type::F32>{}); return true;
+        case Type::F16: visitor(Dense<Type::F16>{}); return true;
+        case Type::BF16: visitor(Dense<Type::BF16>{}); return true;
+        default: return false;
+    }
+}
 
 // How the scale of a block is stored in the meta stream.
 enum class Scales {
@@ -70,7 +103,7 @@ using LayoutQ4_K = Layout<4, -1, Scales::kSuper>;
 using LayoutQ5_K = Layout<5, -1, Scales::kSuper>;
 using LayoutQ6_K = Layout<6, 5, Scales::kSuperHalf>;
 
-// Calls `visitor.template operator()<Layout>()` for `type`; false when the type has no layout.
+// Calls `visitor(Layout<..>{})` for `type`; false when it is not a quantised type.
 template <class Visitor>
 bool visit_layout(Type type, Visitor&& visitor) {
     switch (type) {
@@ -82,8 +115,8 @@ bool visit_layout(Type type, Visitor&& visitor) {
         case Type::Q4_K: visitor(LayoutQ4_K{}); return true;
         case Type::Q5_K: visitor(LayoutQ5_K{}); return true;
         case Type::Q6_K: visitor(LayoutQ6_K{}); return true;
+        default: return false;
     }
-    return false;
 }
 
 struct Matrix {

@@ -13,6 +13,8 @@ namespace {
 
 struct Avx2 {
     static constexpr int kTileTokens = 2;  // 16 registers hold no more
+    static constexpr int kDenseGroups = 2;
+    static constexpr int kDenseTokens = 2;
     // Whether dot() already subtracts the offset of the stored integers.
     static constexpr bool kSubtractsOffset = false;
     struct F {
@@ -92,6 +94,15 @@ struct Avx2 {
     }
     static F load_half(const uint8_t* from) {
         return {{_mm256_cvtph_ps(load_16_bytes(from)), _mm256_cvtph_ps(load_16_bytes(from + 16))}};
+    }
+
+    static void load_bf16_pair(const uint8_t* from, F& first, F& second) {
+        const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+        for (int half = 0; half < 2; ++half) {
+            const __m256i words = load_line(from + half * 32);
+            first.half[half] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+            second.half[half] = _mm256_castsi256_ps(_mm256_and_si256(words, high));
+        }
     }
 
     static __m256i load_line(const uint8_t* line) {

@@ -14,6 +14,9 @@ namespace {
 struct Avx512 {
     // 8 tokens: 16 integer and 8 float accumulators and the weights fill the 32 registers.
     static constexpr int kTileTokens = 8;
+    // 16 accumulators and 8 weights of the dense kernels.
+    static constexpr int kDenseGroups = 4;
+    static constexpr int kDenseTokens = 4;
     // Whether dot() already subtracts the offset of the stored integers.
     static constexpr bool kSubtractsOffset = false;
     using F = __m512;
@@ -62,6 +65,13 @@ struct Avx512 {
     }
     static F load_half(const uint8_t* from) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+
+    static void load_bf16_pair(const uint8_t* from, F& first, F& second) {
+        const I words = _mm512_loadu_si512(from);
+        const I high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+        first = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+        second = _mm512_castsi512_ps(_mm512_and_si512(words, high));
     }
 
     static I broadcast_quad(const int8_t* x) {

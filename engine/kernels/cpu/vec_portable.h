@@ -12,6 +12,8 @@ namespace {
 
 struct Portable {
     static constexpr int kTileTokens = 2;
+    static constexpr int kDenseGroups = 1;
+    static constexpr int kDenseTokens = 2;
     // Whether dot() already subtracts the offset of the stored integers.
     static constexpr bool kSubtractsOffset = true;
     struct F {
@@ -95,6 +97,16 @@ struct Portable {
     }
     static F load_i8(const uint8_t* from) {
         return map([&](int i) { return static_cast<float>(static_cast<int8_t>(from[i])); });
+    }
+
+    static void load_bf16_pair(const uint8_t* from, F& first, F& second) {
+        uint32_t words[16];
+        std::memcpy(words, from, 64);
+        for (int i = 0; i < 16; ++i) {
+            const uint32_t low = words[i] << 16, high = words[i] & 0xffff0000;
+            std::memcpy(&first.lane[i], &low, 4);
+            std::memcpy(&second.lane[i], &high, 4);
+        }
     }
 
     static float half_to_float(uint16_t half) {

@@ -11,6 +11,7 @@ from engine.kernels.cpu import PackedLinear, reference
 from tests.engine.kernels.quantized import TYPES, Rows, exact_parts, random_rows
 
 SHAPES = {"Q4_K": (37, 512), "Q5_K": (37, 512), "Q6_K": (37, 512)}
+DENSE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ODD_SHAPE = (37, 288)  # rows not in sixteens, columns not in sixty-fours
 
 
@@ -54,6 +55,33 @@ def test_linear_row_is_the_same_alone_and_in_any_batch(name: str, isa: str) -> N
     assert torch.equal(alone, whole)
 
 
+@pytest.mark.parametrize("dtype", DENSE_DTYPES)
+def test_linear_of_dense_weights_is_exact_and_row_invariant(dtype: torch.dtype, isa: str) -> None:
+    # 117 rows: groups of 16 side by side, single ones, and a part of one.
+    weight = (tokens(117, 288, seed=2) * 0.05).to(dtype)
+    bias = tokens(1, 117)[0]
+    packed = cpu.pack(weight, bias)
+    assert packed is not None
+    assert packed.num_bytes == 128 * 288 * weight.element_size()
+    x = tokens(21, 288)
+    whole = cpu.linear(packed, x)
+    expected = x.double() @ weight.double().T + bias.double()
+    assert (whole - expected).norm() <= 1e-6 * expected.norm()
+    for num_tokens in range(1, 21):
+        assert torch.equal(cpu.linear(packed, x[:num_tokens]), whole[:num_tokens])
+    assert torch.equal(torch.cat([cpu.linear(packed, row) for row in x.split(1)]), whole)
+
+
+@pytest.mark.parametrize("dtype", DENSE_DTYPES)
+def test_linear_of_dense_weights_takes_rows_that_are_not_adjacent(dtype: torch.dtype) -> None:
+    weight = tokens(40, 64).to(dtype)
+    every_second, copied = cpu.pack(weight[::2], None), cpu.pack(weight[::2].contiguous(), None)
+    assert every_second is not None
+    assert copied is not None
+    x = tokens(2, 64)
+    assert torch.equal(cpu.linear(every_second, x), cpu.linear(copied, x))
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_linear_does_not_depend_on_the_number_of_threads(num_threads: int) -> None:
     rows = random_rows("Q4_1", 1000, 576)
@@ -75,6 +103,18 @@ def test_linear_of_zeros_and_of_tiny_values_is_the_bias() -> None:
     packed = packed_of(random_rows("Q4_1", 16, 64), bias)
     x = torch.stack([torch.zeros(64), torch.full((64,), 1e-38)])
     assert torch.equal(cpu.linear(packed, x), bias.expand(2, 16))
+
+
+@pytest.mark.parametrize("dtype", DENSE_DTYPES)
+def test_linear_of_dense_weights_keeps_a_poisoned_token_alone(dtype: torch.dtype, isa: str) -> None:
+    packed = cpu.pack(tokens(32, 96).to(dtype), None)
+    assert packed is not None
+    x = tokens(3, 96)
+    clean = cpu.linear(packed, x)
+    x[1, 40] = torch.nan
+    out = cpu.linear(packed, x)
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2]], clean[[0, 2]])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
@@ -100,6 +140,8 @@ def test_pack_declines_what_it_has_no_kernel_for() -> None:
     rows = random_rows("Q8_0", 16, 64)
     rows.ggml_type.name = "IQ1_S"
     assert cpu.pack(rows, None) is None
+    assert cpu.pack(torch.zeros(16, 40), None) is None  # columns not in thirty-twos
+    assert cpu.pack(torch.zeros(16, 64).double(), None) is None
     assert cpu.pack(random_rows("Q8_0", 16, 64), None) is not None
 
 

@@ -147,6 +147,16 @@ def test_resolve_gguf_by_quant(client: Client, hub: Hub) -> None:
     assert folder.weights[0].endswith("/BF16/m-BF16.gguf")
 
 
+def test_resolve_dense_with_a_quant_to_make_at_load(client: Client, hub: Hub) -> None:
+    """A repository without GGUF files is fetched as it is, and the wish goes with it."""
+    files = client.resolve(quant="Q4K")
+    assert (files.format, files.quant, files.size_bytes) == ("safetensors", "q4_k", 3000)
+    hub.requests.clear()
+    with pytest.raises(InvalidValue, match="can be quantised to while they are"):
+        client.resolve(quant="iq2_xs")
+    assert hub.downloads == []
+
+
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "unreachable"])
 def test_resolve_without_network_uses_the_snapshot(
     client: Client, unreachable: None, offline: bool

@@ -93,6 +93,25 @@ def test_directory_dense_wins_over_gguf_unless_a_quant_is_asked(tmp_path: Path) 
     assert (files.format, files.config) == ("gguf", None)
 
 
+@pytest.mark.parametrize(("quant", "tag"), [("Q4K", "q4_k"), ("q8_0", "q8_0"), (None, None)])
+def test_directory_dense_alone_is_quantised_at_load(
+    tmp_path: Path, quant: str | None, tag: str | None
+) -> None:
+    """Without GGUF files a quant is what the safetensors become."""
+    files = _resolve(_fill(tmp_path, "model.safetensors", "config.json"), quant)
+    assert (files.format, files.quant) == ("safetensors", tag)
+
+
+def test_file_that_is_a_part_brings_all_parts(tmp_path: Path) -> None:
+    """Naming any part of a split GGUF means the whole, and nothing else in its directory."""
+    names = [f"m-Q8_0-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    _fill(tmp_path, *names, "m-Q4_0-00001-of-00001.gguf", "other-Q8_0.gguf")
+    for name in names:
+        files = _resolve(tmp_path / name)
+        assert files.weights == tuple(str(tmp_path / part) for part in names)
+        assert files.quant == "Q8_0"
+
+
 def test_directory_gguf_keeps_the_tokenizer_beside_it(tmp_path: Path) -> None:
     """A tokenizer.json beside the only GGUF file is preferred to its metadata."""
     directory = _fill(tmp_path, "m-Q4_0.gguf", "tokenizer.json", "mmproj-F16.gguf")
@@ -144,7 +163,12 @@ def test_quant_shards_of_one_gguf_are_one_choice(tmp_path: Path) -> None:
             'no quant "Q8_1"; available: Q4_0, Q8_0; nearest: Q8_0',
         ),
         (("m-Q4_K_S.gguf", "m-Q4_K_M.gguf"), "q4_k", InvalidValue, "fits several files"),
-        (("model.safetensors", "config.json"), "Q4_0", InvalidValue, "has no GGUF files"),
+        (
+            ("model.safetensors", "config.json"),
+            "q4_k_m",
+            InvalidValue,
+            "has no GGUF files, and quant .* can be quantised to .*: q4_0, .*q6_k",
+        ),
     ],
 )
 def test_directory_that_does_not_decide_is_refused(
