@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from tests.tree.tiny_model import make_tiny_model
 pytestmark = pytest.mark.tree
 
 STEP_TIMEOUT_S = 3.0
+SEED = 20
+RETRIABLE = {"engine_restarting", "model_load_failed", "model_loading"}
 PROMPTS = [f"question {number} " + "word " * (7 * number) for number in range(4)]
 
 
@@ -201,6 +205,36 @@ def test_three_and_four_ranks_answer_as_one(
         found.append([_ask(daemon, model, prompt) for prompt in PROMPTS])
         daemon.post("/models/unload", {"model_id": model}, port=daemon.neuron_port)
     assert all(texts == found[0] for texts in found)
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_rank_lost_at_any_moment_leaves_a_group_that_answers_the_same(
+    daemon: Daemon, model: str, answers: list[str]
+) -> None:
+    """Killed while loading or while stepping, or stopped: the request ends, the group is back."""
+    random = Random(SEED)
+    for _ in range(8):
+        if daemon.models().get(model, {}).get("state") == "loaded":
+            daemon.post("/models/unload", {"model_id": model}, port=daemon.neuron_port)
+        rank, delay_s = random.randrange(2), random.random() * 0.3
+        signum = random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
+        with ThreadPoolExecutor(1) as pool:
+            if random.random() < 0.5:
+                signum = signal.SIGKILL  # the start's own deadline ends a stopped one, much later
+                ended = pool.submit(_load, daemon, model, tensor_parallel=2)
+            else:
+                assert _load(daemon, model, tensor_parallel=2)[0] == 200
+                events = daemon.stream(model, "hello", max_tokens=400, ignore_eos=True)
+                ended = pool.submit(lambda events=events: (200, list(events)[-1]))
+            time.sleep(delay_s)  # the moment is the test's subject
+            for actor in daemon.actors().values():
+                if actor["group"] and actor["rank"] == rank and actor["pid"]:
+                    os.kill(actor["pid"], signum)
+            _, last = ended.result(timeout=60)
+        daemon.wait_loaded(model)
+        assert last == "[DONE]" or "error" not in last or last["error"]["code"] in RETRIABLE, last
+        assert _ask(daemon, model, PROMPTS[0]) == answers[0]
 
 
 def test_doctor_tries_every_stage_and_leaves_nothing(tmp_path: Path) -> None:
