@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from actors.actor import handles
+from actors.actor import ActorContext, handles
 from actors.rank_group import Deadlines, RankGroup, leave_meeting_place, meeting_address
 from actors.step_watchdog import StepWatchdog
 from actors.sync_actor import POISONED_EXIT_CODE, SyncActor
@@ -51,6 +51,11 @@ class Leader(SyncActor):
     engine: Engine
     args: RankArgs
 
+    def __init__(self, context: ActorContext) -> None:
+        super().__init__(context)
+        step_timeout_s = context.settings.supervision.step_timeout_s
+        self._watchdog = StepWatchdog(step_timeout_s, POISONED_EXIT_CODE, self.log)
+
     def on_start(self) -> None:
         """Load the model; raises what the engine raises, which the root passes to the router."""
         from engine.device import choose_device
@@ -73,9 +78,6 @@ class Leader(SyncActor):
             comm=comm,
             device=device,
             lockstep=self._ranks,
-        )
-        self._watchdog = StepWatchdog(
-            self.context.settings.supervision.step_timeout_s, POISONED_EXIT_CODE, self.log
         )
         self._load_s = time.monotonic() - started
         event(

@@ -106,7 +106,10 @@ class Liveness:
         if self._step_since_s is not None:
             moments.append(self._step_since_s + self._supervision.step_timeout_s)
         if self._last_beat_s is not None:
-            suspect_s = self._last_beat_s + self._supervision.suspect_after_s
-            kill_s = self._last_beat_s + self._supervision.kill_after_s
-            moments.append(suspect_s if suspect_s > now_s else kill_s)
+            # The comparison of `health`, to the last bit: else a rounding hides one verdict.
+            is_silent = now_s - self._last_beat_s >= self._supervision.suspect_after_s
+            limit_s = (
+                self._supervision.kill_after_s if is_silent else self._supervision.suspect_after_s
+            )
+            moments.append(self._last_beat_s + limit_s)
         return max(_MIN_CHECK_S, min(moments) - now_s)

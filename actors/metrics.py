@@ -7,19 +7,23 @@ Names and labels are the reference system's where those exist.
 
 from __future__ import annotations
 
+import platform
+
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from actors.actor import AsyncActor, handles
+from actors.node_gauges import NodeGauges
 from cortexd.messages import (
     ActorDown,
     HostReport,
-    LoadReport,
     MetricsSample,
+    NeuronReport,
     RequestFinished,
 )
 from cortexd.messages.envelope import Envelope
+from cortexd.neuron_list import local_node_name
 
 _DURATION_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 _FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -56,32 +60,8 @@ class Metrics(AsyncActor):
             "cortex_cached_prompt_tokens", "Prompt tokens served from the prefix cache", _BY_MODEL
         )
         self._completion = self._counter("cortex_completion_tokens", "Generated tokens", _BY_MODEL)
-        self._model_gauges = {
-            field: Gauge(name, text, ("node", "model"), registry=self._registry)
-            for field, name, text in (
-                ("num_running", "cortex_model_in_flight", "Sequences that run"),
-                ("num_waiting", "cortex_model_queue_depth", "Sequences that wait"),
-                ("tok_s_prefill", "cortex_model_tok_s_prefill", "Prefill speed, tokens/s"),
-                ("tok_s_decode", "cortex_model_tok_s_decode", "Decode speed, tokens/s"),
-                ("kv_blocks_used", "cortex_model_kv_blocks_used", "KV blocks in use"),
-                (
-                    "kv_blocks_cached",
-                    "cortex_model_kv_blocks_cached",
-                    "Free KV blocks with known KV",
-                ),
-                ("kv_blocks_total", "cortex_model_kv_blocks", "KV blocks in all"),
-                ("num_preemptions", "cortex_model_preemptions", "Preemptions since load"),
-            )
-        }
-        self._device_gauges = {
-            name: Gauge(name, text, ("node", "device"), registry=self._registry)
-            for name, text in (
-                ("cortex_device_vram_used_mb", "Device memory in use, MiB"),
-                ("cortex_device_vram_free_mb", "Device memory free, MiB"),
-                ("cortex_device_utilization_pct", "Device utilisation, percent"),
-                ("cortex_device_temp_c", "Device temperature, Celsius"),
-            )
-        }
+        self._nodes = NodeGauges(self._registry)
+        self._local_name = local_node_name(self.context.settings, platform.node())
         self._actor_downs = self._counter(
             "cortexd_actor_downs", "Actor processes that ended", ("actor",)
         )
@@ -122,23 +102,13 @@ class Metrics(AsyncActor):
 
     @handles(HostReport)
     def on_host_report(self, message: HostReport, envelope: Envelope) -> None:
-        """Set the gauges of devices and models; series of models that left are removed."""
-        for gauge in self._model_gauges.values():
-            gauge.clear()
-        for load in message.loads:
-            self._set_load(message.hostname, load)
-        for device in message.devices:
-            used_mb = device.memory_used_bytes / 2**20
-            values = {
-                "cortex_device_vram_used_mb": used_mb,
-                "cortex_device_vram_free_mb": device.memory_total_bytes / 2**20 - used_mb,
-                "cortex_device_utilization_pct": device.utilization_pct,
-                "cortex_device_temp_c": device.temperature_c,
-            }
-            for name, value in values.items():
-                if value is not None:
-                    gauge = self._device_gauges[name]
-                    gauge.labels(message.hostname, str(device.index)).set(value)
+        """Show this host's devices and engines."""
+        self._nodes.show_host(self._local_name, message)
+
+    @handles(NeuronReport)
+    def on_neuron_report(self, message: NeuronReport, envelope: Envelope) -> None:
+        """Show a remote neuron, or forget it while it does not answer."""
+        self._nodes.show_neuron(message)
 
     @handles(MetricsSample)
     def on_sample(self, message: MetricsSample, envelope: Envelope) -> None:
@@ -155,10 +125,6 @@ class Metrics(AsyncActor):
     def on_actor_down(self, down: ActorDown) -> None:
         """Count ended processes."""
         self._actor_downs.labels(down.name).inc()
-
-    def _set_load(self, node: str, load: LoadReport) -> None:
-        for field, gauge in self._model_gauges.items():
-            gauge.labels(node, load.model_id).set(getattr(load, field))
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
         return Counter(name, text, labels, registry=self._registry)

@@ -37,11 +37,6 @@ def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> in
     `on_ready` is called once, with the bound addresses ("api", "metrics", "neuron" → "host:port"),
     when every light actor serves; models may still be loading. Raises: ConfigError.
     """
-    if settings.role == "gateway":
-        raise ConfigError(
-            'role "gateway" needs remote neurons, which this release does not route to yet; '
-            'use role = "all" or "neuron"'
-        )
     catalogue = _catalogue(settings)
     # The lock first: a second daemon must learn who runs, not that a port is taken.
     locked = RuntimeDir(runtime_dir(settings))
@@ -115,6 +110,8 @@ def bind_listeners(settings: Settings) -> dict[str, socket.socket]:
     }
     if settings.role == "neuron":
         del wanted["api"]
+    elif settings.role == "gateway":
+        del wanted["neuron"]
     listeners: dict[str, socket.socket] = {}
     try:
         for name, (key, address) in wanted.items():

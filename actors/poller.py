@@ -1,8 +1,9 @@
-"""Looks at this host once a second: devices, and the load of each engine group.
+"""Looks at this host and at the remote neurons once a second: devices, models, load.
 
-Tells router and metrics what it saw (`HostReport`) and answers `QueryHost` from the last look, so a
-busy device never blocks an endpoint. Device queries run in a thread; a leader that does not answer
-in time keeps its last report.
+Tells router and metrics what it saw (`HostReport`, `NeuronReport`) and answers `QueryHost` from the
+last look, so a busy device never blocks an endpoint. Device queries run in a thread; a leader that
+does not answer in time keeps its last report. What is asked of neurons over HTTP is
+`actors.neuron_client`.
 """
 
 from __future__ import annotations
@@ -15,18 +16,26 @@ import msgspec
 
 from actors.actor import AsyncActor, handles
 from actors.devices import DeviceProbe
+from actors.neuron_client import NeuronClient
 from cortexd.errors import ActorDown, CortexError, MailboxFull, NotFound
 from cortexd.log import event
 from cortexd.messages import (
+    ActorUp,
     AdminCommand,
     AdminReply,
     GroupDown,
     HostReport,
+    LoadOnNode,
     LoadReport,
+    NeuronReport,
+    Ok,
     QueryHost,
     QueryLoad,
+    UnloadOnNode,
 )
+from cortexd.messages.control import Message
 from cortexd.messages.envelope import Envelope
+from cortexd.neuron_list import remote_neurons
 
 POLL_PERIOD_S = 1.0
 _QUERY_DEADLINE_S = 2.0
@@ -34,7 +43,7 @@ _RECEIVERS = ("router", "metrics")
 
 
 class Poller(AsyncActor):
-    """Poll devices and leaders, publish one report a second."""
+    """Poll devices, leaders and neurons, publish what was seen."""
 
     async def on_start(self) -> None:
         """Look once before READY, so that the first question has an answer."""
@@ -49,11 +58,31 @@ class Poller(AsyncActor):
             loads=[],
         )
         self._seen_at = time.monotonic()
+        self._neurons = NeuronClient(remote_neurons(self.context.settings), self._publish_neuron)
         self._loop = asyncio.create_task(self._poll_forever())
 
     async def on_stop(self) -> None:
         """Stop polling."""
         self._loop.cancel()
+        await self._neurons.close()
+
+    def on_actor_up(self, up: ActorUp) -> None:
+        """Tell a new router or metrics actor at once what is known of the neurons."""
+        if up.actor.name in _RECEIVERS:
+            for report in self._neurons.reports():
+                self._tell_quietly(up.actor.name, report)
+
+    @handles(LoadOnNode)
+    async def on_load_on_node(self, message: LoadOnNode, envelope: Envelope) -> Ok:
+        """Load a model at a neuron and answer when it is loaded."""
+        await self._neurons.load(message.node, message.options)
+        return Ok()
+
+    @handles(UnloadOnNode)
+    async def on_unload_on_node(self, message: UnloadOnNode, envelope: Envelope) -> Ok:
+        """Unload a model at a neuron and answer when its memory is free."""
+        await self._neurons.unload(message.node, message.model_id, force=message.force)
+        return Ok()
 
     @handles(QueryHost)
     async def on_query_host(self, message: QueryHost, envelope: Envelope) -> HostReport:
@@ -115,10 +144,17 @@ class Poller(AsyncActor):
         )
         self._seen_at = time.monotonic()
         for receiver in _RECEIVERS:
-            try:
-                self.tell(receiver, self._current())
-            except (ActorDown, MailboxFull):
-                continue  # it gets the next one
+            self._tell_quietly(receiver, self._current())
+
+    def _publish_neuron(self, report: NeuronReport) -> None:
+        for receiver in _RECEIVERS:
+            self._tell_quietly(receiver, report)
+
+    def _tell_quietly(self, receiver: str, message: Message) -> None:
+        try:
+            self.tell(receiver, message)
+        except (ActorDown, MailboxFull):
+            return  # it gets the next one
 
     async def _query(self, leader: str, group: str) -> None:
         try:

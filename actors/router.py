@@ -3,7 +3,8 @@
 Fronts ask it where a model is (`Route`) and hold a lease until `EndRequest`; it loads a cold model
 once however many ask, never unloads one in use, and rebuilds its view after a crash from the
 registry, the leaders and the desired-state file. Loading itself (files, room, group) is
-`actors.model_loader`; one model's state is `actors.managed_model`.
+`actors.model_loader`; one model's state is `actors.managed_model`; remote neurons are
+`actors.fleet`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import difflib
 import math
+import platform
 import time
 from collections.abc import Awaitable
 
 import msgspec
 
 from actors.actor import ActorContext, AsyncActor, handles
+from actors.fleet import Fleet
 from actors.managed_model import ManagedModel
 from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
@@ -47,15 +50,21 @@ from cortexd.messages import (
     LoadProgress,
     ModelList,
     ModelLoaded,
+    NeuronReport,
+    NodeFailed,
     Ok,
+    Place,
     ResolveProgress,
     Route,
     Routed,
+    RoutedHere,
+    RoutedRemote,
     UnloadIdle,
     UnloadModelNow,
 )
 from cortexd.messages.envelope import Envelope
 from cortexd.models import LoadOptions
+from cortexd.neuron_list import local_node_name, remote_neurons
 
 _DESCRIBE_DEADLINE_S = 10.0
 _DEFAULT_RETRY_AFTER_S = 2.0
@@ -75,7 +84,9 @@ class Router(AsyncActor):
     def __init__(self, context: ActorContext) -> None:
         super().__init__(context)
         args = msgspec.msgpack.decode(context.args, type=RouterArgs)
-        self.default_models = args.default_models
+        # A gateway runs no engine: its models are those of its neurons.
+        self._serves_here = context.settings.role != "gateway"
+        self.default_models = args.default_models if self._serves_here else []
         self.aliases = args.catalogue.aliases
         self.models: dict[str, ManagedModel] = {}
         self.host: HostReport | None = None
@@ -85,7 +96,13 @@ class Router(AsyncActor):
         self._admin = RouterAdmin(self)
         self._runtime_dir = context.runtime_dir
         self._background: set[asyncio.Task[None]] = set()
-        for entry in args.catalogue.models:
+        self.fleet = Fleet(
+            self,
+            remote_neurons(context.settings),
+            args.catalogue,
+            local_node_name(context.settings, platform.node()),
+        )
+        for entry in args.catalogue.models if self._serves_here else []:
             self.add_model(
                 LoadOptions(
                     model_id=entry.id,
@@ -95,7 +112,7 @@ class Router(AsyncActor):
                 ),
                 is_known=True,
             )
-        for options in args.default_models:
+        for options in self.default_models:
             self.add_model(options, is_known=True)
 
     # Life cycle
@@ -211,9 +228,15 @@ class Router(AsyncActor):
             self._ended.discard(message.request_id)
             raise Cancelled(f"request {message.request_id} ended while it waited")
 
+    @handles(Place)
+    async def on_place(self, message: Place, envelope: Envelope) -> RoutedHere | RoutedRemote:
+        """Choose the node of a request, bringing the model up on one when it is cold."""
+        return await self.fleet.place(message, envelope)
+
     @handles(EndRequest)
     def on_end_request(self, message: EndRequest, envelope: Envelope) -> None:
         """Close a lease, or the wait for one."""
+        self.fleet.end_request(message.request_id)
         if message.request_id in self._waiting:
             self._ended.add(message.request_id)
         for model in self.models.values():
@@ -224,8 +247,13 @@ class Router(AsyncActor):
 
     @handles(ListModels)
     def on_list_models(self, message: ListModels, envelope: Envelope) -> ModelList:
-        """Answer all models and aliases."""
-        return ModelList([model.status() for model in self.models.values()], self.aliases)
+        """Answer all models and aliases, and what the remote neurons have."""
+        return ModelList(
+            [model.status() for model in self.models.values()],
+            self.aliases,
+            nodes=self.fleet.statuses(),
+            catalogue=self.fleet.catalogue_cards(),
+        )
 
     @handles(LoadModel)
     async def on_load_model(self, message: LoadModel, envelope: Envelope) -> Ok:
@@ -259,6 +287,16 @@ class Router(AsyncActor):
         """Keep the last look at the devices."""
         self.host = message
 
+    @handles(NeuronReport)
+    def on_neuron_report(self, message: NeuronReport, envelope: Envelope) -> None:
+        """Keep the last look at a remote neuron."""
+        self.fleet.on_report(message)
+
+    @handles(NodeFailed)
+    def on_node_failed(self, message: NodeFailed, envelope: Envelope) -> None:
+        """Leave a neuron alone that refused a connection."""
+        self.fleet.on_node_failed(message)
+
     @handles(LoadProgress)
     def on_load_progress(self, message: LoadProgress, envelope: Envelope) -> None:
         """Note how far a leader's load is."""
@@ -279,6 +317,7 @@ class Router(AsyncActor):
     def on_actor_down(self, down: ActorDown) -> None:
         """Close the leases of a dead front."""
         holder = f"{down.name}.{down.incarnation}"
+        self.fleet.front_down(holder)
         for model in self.models.values():
             gone = [request for request, owner in model.leases.items() if owner == holder]
             for request in gone:
@@ -331,6 +370,9 @@ class Router(AsyncActor):
             options, model_id=self.aliases.get(options.model_id, options.model_id)
         )
         _check_devices(options)
+        if not self._serves_here:
+            await self.fleet.load(options)
+            return
         model = self.models.get(options.model_id)
         if model and model.state in {"loading", "loaded", "recovering", "draining"}:
             if options != model.options:
@@ -348,7 +390,11 @@ class Router(AsyncActor):
         await self._loader.ensure_loaded(model)
 
     async def unload(self, model_id: str, *, force: bool) -> None:
-        """Unload by id or alias; ModelNotFound when it is not loaded here."""
+        """Unload by id or alias, a gateway at its neurons; ModelNotFound when it is not loaded."""
+        if not self._serves_here and await self.fleet.unload(
+            self.aliases.get(model_id, model_id), force=force
+        ):
+            return
         model = self.models.get(self.aliases.get(model_id, model_id))
         if model is None or model.state in {"unloaded", "failed"}:
             raise ModelNotFound(

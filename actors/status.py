@@ -47,7 +47,7 @@ class Status:
 
     async def document(self) -> Document:
         """Return the whole status; `models` is null when the router does not answer."""
-        models, models_error = await self._models()
+        models, nodes, models_error = await self._models()
         status: Document = {
             "v": PROTOCOL_VERSION,
             "pid": os.getpid(),
@@ -58,6 +58,7 @@ class Status:
             "listen": self._info.addresses,
             "actors": self.actors(),
             "models": models,
+            "nodes": nodes,
             "dead_letters": self.dead_letters(),
         }
         if models_error is not None:
@@ -86,7 +87,10 @@ class Status:
     def _members(self) -> list[Member]:
         return self._supervisor.members + self._groups.members
 
-    async def _models(self) -> tuple[list[Document] | None, str | None]:
+    async def _models(
+        self,
+    ) -> tuple[list[Document] | None, list[Document], str | None]:
+        """Return this host's models, the remote nodes, and why the models are unknown."""
         try:
             router = self._supervisor.find("router")
             if router is None or not router.is_ready:
@@ -95,10 +99,14 @@ class Status:
                 router.address, ListModels(), deadline_s=_MODELS_DEADLINE_S
             )
         except CortexError as error:
-            return None, error.message
+            return None, [], error.message
         if not isinstance(answer, ModelList):
-            return None, f"the router answered {type(answer).__name__}"
-        return [msgspec.to_builtins(model) for model in answer.models], None
+            return None, [], f"the router answered {type(answer).__name__}"
+        nodes = [msgspec.structs.asdict(node) for node in answer.nodes]
+        for node in nodes:
+            node["models"] = [msgspec.structs.asdict(model) for model in node["models"]]
+        models = [msgspec.to_builtins(model) for model in answer.models]
+        return models, msgspec.to_builtins(nodes), None
 
     def _state(self, models: list[Document] | None) -> str:
         if self.is_stopping:

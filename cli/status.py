@@ -47,8 +47,11 @@ def render(document: Document, *, colour: bool) -> str:
         lines.append(f"models: unknown ({fmt.printable(str(document['models_error']))})")
     elif models:
         lines.append(models_table(models, colour=colour))
-    else:
+    elif document.get("role") != "gateway":
         lines.append("no models; load one with: cortexd load ID")
+    nodes = documents(document.get("nodes"))
+    if nodes:
+        lines += ["", nodes_table(nodes, colour=colour)]
     return "\n".join(lines)
 
 
@@ -68,6 +71,28 @@ def actors_table(actors: list[Document], *, colour: bool) -> str:
                 fmt.size(_number(actor, "rss_bytes")) if actor.get("rss_bytes") else "-",
                 f"{_number(actor, 'lag_ms'):.1f} ms" if ready else "-",
                 "" if ready else fmt.printable(_text(actor, "reason")),
+            ]
+        )
+    return fmt.table(headers, rows)
+
+
+def nodes_table(nodes: list[Document], *, colour: bool) -> str:
+    """Return one line for each remote neuron."""
+    headers = ["NEURON", "KIND", "STATE", "ENDPOINT", ">LOADED", ">MODELS", ">RUNNING", "ERROR"]
+    rows = []
+    for node in nodes:
+        models = documents(node.get("models"))
+        state = "ready" if node.get("is_healthy") else "down"
+        rows.append(
+            [
+                fmt.printable(_text(node, "name")),
+                _text(node, "kind"),
+                fmt.state(state, colour=colour),
+                fmt.printable(_text(node, "endpoint")),
+                str(sum(model.get("state") == "loaded" for model in models)),
+                str(len(models)),
+                _text(node, "dispatched"),
+                fmt.printable(str(node.get("error") or "")),
             ]
         )
     return fmt.table(headers, rows)

@@ -77,6 +77,12 @@ def _listeners(settings: Settings) -> Iterator[Problem]:
 
 
 def _neurons(settings: Settings) -> Iterator[Problem]:
+    if settings.role == "gateway" and not settings.neurons:
+        message = (
+            'role "gateway" runs no models itself and no [[neurons]] are configured; add one '
+            'table for each neuron (name, endpoint), or use role "all" or "neuron"'
+        )
+        yield Problem(("role",), message)
     for i, neuron in enumerate(settings.neurons):
         yield from _checked(("neurons", i, "endpoint"), check_endpoint, neuron.endpoint)
         if not neuron.name.strip():

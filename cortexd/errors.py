@@ -160,6 +160,45 @@ class ModelNotFound(CortexError):
     http_status = 404
 
 
+class ModelNotFeasible(CortexError):
+    """The model is known and no node can ever hold it."""
+
+    code = "model_not_feasible"
+    type = "invalid_request_error"
+    http_status = 404
+
+
+class NoHealthyNode(CortexError):
+    """A node that could serve this model exists and does not answer."""
+
+    code = "no_healthy_node"
+    http_status = 503
+    retriable = True
+
+
+class UpstreamUnavailable(CortexError):
+    """A node could not be reached, or ended before its answer began."""
+
+    code = "upstream_unavailable"
+    http_status = 502
+    retriable = True
+
+
+class UpstreamInterrupted(CortexError):
+    """A node ended, or fell silent, in the middle of its answer."""
+
+    code = "upstream_interrupted"
+    http_status = 502
+    retriable = True
+
+
+class UpstreamError(CortexError):
+    """A node answered with an error that is no error object."""
+
+    code = "upstream_error"
+    http_status = 502
+
+
 class ModelAlreadyLoaded(CortexError):
     """A load was asked for a model that is loaded or loading with other options."""
 

@@ -17,6 +17,7 @@ NonNegativeInt = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 Role = Literal["all", "gateway", "neuron"]
+NeuronKind = Literal["cortex", "openai"]
 Harness = Literal["torch", "candle"]  # "candle" is the reference's name for the in-process engine
 
 
@@ -48,10 +49,14 @@ class Eviction(Section, frozen=True):
 
 
 class NeuronEntry(Section, frozen=True):
-    """One `[[neurons]]` table: a host whose models the gateway offers."""
+    """One `[[neurons]]` table: a host whose models the gateway offers.
+
+    `kind`: "cortex" is a neuron (polled, loaded), "openai" any other OpenAI-compatible server.
+    """
 
     name: str
     endpoint: str
+    kind: NeuronKind = "cortex"
 
 
 class Neuron(Section, frozen=True):

@@ -21,8 +21,8 @@ ALLOWED_PARTS = {
 # Files that may import a library; everything else must go through them.
 ONLY_IN = {
     "zmq": ("actors/transport.py",),
-    "aiohttp": ("actors/front/", "actors/metrics.py"),
-    "prometheus_client": ("actors/metrics.py",),
+    "aiohttp": ("actors/front/", "actors/metrics.py", "actors/neuron_client.py"),
+    "prometheus_client": ("actors/metrics.py", "actors/node_gauges.py"),
     "rich": ("cli/",),
     "tomli_w": ("cli/",),
     "torch": ("engine/",),

@@ -21,7 +21,7 @@ from actors.front.error_response import (
 )
 from actors.front.inference import InferenceHandler
 from actors.front.messages import MessagesDialect
-from actors.front.services import REQUEST_ID, SERVICES, Services
+from actors.front.services import FORWARDS, REQUEST_ID, SERVICES, Services
 from cortexd.errors import CortexError, Internal
 from cortexd.log import event
 
@@ -36,6 +36,7 @@ def build_app(services: Services, listener: str) -> web.Application:
         client_max_size=services.settings.gateway.max_body_mib * 2**20,
     )
     app[SERVICES] = services
+    app[FORWARDS] = listener == "api" and services.has_neurons
     app.router.add_post("/v1/chat/completions", InferenceHandler(ChatDialect()).handle)
     app.router.add_post("/v1/completions", InferenceHandler(CompletionDialect()).handle)
     app.router.add_post("/v1/messages", InferenceHandler(MessagesDialect()).handle)

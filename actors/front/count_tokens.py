@@ -9,11 +9,13 @@ from aiohttp import web
 
 from actors.front.body import read_body
 from actors.front.health import json_response
-from actors.front.messages import parse_messages
+from actors.front.messages import MessagesDialect, parse_messages
 from actors.front.preparation import tokenise
+from actors.front.proxy import forward
 from actors.front.queries import known_models
+from actors.front.record import RequestRecord
 from actors.front.routing import route
-from actors.front.services import SERVICES, Services
+from actors.front.services import FORWARDS, REQUEST_ID, SERVICES, Services
 from cortexd.anthropic import CountTokensRequest, TokensCounted
 from cortexd.messages import EndRequest
 from cortexd.models import ModelFiles
@@ -21,10 +23,15 @@ from cortexd.models import ModelFiles
 _MIB = 2**20
 
 
-async def count_tokens(request: web.Request) -> web.Response:
+async def count_tokens(request: web.Request) -> web.StreamResponse:
     """Answer how many tokens the prompt has. Raises: what a message with it would."""
     services = request.app[SERVICES]
     body = await read_body(request, services.settings.gateway.max_body_mib * _MIB)
+    if request.app[FORWARDS]:
+        record = RequestRecord(request[REQUEST_ID], request.path)
+        forwarded = await forward(request, record, MessagesDialect(), body)
+        if forwarded is not None:
+            return forwarded
     wanted = parse_messages(body, CountTokensRequest)
     text_model = await services.text_models.get(await _files(services, wanted.model))
     prompts = await tokenise(wanted, text_model)

@@ -15,7 +15,7 @@ import cortexd
 from actors.front.queries import known_models
 from actors.front.services import SERVICES, Services
 from cortexd.errors import CortexError, ShuttingDown
-from cortexd.models import ModelStatus
+from cortexd.messages import ModelList
 
 _IMPAIRED = ("failed", "recovering")
 
@@ -46,20 +46,23 @@ async def health(request: web.Request) -> web.Response:
     """Answer the state of the fleet as this gateway sees it; always 200."""
     services = request.app[SERVICES]
     try:
-        statuses = (await known_models(services)).models
+        known = await known_models(services)
     except CortexError as error:
         status = "starting" if services.bus.incarnation_of("router") is None else "degraded"
+        total = int(services.serves_here) + services.num_neurons
         return json_response(
-            {"status": status, "nodes": {"healthy": 0, "total": 1}, "reason": error.message}
+            {"status": status, "nodes": {"healthy": 0, "total": total}, "reason": error.message}
         )
+    statuses = known.models
+    healthy = int(services.serves_here) + sum(node.is_healthy for node in known.nodes)
     body: dict[str, object] = {
-        "status": "impaired" if _unservable(services, statuses) else "ok",
-        "nodes": {"healthy": 1, "total": 1},
+        "status": _fleet_status(healthy, has_faults=bool(_unservable(services, known))),
+        "nodes": {"healthy": healthy, "total": int(services.serves_here) + len(known.nodes)},
         "models": dict(Counter(status.state for status in statuses)) | {"total": len(statuses)},
         "requests": {"active": services.num_active, "lost_messages": services.num_lost_messages},
         "uptime_s": round(time.monotonic() - services.started, 3),
     }
-    if unservable := _unservable(services, statuses):
+    if unservable := _unservable(services, known):
         body["unservable"] = unservable
     return json_response(body)
 
@@ -69,16 +72,28 @@ async def version(request: web.Request) -> web.Response:
     return json_response(_version())
 
 
-def _unservable(services: Services, statuses: list[ModelStatus]) -> list[dict[str, str | None]]:
+def _fleet_status(num_healthy: int, *, has_faults: bool) -> str:
+    if num_healthy == 0:
+        return "degraded"
+    return "impaired" if has_faults else "ok"
+
+
+def _unservable(services: Services, known: ModelList) -> list[dict[str, str | None]]:
+    """Return the models that are on a node and cannot serve."""
+    here = [
+        (services.node, status.model_id, status.state, status.error or status.stage)
+        for status in known.models
+    ]
+    remote = [
+        (node.name, model.model_id, model.state, model.detail)
+        for node in known.nodes
+        if node.is_healthy
+        for model in node.models
+    ]
     return [
-        {
-            "node": services.node,
-            "model": status.model_id,
-            "reason": status.state,
-            "detail": status.error or status.stage,
-        }
-        for status in statuses
-        if status.state in _IMPAIRED
+        {"node": node, "model": model_id, "reason": state, "detail": detail}
+        for node, model_id, state, detail in here + remote
+        if state in _IMPAIRED
     ]
 
 

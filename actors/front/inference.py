@@ -11,9 +11,10 @@ from actors.front.body import read_body
 from actors.front.choice import ChoiceOutput
 from actors.front.dialect import Answer, Dialect
 from actors.front.generation import Generation
+from actors.front.proxy import forward
 from actors.front.record import RequestRecord
 from actors.front.request import InferenceRequest
-from actors.front.services import REQUEST_ID, SERVICES, Services
+from actors.front.services import FORWARDS, REQUEST_ID, SERVICES, Services
 from actors.front.stream import stream_answer
 from cortexd.errors import ShuttingDown
 
@@ -55,6 +56,10 @@ class InferenceHandler:
             )
         gateway = services.settings.gateway
         body = await read_body(request, gateway.max_body_mib * _MIB)
+        if request.app[FORWARDS]:
+            forwarded = await forward(request, record, self._dialect, body)
+            if forwarded is not None:
+                return forwarded
         wanted = self._dialect.parse(body)
         record.is_stream = wanted.is_stream
         lease_id = services.new_lease_id()

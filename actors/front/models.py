@@ -7,19 +7,20 @@ import difflib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import msgspec
 from aiohttp import web
 
 from actors.front.error_response import speaks_anthropic
 from actors.front.health import json_response
+from actors.front.model_merge import OWNER, merged_cards, model_limit
 from actors.front.queries import known_models
 from actors.front.services import SERVICES, Services
 from cortexd.anthropic import ModelInfo, ModelPage
 from cortexd.errors import CortexError, ModelNotFound
 from cortexd.messages import ModelList
-from cortexd.models import ModelLimits, ModelStatus
-from cortexd.openai import ModelCard, ModelCards, ModelLimit, ModelLocation
+from cortexd.models import ModelStatus
+from cortexd.openai import ModelCard, ModelCards, ModelLocation
 
-_OWNER = "cortexd"
 _MIB = 2**20
 
 
@@ -56,18 +57,20 @@ class _Abilities:
 
 
 async def _cards(services: Services, known: ModelList) -> list[ModelCard]:
+    """Return a card for each model of this host and its neurons, and for each alias of one."""
     abilities = await asyncio.gather(*(_abilities(services, status) for status in known.models))
-    by_id = {
-        status.model_id: (status, able)
+    cards = {
+        status.model_id: _card(services, status, able)
         for status, able in zip(known.models, abilities, strict=True)
     }
-    cards = [_card(services, *by_id[status.model_id], status.model_id) for status in known.models]
-    cards += [
-        _card(services, *by_id[target], alias, alias_of=target)
+    if services.has_neurons:
+        cards = merged_cards(cards, known, created=services.created)
+    aliases = [
+        msgspec.structs.replace(cards[target], id=alias, alias_of=target)
         for alias, target in sorted(known.aliases.items())
-        if target in by_id and alias not in by_id
+        if target in cards and alias not in cards
     ]
-    return cards
+    return [*cards.values(), *aliases]
 
 
 async def _abilities(services: Services, status: ModelStatus) -> _Abilities:
@@ -81,20 +84,14 @@ async def _abilities(services: Services, status: ModelStatus) -> _Abilities:
     return _Abilities(text_model.can_call_tools, text_model.can_reason)
 
 
-def _card(
-    services: Services,
-    status: ModelStatus,
-    abilities: _Abilities,
-    model_id: str,
-    alias_of: str | None = None,
-) -> ModelCard:
+def _card(services: Services, status: ModelStatus, abilities: _Abilities) -> ModelCard:
     limit = model_limit(status.limits)
     memory_mb = round(status.memory_bytes / _MIB) or None
     return ModelCard(
-        id=model_id,
+        id=status.model_id,
         object="model",
         created=int(status.loaded_at or services.created),
-        owned_by=_OWNER,
+        owned_by=OWNER,
         loaded=status.state == "loaded",
         feasible_on=[services.node],
         locations=[
@@ -107,7 +104,6 @@ def _card(
         max_model_len=None if limit is None else limit.context,
         max_input_tokens=None if limit is None else limit.input,
         max_output_tokens=None if limit is None else limit.output,
-        alias_of=alias_of,
         progress=status.progress,
         stage=status.stage,
         eta_s=status.eta_s,
@@ -123,15 +119,4 @@ def _info(card: ModelCard) -> ModelInfo:
         lifecycle="active",
         max_input_tokens=card.max_input_tokens,
         max_tokens=card.max_output_tokens,
-    )
-
-
-def model_limit(limits: ModelLimits | None) -> ModelLimit | None:
-    """Return the limits as clients read them, None when unknown."""
-    if limits is None:
-        return None
-    return ModelLimit(
-        context=limits.context,
-        input=max(limits.context - 1, 1),
-        output=limits.output or limits.context,
     )

@@ -15,7 +15,7 @@ from msgspec import Meta
 from actors.front.body import read_body
 from actors.front.decode import decode_body
 from actors.front.health import json_response
-from actors.front.models import model_limit
+from actors.front.model_merge import model_limit
 from actors.front.queries import host_report, known_models
 from actors.front.services import SERVICES, Services
 from cortexd.errors import InvalidValue, MissingParameter, ModelNotFound
@@ -98,10 +98,9 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """Answer the models this host holds or is bringing up."""
+    """Answer the models of this host, those included that it knows and would load on demand."""
     known = await known_models(request.app[SERVICES])
-    held = [status for status in known.models if status.state != "unloaded"]
-    return json_response([_model_entry(status) for status in held])
+    return json_response([_model_entry(status) for status in known.models])
 
 
 async def load(request: web.Request) -> web.Response:

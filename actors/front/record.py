@@ -24,6 +24,7 @@ class RequestRecord:
     route: str
     client: str = ""
     model: str = UNKNOWN_MODEL
+    node: str | None = None  # None: this host
     status: int = 0
     error_code: str | None = None
     error_message: str | None = None
@@ -74,6 +75,7 @@ class RequestRecord:
             client=self.client,
             route=self.route,
             model=self.model,
+            node=self.node or services.node,
             stream=self.is_stream,
             status=self.status,
             error=self.error_code,
@@ -95,7 +97,7 @@ class RequestRecord:
         finished = RequestFinished(
             request_id=self.request_id,
             model=self.model,
-            node=services.node,
+            node=self.node or services.node,
             route=self.route,
             status=self.status,
             error_code=self.error_code,

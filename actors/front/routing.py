@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from actors.front.bus import Bus
 from cortexd.errors import (
@@ -13,7 +14,8 @@ from cortexd.errors import (
     MailboxFull,
     ModelLoading,
 )
-from cortexd.messages import Route, Routed
+from cortexd.messages import Place, Route, Routed, RoutedHere, RoutedRemote
+from cortexd.messages.control import Message
 
 # One ask at most; a longer wait is made of several, so that an answer lost with a router that was
 # replaced costs no more than this.
@@ -26,10 +28,29 @@ _LOADING_PAUSE_S = 0.25
 
 
 async def route(bus: Bus, model: str, lease_id: str, *, wait_s: float) -> Routed:
-    """Return where `model` runs, waiting up to `wait_s` while it loads.
+    """Return where `model` runs on this host, waiting up to `wait_s` while it loads.
 
     Raises: ModelNotFound, ModelLoading (patience is over), ModelLoadFailed, ActorDown (no router).
     """
+    answer = await _ask(bus, lambda wait: Route(model, lease_id, wait=wait), wait_s)
+    assert isinstance(answer, Routed), "the router answers Route with Routed or an error"
+    return answer
+
+
+async def place(
+    bus: Bus, model: str, lease_id: str, *, wait_s: float, exclude: list[str]
+) -> RoutedHere | RoutedRemote:
+    """Return which node serves `model`, waiting up to `wait_s` while one loads it.
+
+    Raises: as `route`, and ModelNotFeasible, NoHealthyNode.
+    """
+    answer = await _ask(bus, lambda wait: Place(model, lease_id, wait, exclude), wait_s)
+    assert isinstance(answer, RoutedHere | RoutedRemote), "the router answers Place with a node"
+    return answer
+
+
+async def _ask(bus: Bus, question: Callable[[bool], Message], wait_s: float) -> Message:
+    """Return the router's answer; `question` is given whether the router may take its time."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + wait_s
     router_missing_since: float | None = None
@@ -38,7 +59,7 @@ async def route(bus: Bus, model: str, lease_id: str, *, wait_s: float) -> Routed
         is_patient = remaining_s > 0
         deadline_s = min(remaining_s, _ROUTE_SLICE_S) if is_patient else _QUICK_ANSWER_S
         try:
-            return await _ask(bus, Route(model, lease_id, wait=is_patient), deadline_s)
+            return await bus.ask("router", question(is_patient), deadline_s=deadline_s)
         except DeadlineExceeded:
             if not is_patient:
                 raise
@@ -53,12 +74,6 @@ async def route(bus: Bus, model: str, lease_id: str, *, wait_s: float) -> Routed
             if loop.time() - router_missing_since > _ROUTER_GRACE_S:
                 raise _router_unavailable(error) from None
             await asyncio.sleep(_ROUTER_PAUSE_S)
-
-
-async def _ask(bus: Bus, message: Route, deadline_s: float) -> Routed:
-    answer = await bus.ask("router", message, deadline_s=deadline_s)
-    assert isinstance(answer, Routed), "the router answers Route with Routed or an error"
-    return answer
 
 
 def _router_unavailable(error: CortexError) -> CortexError:

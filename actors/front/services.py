@@ -14,8 +14,10 @@ from aiohttp import web
 from actors.front.bus import Bus
 from actors.front.sequences import SequenceTable
 from actors.front.text_models import TextModels
+from actors.front.upstream import Upstream
 from cortexd.errors import CortexError
 from cortexd.messages.control import Message
+from cortexd.neuron_list import local_node_name, remote_neurons
 from cortexd.settings import Settings
 
 
@@ -28,7 +30,10 @@ class Services:
     log: logging.Logger
     sequences: SequenceTable
     text_models: TextModels
-    node: str = field(default_factory=platform.node)
+    upstream: Upstream = field(default_factory=Upstream)
+    node: str = field(init=False)
+    num_neurons: int = field(init=False)
+    serves_here: bool = field(init=False)
     started: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
@@ -37,6 +42,16 @@ class Services:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     _lease_prefix: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     _num_leases: int = 0
+
+    def __post_init__(self) -> None:
+        self.node = local_node_name(self.settings, platform.node())
+        self.num_neurons = len(remote_neurons(self.settings))
+        self.serves_here = self.settings.role != "gateway"
+
+    @property
+    def has_neurons(self) -> bool:
+        """Tell whether requests may be handed on."""
+        return self.num_neurons > 0
 
     def new_lease_id(self) -> str:
         """Return an id that no other request of any front has: a client may reuse its own."""
@@ -63,4 +78,6 @@ class Services:
 
 
 SERVICES: web.AppKey[Services] = web.AppKey("services", Services)
+# Only the API listener hands requests on: a neuron serves its own, so that nothing goes in circles.
+FORWARDS: web.AppKey[bool] = web.AppKey("forwards", bool)
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)

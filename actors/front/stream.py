@@ -24,7 +24,7 @@ from cortexd.settings import Gateway
 WRITE_TIMEOUT_S = 120.0
 # Half of the transport's high-water mark: on an empty buffer such a write never waits.
 _SMALL_WRITE = 32 * 1024
-_HEADERS = {
+STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
@@ -41,12 +41,12 @@ async def stream_answer(
     """Run the generation and write its events; errors before the first byte are raised."""
     gateway = request.app[SERVICES].settings.gateway
     outputs = await generation.next(gateway.first_byte_hold_ms / 1000)
-    response = web.StreamResponse(headers=_HEADERS)
+    response = web.StreamResponse(headers=STREAM_HEADERS)
     set_request_id(response, request[REQUEST_ID])
     await response.prepare(request)
     if request.transport is None:
         raise ConnectionResetError("the client went away")
-    writer = _EventWriter(response, request.transport, gateway, encoder)
+    writer = EventWriter(response, request.transport, gateway, encoder)
     record.status = response.status
     try:
         while True:
@@ -61,7 +61,7 @@ async def stream_answer(
         await writer.write_event(encoder.end(generation.usage()))
     except Cancelled as error:
         record.fail(error, status=CLIENT_GONE_STATUS)
-        _abort(request)
+        abort_connection(request)
     except CortexError as error:
         record.fail(error, status=response.status)
         await writer.write_error(error)
@@ -79,7 +79,7 @@ async def stream_answer(
     return response
 
 
-class _EventWriter:
+class EventWriter:
     """Writes to one stream, with the clocks of both kinds of keep-alive."""
 
     def __init__(
@@ -127,7 +127,7 @@ class _EventWriter:
             raise Cancelled(f"the client read nothing for {WRITE_TIMEOUT_S:g} s") from None
 
 
-def _abort(request: web.Request) -> None:
+def abort_connection(request: web.Request) -> None:
     """Drop the connection and what is still buffered for it."""
     if isinstance(request.transport, asyncio.Transport):
         request.transport.abort()

@@ -55,6 +55,15 @@ from cortexd.messages.fleet import (
     UnloadModelNow,
 )
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
+from cortexd.messages.neurons import (
+    LoadOnNode,
+    NeuronReport,
+    NodeFailed,
+    Place,
+    RoutedHere,
+    RoutedRemote,
+    UnloadOnNode,
+)
 from cortexd.messages.rpc import Reply, Request
 
 Body = (
@@ -82,6 +91,13 @@ Body = (
     | Stop
     | StopGroup
     | Welcome
+    | LoadOnNode
+    | NeuronReport
+    | NodeFailed
+    | Place
+    | RoutedHere
+    | RoutedRemote
+    | UnloadOnNode
     | DescribeModel
     | EndRequest
     | EvictionProposal
@@ -134,13 +150,17 @@ __all__ = [
     "HostReport",
     "ListModels",
     "LoadModel",
+    "LoadOnNode",
     "LoadProgress",
     "LoadReport",
     "MetricsSample",
     "ModelList",
     "ModelLoaded",
+    "NeuronReport",
+    "NodeFailed",
     "Ok",
     "Ping",
+    "Place",
     "Pong",
     "Progress",
     "ProposeEviction",
@@ -153,6 +173,8 @@ __all__ = [
     "ResolvedFiles",
     "Route",
     "Routed",
+    "RoutedHere",
+    "RoutedRemote",
     "SetLogLevel",
     "StartGroup",
     "Stop",
@@ -161,5 +183,6 @@ __all__ = [
     "TokenBatch",
     "UnloadIdle",
     "UnloadModelNow",
+    "UnloadOnNode",
     "Welcome",
 ]

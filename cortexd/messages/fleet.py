@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from cortexd.messages.control import Message
+from cortexd.messages.neurons import CatalogueCard, NodeStatus
 from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelStatus
 
 
@@ -45,11 +46,17 @@ class ListModels(Message, frozen=True, tag="ListModels"):
 
 
 class ModelList(Message, frozen=True, tag="ModelList"):
-    """Answer to ListModels. `aliases` maps alias → model id."""
+    """Answer to ListModels. `aliases` maps alias → model id; `models` are this host's own.
+
+    `nodes` are the remote neurons with their models, `catalogue` says where models could run;
+    both are empty on a host without neurons.
+    """
 
     models: list[ModelStatus]
     aliases: dict[str, str] = {}
     known_sources: list[str] = []
+    nodes: list[NodeStatus] = []
+    catalogue: list[CatalogueCard] = []
 
 
 class LoadModel(Message, frozen=True, tag="LoadModel"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from actors.liveness import Hung, Liveness
@@ -79,6 +79,12 @@ def test_liveness_silence_is_forgiven_when_nobody_listened() -> None:
     assert liveness.health(101.0) == "fine"
 
 
+# At 5.685 s the silence is 2 s but for a rounding.
+@example(
+    [(1.167, False, False)] * 2
+    + [(0.615, False, False), (0.736, True, False)]
+    + [(2.0, False, False)]
+)
 @given(st.lists(st.tuples(st.floats(0.01, 3.0), st.booleans(), st.booleans()), max_size=40))
 def test_liveness_next_check_misses_no_verdict(steps: list[tuple[float, bool, bool]]) -> None:
     """Between now and the next check the verdict stays what it is."""

@@ -67,8 +67,11 @@ def test_models_of_the_command_line_replace_those_of_the_file(
     assert models == [("a/b", "Q4_0"), (str(tmp_path / "c"), "Q4_0")]
 
 
-def test_role_and_listen_are_options(started: list[Settings]) -> None:
+def test_role_and_listen_are_options(
+    started: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """--listen is the API's address, or the neuron API's on a neuron."""
+    monkeypatch.setenv("CORTEXD_NEURONS", '[{name = "a", endpoint = "http://a"}]')
     assert main(["start", "--role", "gateway", "--listen", "127.0.0.1:1"]) == 0
     assert main(["start", "--role", "neuron", "--listen", "127.0.0.1:2"]) == 0
     assert (started[0].role, started[0].gateway.listen) == ("gateway", "127.0.0.1:1")

@@ -50,7 +50,7 @@ def test_nothing_configured_means_defaults(tmp_path: Path, home: dict[str, str])
 
 def test_places_are_searched_in_order(tmp_path: Path, home: dict[str, str]) -> None:
     """--config, $CORTEXD_CONFIG, the current folder, XDG: the first found is read."""
-    named = write(tmp_path / "named.toml", 'role = "gateway"')
+    named = write(tmp_path / "named.toml", "")
     variable = write(tmp_path / "variable.toml", 'role = "neuron"')
     here = write(tmp_path / "here" / "cortex.toml", "")
     xdg = write(tmp_path / "xdg" / "cortexd" / "cortex.toml", "")
@@ -372,8 +372,22 @@ def test_open_listener_is_warned_about(tmp_path: Path) -> None:
 
 def test_role_that_ignores_a_table_warns(tmp_path: Path) -> None:
     """What a role does not use is said, not silently dropped."""
-    models = {"CORTEXD_DEFAULT_MODELS": '[{model_id = "a/b"}]', "CORTEXD_ROLE": "gateway"}
-    assert "default_models" in load_settings(None, models, tmp_path).warnings[0]
     neurons = '[{name = "a", endpoint = "http://a"}]'
+    models = {
+        "CORTEXD_DEFAULT_MODELS": '[{model_id = "a/b"}]',
+        "CORTEXD_ROLE": "gateway",
+        "CORTEXD_NEURONS": neurons,
+    }
+    assert "default_models" in load_settings(None, models, tmp_path).warnings[0]
     environ = {"CORTEXD_NEURONS": neurons, "CORTEXD_ROLE": "neuron"}
     assert "neurons" in load_settings(None, environ, tmp_path).warnings[0]
+
+
+def test_gateway_without_neurons_is_refused(tmp_path: Path) -> None:
+    """A gateway that has nothing to route to names the table that is missing."""
+    (line,) = errors_of(tmp_path, 'role = "gateway"')
+    assert "[[neurons]]" in line
+    assert line.startswith("cortex.toml:1: ")
+    text = 'role = "gateway"\n[[neurons]]\nname = "a"\nendpoint = "http://a"\nkind = "openai"'
+    loaded = load_settings(str(write(tmp_path / "ok.toml", text)), {}, tmp_path)
+    assert loaded.settings.neurons == [NeuronEntry(name="a", endpoint="http://a", kind="openai")]

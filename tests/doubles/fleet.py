@@ -18,6 +18,7 @@ from cortexd.errors import (
     ErrorInfo,
     ModelLoading,
     ModelNotFound,
+    NoHealthyNode,
 )
 from cortexd.messages import (
     Cancel,
@@ -28,10 +29,13 @@ from cortexd.messages import (
     LoadReport,
     ModelList,
     Ok,
+    Place,
     QueryHost,
     RequestFinished,
     Route,
     Routed,
+    RoutedHere,
+    RoutedRemote,
     Submit,
     TokenBatch,
     UnloadModelNow,
@@ -86,6 +90,9 @@ class Fleet:
         self.pause_after: int | None = None
         self.paused = asyncio.Event()
         self.load_error: CortexError | None = None
+        self.replicas: list[RoutedRemote] = []  # remote ones, in the order of choice
+        self.placing = asyncio.Event()  # cleared: the model loads at its node
+        self.placing.set()
         self.host_answers = True
         self.context = CONTEXT
         self.spec = SPEC
@@ -123,6 +130,9 @@ class Fleet:
                     return await self._route(body)
             except TimeoutError:
                 raise DeadlineExceeded("no answer from router") from None
+        if isinstance(body, Place):
+            await self.placing.wait()
+            return self._place(body)
         if isinstance(body, QueryHost) and not self.host_answers:
             raise ActorDown("poller did not answer")
         return self._answer(body)
@@ -184,7 +194,7 @@ class Fleet:
 
     def open_leases(self) -> set[str]:
         """Return leases that were asked for and not ended."""
-        opened = {body.request_id for _, body in self.sent if isinstance(body, Route)}
+        opened = {body.request_id for _, body in self.sent if isinstance(body, Route | Place)}
         return opened - {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
 
     @property
@@ -213,6 +223,16 @@ class Fleet:
             ModelLimits(context=self.context, output=self.context),
             is_cold,
         )
+
+    def _place(self, body: Place) -> RoutedHere | RoutedRemote:
+        if self.load_error is not None:
+            raise self.load_error
+        if body.model in {MODEL, ALIAS}:
+            return RoutedHere(MODEL)
+        for replica in self.replicas:
+            if replica.node not in body.exclude:
+                return replica
+        raise NoHealthyNode("no node answers; retry later", retry_after_s=5)
 
     def _answer(self, body: Message) -> Message:
         if isinstance(body, ListModels):

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from actors.front.server import Server
 from actors.front.services import Services
 from actors.front.text_models import TextModels
 from cortexd.errors import CortexError
-from cortexd.settings import Gateway, Settings
+from cortexd.settings import Gateway, NeuronEntry, Settings
 from engine.text.text_model import TextModel
 from tests.doubles.fleet import LEADER, MODEL, Fleet
 from tests.doubles.text import ByteTextModel
@@ -128,6 +128,7 @@ def _listener(send_buffer_bytes: int | None) -> socket.socket:
 async def served_front(
     *,
     send_buffer_bytes: int | None = None,
+    neurons: Sequence[NeuronEntry] = (),
     real_text_model: TextModel | None = None,
     **gateway: Any,
 ) -> AsyncIterator[ServedFront]:
@@ -135,7 +136,7 @@ async def served_front(
     fleet = Fleet()
     text_model = ByteTextModel()
     services = Services(
-        settings=Settings(gateway=Gateway(**gateway)),
+        settings=Settings(gateway=Gateway(**gateway), neurons=list(neurons)),
         bus=fleet,
         log=logging.getLogger("front"),
         sequences=SequenceTable(),

@@ -47,8 +47,8 @@ def test_choose_dtype_keeps_bfloat16_where_no_native_kernel_runs(
         monkeypatch.setattr(device.native, "available", lambda: False)
     spec = msgspec.structs.replace(SPEC, torch_dtype="bfloat16")
     settings = EngineSettings(backend=backend)
-    assert device.choose_dtype(settings, CPU, spec, is_gguf=False) == torch.bfloat16
-    assert device.choose_dtype(settings, CPU, spec, is_gguf=True) == torch.float32
+    assert device.choose_dtype(settings, CPU, spec, is_quantized=False) == torch.bfloat16
+    assert device.choose_dtype(settings, CPU, spec, is_quantized=True) == torch.float32
 
 
 def test_choose_device_refuses_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_bfloat16_hybrid_stays_near_float32(kind: str, least: float, tmp_path: P
     """
     oracle = make_oracle(kind, seed=33)
     files = save_oracle(oracle.bfloat16(), tmp_path / "model")
-    exact, engine = load_engine(files), load_engine(files, dtype="auto")
+    exact, engine = load_engine(files), load_engine(files, dtype="bfloat16")
     assert engine.dtype_name == "bfloat16"
     assert engine.cache.states is not None
     assert engine.cache.states.recurrent.dtype == torch.float32

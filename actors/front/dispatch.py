@@ -1,0 +1,131 @@
+"""Finds the node of a request and posts it there: once more elsewhere if the first one fails."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import aiohttp
+from aiohttp import web
+
+from actors.front.model_value import with_model
+from actors.front.record import RequestRecord
+from actors.front.routing import place
+from actors.front.services import REQUEST_ID, SERVICES
+from actors.front.upstream import HEAD_TIMEOUT_S, ConnectFailed, request_headers
+from cortexd.errors import CortexError, InvalidRequest, UpstreamUnavailable
+from cortexd.messages import EndRequest, NodeFailed, RoutedHere, RoutedRemote
+from cortexd.settings import NeuronKind
+
+_MESSAGES: Final = "/v1/messages"
+
+
+class Dispatch:
+    """One request's lease at the router and its connection to a node, until `release`."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        record: RequestRecord,
+        body: bytes,
+        model: str,
+        *,
+        is_stream: bool,
+    ) -> None:
+        self._request = request
+        self._services = request.app[SERVICES]
+        self._record = record
+        self._body = body
+        self._model = model
+        self._is_stream = is_stream
+        self._routed: RoutedRemote | None = None
+        self._upstream: aiohttp.ClientResponse | None = None
+        self.lease_id = self._services.new_lease_id()
+        gateway = self._services.settings.gateway
+        patience_s = gateway.request_timeout_s if is_stream else gateway.unary_load_wait_s
+        self._patience_until = asyncio.get_running_loop().time() + patience_s
+
+    @property
+    def node(self) -> str:
+        """Return the name of the node that was chosen last."""
+        return self._routed.node if self._routed is not None else "?"
+
+    @property
+    def kind(self) -> NeuronKind:
+        """Return what answers at that node."""
+        return self._routed.kind if self._routed is not None else "cortex"
+
+    def release(self) -> None:
+        """Close the node's socket at once and end the lease; nothing here waits."""
+        if self._upstream is not None:
+            self._upstream.close()
+        self._services.tell_quietly("router", EndRequest(self.lease_id))
+
+    async def open(self) -> aiohttp.ClientResponse | None:
+        """Return the head of a node's answer, None when this host is to serve the request.
+
+        Raises: what the router refuses with, UpstreamUnavailable, InvalidRequest.
+        """
+        routed = await self._place([])
+        if isinstance(routed, RoutedHere):
+            return None
+        try:
+            return await self._post(routed)
+        except UpstreamUnavailable as error:
+            retry = await self._place_again(routed, error)
+        self._record.num_resubmits += 1
+        return await self._post(retry)
+
+    async def _place(self, exclude: list[str]) -> RoutedHere | RoutedRemote:
+        routed = await place(
+            self._services.bus,
+            self._model,
+            self.lease_id,
+            wait_s=max(self._patience_until - asyncio.get_running_loop().time(), 0.0),
+            exclude=exclude,
+        )
+        if isinstance(routed, RoutedRemote):
+            self._routed = routed
+            record = self._record
+            record.model, record.node = routed.model_id, routed.node
+            record.cold_start = record.cold_start or routed.cold_start
+            record.is_stream = self._is_stream
+        return routed
+
+    async def _place_again(self, failed: RoutedRemote, error: UpstreamUnavailable) -> RoutedRemote:
+        """Return another replica, or the same node when it had merely closed the connection."""
+        tell = self._services.tell_quietly
+        tell("router", EndRequest(self.lease_id))
+        self.lease_id = self._services.new_lease_id()
+        if isinstance(error, ConnectFailed):
+            tell("router", NodeFailed(failed.node, error.message))
+        try:
+            routed = await self._place([failed.node])
+        except CortexError as refusal:
+            if isinstance(error, ConnectFailed):
+                raise refusal if refusal.retriable else error from None
+            routed = await self._place([])
+        if isinstance(routed, RoutedHere):
+            raise error
+        return routed
+
+    async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
+        path = self._request.path
+        if routed.kind == "openai" and path.startswith(_MESSAGES):
+            raise InvalidRequest(
+                f'model "{routed.model_id}" runs on "{routed.node}", an external server that is '
+                "only spoken to in the OpenAI dialect; use /v1/chat/completions",
+                param="model",
+            )
+        is_alias = routed.model_id != self._model
+        head_timeout_s = self._services.settings.gateway.request_timeout_s
+        if self._is_stream and routed.kind == "cortex":
+            head_timeout_s = HEAD_TIMEOUT_S
+        self._upstream = await self._services.upstream.post(
+            routed.node,
+            routed.base_url + path,
+            request_headers(self._request.headers, self._request[REQUEST_ID]),
+            with_model(self._body, routed.model_id) if is_alias else self._body,
+            head_timeout_s,
+        )
+        return self._upstream

@@ -1,0 +1,87 @@
+"""Model cards over all nodes: where a model is, where it could be, its tightest limits. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from cortexd.messages import ModelList
+from cortexd.messages.neurons import NodeModel
+from cortexd.models import ModelLimits
+from cortexd.openai import ModelCard, ModelLimit, ModelLocation
+
+OWNER = "cortexd"
+
+
+def merged_cards(
+    cards: dict[str, ModelCard], known: ModelList, *, created: int
+) -> dict[str, ModelCard]:
+    """Return the cards of this host joined with what its neurons and the catalogue say."""
+    merged = dict(cards)
+    for node in known.nodes:
+        for model in node.models if node.is_healthy else []:
+            card = merged.get(model.model_id) or _empty(model.model_id, created)
+            merged[model.model_id] = _with_node(card, node.name, model)
+    for entry in known.catalogue:
+        card = merged.get(entry.model_id) or _empty(entry.model_id, created)
+        merged[entry.model_id] = msgspec.structs.replace(
+            card,
+            feasible_on=_union(card.feasible_on, entry.feasible_on),
+            capabilities=card.capabilities or entry.capabilities or ["text"],
+        )
+    return merged
+
+
+def model_limit(limits: ModelLimits | None) -> ModelLimit | None:
+    """Return the limits as clients read them, None when unknown."""
+    if limits is None:
+        return None
+    return ModelLimit(
+        context=limits.context,
+        input=max(limits.context - 1, 1),
+        output=limits.output or limits.context,
+    )
+
+
+def _empty(model_id: str, created: int) -> ModelCard:
+    return ModelCard(
+        id=model_id,
+        object="model",
+        created=created,
+        owned_by=OWNER,
+        loaded=False,
+        feasible_on=[],
+        locations=[],
+        capabilities=[],
+        tool_call=False,
+        reasoning=False,
+    )
+
+
+def _with_node(card: ModelCard, node: str, model: NodeModel) -> ModelCard:
+    location = ModelLocation(node=node, status=model.state, vram_estimate_mb=model.memory_mib)
+    limit = _tightest(card.limit, model_limit(model.limits))
+    return msgspec.structs.replace(
+        card,
+        loaded=card.loaded or model.state == "loaded",
+        feasible_on=_union(card.feasible_on, [node]),
+        locations=[*card.locations, location],
+        capabilities=_union(card.capabilities, model.capabilities or ["text"]),
+        tool_call=card.tool_call or model.can_call_tools,
+        reasoning=card.reasoning or model.can_reason,
+        limit=limit,
+        max_model_len=None if limit is None else limit.context,
+        max_input_tokens=None if limit is None else limit.input,
+        max_output_tokens=None if limit is None else limit.output,
+    )
+
+
+def _tightest(one: ModelLimit | None, other: ModelLimit | None) -> ModelLimit | None:
+    if one is None or other is None:
+        return one or other
+    return min(one, other, key=lambda limit: limit.context)
+
+
+def _union(first: Iterable[str], second: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*first, *second]))

@@ -1,0 +1,305 @@
+"""Hands a request to the node that serves its model, and the node's answer back, byte for byte.
+
+The body goes out as it came in; only an alias is replaced by the model it means. A stream's bytes
+are passed on as they arrive; while the node is silent, or the model loads there, the client gets
+keep-alives. A request is tried once more elsewhere as long as no byte of an answer was received.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Mapping
+from typing import Any, Final, TypeVar
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from actors.front.dialect import Answer, Dialect
+from actors.front.dispatch import Dispatch
+from actors.front.error_response import envelope, set_request_id
+from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
+from actors.front.relayed import RelayedStream, finish_reason, read_counts
+from actors.front.services import REQUEST_ID, SERVICES
+from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection
+from actors.front.upstream import response_headers
+from cortexd.errors import (
+    Cancelled,
+    CortexError,
+    DeadlineExceeded,
+    NoHealthyNode,
+    UpstreamError,
+    UpstreamInterrupted,
+)
+from cortexd.neuron_wire import answered_error
+
+# A neuron says something every second of a stream; another server may be silent for a long prompt.
+_MAX_SILENCE_S: Final = {"cortex": 60.0, "openai": 300.0}
+_READ_ERRORS: Final = (aiohttp.ClientError, OSError)
+_Result = TypeVar("_Result")
+
+
+class _Wanted(msgspec.Struct):
+    """All that is read of a body that is handed on."""
+
+    model: str
+    stream: Any = None
+
+
+async def forward(
+    request: web.Request, record: RequestRecord, dialect: Dialect, body: bytes
+) -> web.StreamResponse | None:
+    """Answer through a remote node, or return None when this host serves the request itself.
+
+    A body that names no model is not handed on: the caller's own checks say what is wrong with it.
+    """
+    try:
+        wanted = msgspec.json.decode(body, type=_Wanted)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    forwarding = _Forwarding(request, record, dialect, body, wanted)
+    try:
+        return await forwarding.answer()
+    finally:
+        forwarding.release()
+
+
+class _Forwarding:
+    """One request on its way through this gateway."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        record: RequestRecord,
+        dialect: Dialect,
+        body: bytes,
+        wanted: _Wanted,
+    ) -> None:
+        self._request = request
+        self._services = request.app[SERVICES]
+        self._gateway = self._services.settings.gateway
+        self._record = record
+        self._deadline = asyncio.get_running_loop().time() + self._gateway.request_timeout_s
+        self._is_stream = wanted.stream is True
+        self._dispatch = Dispatch(request, record, body, wanted.model, is_stream=self._is_stream)
+        self._opening: asyncio.Task[aiohttp.ClientResponse | None] | None = None
+        self._encoder = dialect.encoder(
+            Answer(
+                id=dialect.id_prefix + self._dispatch.lease_id,
+                created=self._services.created,
+                model=wanted.model,
+                request_id=request[REQUEST_ID],
+            )
+        )
+
+    def release(self) -> None:
+        """Close the node's socket at once and end the lease; nothing here waits."""
+        if self._opening is not None and not self._opening.done():
+            self._opening.cancel()
+        elif self._opening is not None and not self._opening.cancelled():
+            self._opening.exception()  # seen: it has ended the request, or nobody waits for it
+        self._dispatch.release()
+
+    async def answer(self) -> web.StreamResponse | None:
+        """Return the client's answer, None when this host is to serve the request."""
+        self._opening = asyncio.create_task(self._dispatch.open())
+        if not self._is_stream:
+            return await self._limited(self._unary(self._opening))
+        await asyncio.wait({self._opening}, timeout=self._gateway.first_byte_hold_ms / 1000)
+        if not self._opening.done():
+            return await self._stream_from_now(self._opening)
+        upstream = self._opening.result()
+        if upstream is None:
+            return None
+        if upstream.status != 200 or not _is_event_stream(upstream):
+            return await self._limited(self._whole(upstream))
+        return await self._stream(response_headers(upstream.headers), upstream)
+
+    async def _unary(
+        self, opening: asyncio.Task[aiohttp.ClientResponse | None]
+    ) -> web.Response | None:
+        upstream = await opening
+        return None if upstream is None else await self._whole(upstream)
+
+    async def _limited(self, work: Awaitable[_Result]) -> _Result:
+        """Return the result. Raises: DeadlineExceeded when the request has lived too long."""
+        try:
+            async with asyncio.timeout_at(self._deadline) as limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"the request took longer than {self._gateway.request_timeout_s:g} s "
+                "(gateway.request_timeout_s)"
+            ) from None
+
+    # From the node: a whole answer
+
+    async def _whole(self, upstream: aiohttp.ClientResponse) -> web.Response:
+        """Return an answer that is no stream; errors that are no JSON get our envelope."""
+        body = await self._read(upstream)
+        record, status = self._record, upstream.status
+        counts = read_counts(body)
+        if counts is not None:
+            record.prompt_tokens = counts.prompt_tokens
+            record.completion_tokens = counts.completion_tokens
+            record.cached_tokens = counts.cached_tokens
+        record.finish_reason = finish_reason(body)
+        headers = response_headers(upstream.headers)
+        if status >= 400:
+            error = self._answered(status, body)
+            record.fail(error, status=status)
+            if not _is_error_object(body):
+                headers.popall("Content-Type", None)
+                headers["Content-Type"] = "application/json"
+                body = envelope(error)
+        record.status = status
+        return web.Response(status=status, body=body, headers=headers)
+
+    async def _read(self, upstream: aiohttp.ClientResponse) -> bytes:
+        try:
+            return await upstream.read()
+        except _READ_ERRORS as error:
+            raise self._interrupted(error) from None
+
+    def _answered(self, status: int, body: bytes) -> CortexError:
+        if _is_error_object(body):
+            return answered_error(self._dispatch.node, status, body)
+        return UpstreamError(
+            f'node "{self._dispatch.node}" answered HTTP {status} without an error object'
+        )
+
+    # From the node: a stream
+
+    async def _stream_from_now(
+        self, opening: asyncio.Task[aiohttp.ClientResponse | None]
+    ) -> web.StreamResponse:
+        """Begin the answer before the node has: the model loads, or a prompt is read."""
+        response, writer = await self._begin(STREAM_HEADERS)
+
+        async def run() -> None:
+            while not opening.done():
+                await writer.write_keepalive()
+                await asyncio.wait({opening}, timeout=self._gateway.keepalive_s)
+            upstream = opening.result()
+            if upstream is None:
+                raise NoHealthyNode("the node of this model went away; try again", retry_after_s=2)
+            if upstream.status != 200 or not _is_event_stream(upstream):
+                raise self._answered(upstream.status, await self._read(upstream))
+            await self._relay(upstream, writer)
+
+        return await self._guarded(response, writer, run())
+
+    async def _stream(
+        self, headers: Mapping[str, str], upstream: aiohttp.ClientResponse
+    ) -> web.StreamResponse:
+        response, writer = await self._begin(headers)
+        return await self._guarded(response, writer, self._relay(upstream, writer))
+
+    async def _begin(self, headers: Mapping[str, str]) -> tuple[web.StreamResponse, EventWriter]:
+        response = web.StreamResponse(headers=headers)
+        set_request_id(response, self._request[REQUEST_ID])
+        await response.prepare(self._request)
+        self._record.status = response.status
+        if self._request.transport is None:
+            raise ConnectionResetError("the client went away")
+        writer = EventWriter(response, self._request.transport, self._gateway, self._encoder)
+        return response, writer
+
+    async def _guarded(
+        self, response: web.StreamResponse, writer: EventWriter, work: Awaitable[None]
+    ) -> web.StreamResponse:
+        """Run what writes the stream; a failure is its last event, without an end mark."""
+        try:
+            await self._limited(work)
+        except Cancelled as error:
+            self._record.fail(error, status=CLIENT_GONE_STATUS)
+            abort_connection(self._request)
+        except CortexError as error:
+            self._record.fail(error, status=response.status)
+            await writer.write_error(error)
+        return response
+
+    async def _relay(self, upstream: aiohttp.ClientResponse, writer: EventWriter) -> None:
+        """Pass the bytes on as they arrive. Raises: UpstreamInterrupted, Cancelled."""
+        stream = RelayedStream()
+        try:
+            await self._pass_on(upstream.content, stream, writer)
+        except _READ_ERRORS as error:
+            if isinstance(error, ConnectionError) and self._request.transport is None:
+                raise  # it is the client that went away
+            await self._end_event(stream, writer)
+            raise self._interrupted(error) from None
+        except UpstreamInterrupted:
+            await self._end_event(stream, writer)
+            raise
+        finally:
+            self._note(stream)
+
+    async def _pass_on(
+        self, content: aiohttp.StreamReader, stream: RelayedStream, writer: EventWriter
+    ) -> None:
+        heard_at = time.monotonic()
+        max_silence_s = _MAX_SILENCE_S[self._dispatch.kind]
+        record = self._record
+        while True:
+            try:
+                async with asyncio.timeout(self._gateway.keepalive_s):
+                    chunk = await content.readany()
+            except TimeoutError:
+                if time.monotonic() - heard_at > max_silence_s:
+                    raise UpstreamInterrupted(
+                        f'node "{self._dispatch.node}" said nothing for {max_silence_s:g} s; '
+                        "try again"
+                    ) from None
+                if stream.is_between_events:
+                    await writer.write_keepalive()
+                continue
+            if not chunk:
+                break
+            heard_at = time.monotonic()
+            lines = stream.push(chunk)
+            if stream.has_data:
+                record.last_token = heard_at
+                record.first_token = record.first_token or heard_at
+            if lines:
+                await writer.write_event(lines)
+        rest = stream.flush()
+        if rest:
+            await writer.write_event(rest)
+
+    async def _end_event(self, stream: RelayedStream, writer: EventWriter) -> None:
+        """Close an event that the node left open, so that ours is one of its own."""
+        if not stream.is_between_events:
+            await writer.write_event(b"\n")
+
+    def _note(self, stream: RelayedStream) -> None:
+        counts = stream.counts()
+        record = self._record
+        record.prompt_tokens = counts.prompt_tokens
+        record.completion_tokens = counts.completion_tokens
+        record.cached_tokens = counts.cached_tokens
+        record.finish_reason = stream.finish_reason
+        record.error_code = stream.error_code
+
+    def _interrupted(self, error: Exception) -> UpstreamInterrupted:
+        cause = str(error) or type(error).__name__
+        return UpstreamInterrupted(
+            f'node "{self._dispatch.node}" ended in the middle of its answer ({cause}); try again',
+            retry_after_s=2,
+        )
+
+
+def _is_event_stream(upstream: aiohttp.ClientResponse) -> bool:
+    return upstream.content_type == "text/event-stream"
+
+
+def _is_error_object(body: bytes) -> bool:
+    """Tell whether a client can read the body as an error of either dialect."""
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return isinstance(document, dict) and isinstance(document.get("error"), dict)

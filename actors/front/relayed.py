@@ -1,0 +1,149 @@
+"""What passes through a relayed stream: whole lines out, and a tail to read the counts from.
+
+Lines are never split, so that a keep-alive or an error event of ours can follow any of them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+_TAIL_BYTES: Final = 64 * 1024
+_MAX_HELD_BYTES: Final = 256 * 1024
+# Inside a JSON string the quotes would be escaped, so text cannot pass for the field.
+_USAGE: Final = re.compile(rb'(?<!\\)"usage"\s*:\s*(\{)')
+_FINISH: Final = re.compile(rb'(?<!\\)"(?:finish_reason|stop_reason)"\s*:\s*"(\w+)"')
+_ERROR_LINE: Final = re.compile(rb'^data:\s*\{"(?:error"|type":\s*"error")', re.MULTILINE)
+_ERROR_CODE: Final = re.compile(rb'(?<!\\)"code"\s*:\s*"(\w+)"')
+_END_EVENTS: Final = 2  # the finish event and the end mark carry no token
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """Tokens of one request as the upstream counted them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+
+
+class RelayedStream:
+    """Follow one event stream."""
+
+    def __init__(self) -> None:
+        self.num_events = 0
+        self.is_between_events = True
+        self._held = b""
+        self._head = b""  # the dialect with message_start counts the prompt in its first event
+        self._tail = b""
+
+    def push(self, chunk: bytes) -> bytes:
+        """Return the whole lines that the chunk completes."""
+        data = self._held + chunk if self._held else chunk
+        end = data.rfind(b"\n") + 1
+        if end == 0 and len(data) > _MAX_HELD_BYTES:
+            end = len(data)  # no line of a stream is so long: pass it on as it is
+        self._held = data[end:]
+        return self._pass(data[:end])
+
+    def flush(self) -> bytes:
+        """Return what the stream ended with, if that was no whole line."""
+        rest, self._held = self._held, b""
+        return self._pass(rest)
+
+    def _pass(self, data: bytes) -> bytes:
+        if not data:
+            return data
+        self.num_events += data.count(b"data:")
+        if len(self._head) < _TAIL_BYTES:
+            self._head += data[:_TAIL_BYTES]
+        self._tail = (self._tail + data)[-_TAIL_BYTES:]
+        last_line = data[data.rfind(b"\n", 0, -1) + 1 :]
+        if not last_line.startswith(b":"):
+            self.is_between_events = last_line.strip() == b""
+        return data
+
+    @property
+    def has_data(self) -> bool:
+        """Tell whether an event has passed."""
+        return self.num_events > 0
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Return why the model stopped, None when the stream did not say."""
+        return finish_reason(self._tail)
+
+    @property
+    def error_code(self) -> str | None:
+        """Return the code of an error event, None when there was none."""
+        found = _ERROR_LINE.search(self._tail)
+        if found is None:
+            return None
+        code = _ERROR_CODE.search(self._tail, found.start())
+        return code[1].decode() if code is not None else "upstream_error"
+
+    def counts(self) -> Counts:
+        """Return the tokens; without a usage object the events are counted instead."""
+        tail, head = read_counts(self._tail), read_counts(self._head, is_first=True)
+        if tail is None or head is None:
+            return Counts(completion_tokens=max(self.num_events - _END_EVENTS, 0))
+        return Counts(
+            tail.prompt_tokens or head.prompt_tokens,
+            tail.completion_tokens,
+            tail.cached_tokens or head.cached_tokens,
+        )
+
+
+def read_counts(data: bytes, *, is_first: bool = False) -> Counts | None:
+    """Return the last (or first) usage object in JSON or a stream, of either dialect."""
+    places = list(_USAGE.finditer(data))
+    for place in places if is_first else reversed(places):
+        try:
+            usage = msgspec.json.decode(_object_at(data, place.start(1)), type=_Usage)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+        details = usage.prompt_tokens_details
+        cached = details.cached_tokens if details is not None else usage.cache_read_input_tokens
+        return Counts(
+            _count(usage.prompt_tokens, usage.input_tokens),
+            _count(usage.completion_tokens, usage.output_tokens),
+            max(cached or 0, 0),
+        )
+    return None
+
+
+def finish_reason(data: bytes) -> str | None:
+    """Return the last finish reason of either dialect."""
+    found = _FINISH.findall(data)
+    return found[-1].decode() if found else None
+
+
+def _object_at(data: bytes, start: int) -> bytes:
+    """Return the bytes from an opening brace to its closing one; usage holds no strings."""
+    depth = 0
+    for position in range(start, len(data)):
+        if data[position] == ord("{"):
+            depth += 1
+        elif data[position] == ord("}"):
+            depth -= 1
+            if depth == 0:
+                return data[start : position + 1]
+    return data[start:]
+
+
+def _count(*values: int | None) -> int:
+    return max((value for value in values if value is not None), default=0)

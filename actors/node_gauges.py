@@ -1,0 +1,123 @@
+"""The gauges of every node's models and devices; a node's series disappear with it.
+
+Owned by the metrics actor. Values come whole with each report, so all series are written anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Gauge
+
+from cortexd.messages import HostReport, LoadReport, NeuronReport
+from cortexd.messages.neurons import NodeDevice, NodeModel
+
+_MODEL_GAUGES = {
+    "cortex_model_in_flight": "Sequences that run",
+    "cortex_model_queue_depth": "Sequences that wait",
+    "cortex_model_tok_s_prefill": "Prefill speed, tokens/s",
+    "cortex_model_tok_s_decode": "Decode speed, tokens/s",
+    "cortex_model_kv_blocks_used": "KV blocks in use",
+    "cortex_model_kv_blocks_cached": "Free KV blocks with known KV",
+    "cortex_model_kv_blocks": "KV blocks in all",
+    "cortex_model_preemptions": "Preemptions since load",
+}
+_DEVICE_GAUGES = {
+    "cortex_device_vram_used_mb": "Device memory in use, MiB",
+    "cortex_device_vram_free_mb": "Device memory free, MiB",
+    "cortex_device_utilization_pct": "Device utilisation, percent",
+    "cortex_device_temp_c": "Device temperature, Celsius",
+}
+_Series = tuple[str, str, float | None]  # gauge, model or device, value
+
+
+class NodeGauges:
+    """Show the last report of each node."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._gauges = {
+            name: Gauge(name, text, ("node", second), registry=registry)
+            for second, gauges in (("model", _MODEL_GAUGES), ("device", _DEVICE_GAUGES))
+            for name, text in gauges.items()
+        }
+        self._is_up = Gauge(
+            "cortex_node_healthy",
+            "1 while the node answers its polls",
+            ("node",),
+            registry=registry,
+        )
+        self._shown: dict[str, list[_Series]] = {}
+
+    def show_host(self, node: str, report: HostReport) -> None:
+        """Show this host."""
+        series = [item for load in report.loads for item in _of_engine(load)]
+        for device in report.devices:
+            used_mib = device.memory_used_bytes / 2**20
+            free_mib = device.memory_total_bytes / 2**20 - used_mib
+            series += _of_device(
+                str(device.index),
+                used_mib,
+                free_mib,
+                device.utilization_pct,
+                device.temperature_c,
+            )
+        self._show(node, series)
+
+    def show_neuron(self, report: NeuronReport) -> None:
+        """Show a remote neuron; nothing of one that does not answer is shown but that."""
+        self._is_up.labels(report.name).set(report.is_healthy)
+        series = [item for model in report.models for item in _of_model(model)]
+        series += [item for device in report.devices for item in _of_remote_device(device)]
+        self._show(report.name, series if report.is_healthy else [])
+
+    def _show(self, node: str, series: list[_Series]) -> None:
+        known = [item for item in series if item[2] is not None]
+        for name, label in {item[:2] for item in self._shown.get(node, [])} - {
+            item[:2] for item in known
+        }:
+            self._gauges[name].remove(node, label)
+        self._shown[node] = known
+        for name, label, value in known:
+            if value is not None:
+                self._gauges[name].labels(node, label).set(value)
+
+
+def _of_engine(load: LoadReport) -> Iterator[_Series]:
+    yield "cortex_model_in_flight", load.model_id, load.num_running
+    yield "cortex_model_queue_depth", load.model_id, load.num_waiting
+    yield "cortex_model_tok_s_prefill", load.model_id, load.tok_s_prefill
+    yield "cortex_model_tok_s_decode", load.model_id, load.tok_s_decode
+    yield "cortex_model_kv_blocks_used", load.model_id, load.kv_blocks_used
+    yield "cortex_model_kv_blocks_cached", load.model_id, load.kv_blocks_cached
+    yield "cortex_model_kv_blocks", load.model_id, load.kv_blocks_total
+    yield "cortex_model_preemptions", load.model_id, load.num_preemptions
+
+
+def _of_model(model: NodeModel) -> Iterator[_Series]:
+    if model.state == "loaded":
+        yield "cortex_model_in_flight", model.model_id, model.in_flight
+        yield "cortex_model_queue_depth", model.model_id, model.queue_depth
+        yield "cortex_model_tok_s_prefill", model.model_id, model.tok_s_prefill
+        yield "cortex_model_tok_s_decode", model.model_id, model.tok_s_decode
+
+
+def _of_remote_device(device: NodeDevice) -> list[_Series]:
+    free_mib = device.free_mib
+    used_mib = None if free_mib is None else device.total_mib - free_mib
+    label = str(device.index)
+    return _of_device(label, used_mib, free_mib, device.utilization_pct, device.temperature_c)
+
+
+def _of_device(
+    label: str,
+    used_mib: float | None,
+    free_mib: float | None,
+    utilization_pct: float | None,
+    temperature_c: float | None,
+) -> list[_Series]:
+    return [
+        ("cortex_device_vram_used_mb", label, used_mib),
+        ("cortex_device_vram_free_mb", label, free_mib),
+        ("cortex_device_utilization_pct", label, utilization_pct),
+        ("cortex_device_temp_c", label, temperature_c),
+    ]

@@ -1,0 +1,128 @@
+"""Remote neurons: what a poll saw, where a request goes, what is asked of a neuron."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cortexd.messages.control import Message
+from cortexd.models import LoadOptions, ModelLimits, ModelState
+from cortexd.settings import NeuronKind
+
+
+class NodeDevice(msgspec.Struct, frozen=True, array_like=True):
+    """One device of a node; what the node does not tell is None."""
+
+    index: int
+    total_mib: int
+    free_mib: int | None = None
+    utilization_pct: float | None = None
+    temperature_c: float | None = None
+
+
+class NodeModel(msgspec.Struct, frozen=True, array_like=True):
+    """One model as its node reported it."""
+
+    model_id: str
+    state: ModelState
+    in_flight: int = 0
+    queue_depth: int = 0
+    limits: ModelLimits | None = None
+    memory_mib: int | None = None
+    capabilities: list[str] = []
+    can_call_tools: bool = False
+    can_reason: bool = False
+    detail: str | None = None
+    tok_s_prefill: float | None = None
+    tok_s_decode: float | None = None
+
+
+class NeuronReport(Message, frozen=True, tag="NeuronReport"):
+    """Poller → router and metrics, after each poll of one remote neuron.
+
+    `sequence` counts the polls of this poller; 0 of `num_successes` means that nothing is known of
+    the node yet. A node that does not answer keeps its last devices and models.
+    """
+
+    name: str
+    kind: NeuronKind
+    base_url: str
+    is_healthy: bool
+    sequence: int
+    num_successes: int
+    devices: list[NodeDevice] = []
+    models: list[NodeModel] = []
+    error: str | None = None
+
+
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The router's view of one remote neuron, for people and for `/v1/models`."""
+
+    name: str
+    kind: NeuronKind
+    endpoint: str
+    is_healthy: bool
+    age_s: float | None  # since the last report; None: never
+    dispatched: int  # requests this gateway has running there
+    models: list[NodeModel] = []
+    error: str | None = None
+
+
+class CatalogueCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A catalogue model as a gateway offers it: where it could run."""
+
+    model_id: str
+    feasible_on: list[str]
+    capabilities: list[str] = []
+
+
+class Place(Message, frozen=True, tag="Place"):
+    """Front → router: which node serves this model? Answer `RoutedHere`, `RoutedRemote`, an error.
+
+    `RoutedRemote` opens a lease that `EndRequest` (or the front's death) closes. With `wait`, the
+    answer comes when a node has the model loaded (within the deadline). Nodes in `exclude` have
+    failed this request already.
+    """
+
+    model: str
+    request_id: str
+    wait: bool = False
+    exclude: list[str] = []
+
+
+class RoutedHere(Message, frozen=True, tag="RoutedHere"):
+    """This host serves it: `Route` gives the lease."""
+
+    model_id: str
+
+
+class RoutedRemote(Message, frozen=True, tag="RoutedRemote"):
+    """A remote neuron serves it; `sequence` is the poll that the choice rests on."""
+
+    node: str
+    kind: NeuronKind
+    base_url: str
+    model_id: str
+    sequence: int
+    cold_start: bool = False
+
+
+class NodeFailed(Message, frozen=True, tag="NodeFailed"):
+    """Front → router: a node refused a connection; it is not used until it answers a poll."""
+
+    node: str
+    reason: str
+
+
+class LoadOnNode(Message, frozen=True, tag="LoadOnNode"):
+    """Router → poller: POST /models/load at a neuron; `Ok` when the model is loaded there."""
+
+    node: str
+    options: LoadOptions
+
+
+class UnloadOnNode(Message, frozen=True, tag="UnloadOnNode"):
+    """Router → poller: POST /models/unload at a neuron; `Ok` when its memory is free."""
+
+    node: str
+    model_id: str
+    force: bool = False

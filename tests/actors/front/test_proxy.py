@@ -1,0 +1,234 @@
+"""Requests that another node serves: over real sockets, with the router played by a double."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from cortexd.errors import ModelNotFeasible
+from cortexd.messages import EndRequest, NodeFailed, RequestFinished, RoutedRemote
+from cortexd.settings import NeuronEntry
+from tests.doubles.front import ServedFront, async_test, chat_body, parse_events, served_front
+
+MODEL = "org/remote"
+NEURONS = [NeuronEntry(name="a", endpoint="http://a"), NeuronEntry(name="b", endpoint="http://b")]
+CHAT = "/v1/chat/completions"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def upstream(handler: Handler) -> AsyncIterator[str]:
+    """Serve a handler on all paths; yield the base URL."""
+    app = web.Application(client_max_size=2**24)
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    address = runner.addresses[0]
+    try:
+        yield f"http://{address[0]}:{address[1]}"
+    finally:
+        await runner.cleanup()
+
+
+def replica(node: str, url: str, kind: Any = "cortex", model: str = MODEL) -> RoutedRemote:
+    """A place where the model runs."""
+    return RoutedRemote(node, kind, url, model, 1)
+
+
+async def finished(front: ServedFront) -> RequestFinished:
+    """Return the record of the only request."""
+    (record,) = await front.fleet.wait_for(RequestFinished)
+    assert isinstance(record, RequestFinished)
+    return record
+
+
+@async_test
+async def test_local_models_are_served_here_without_a_detour() -> None:
+    """A host with neurons answers for its own models itself."""
+    async with served_front(neurons=NEURONS) as front:
+        status, body, _ = await front.chat()
+        assert (status, body["choices"][0]["message"]["content"]) == (200, "Hello, world!")
+        assert (await finished(front)).node == front.services.node
+
+
+@async_test
+async def test_answer_and_record_are_the_nodes() -> None:
+    """Body, status and foreign headers pass; hop-by-hop ones do not; usage is recorded."""
+    seen: list[tuple[bytes, dict[str, str]]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append((await request.read(), dict(request.headers)))
+        answer = b'{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}'
+        return web.Response(body=answer, headers={"X-Engine": "e1", "x-request-id": "theirs"})
+
+    async with upstream(handler) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", url)]
+        sent = msgspec.json.encode(chat_body(model=MODEL, unknown_knob=[1, None]))
+        headers = {"Connection": "keep-alive, X-Hop", "X-Hop": "1", "X-Team": "t"}
+        status, body, answered = await front.post(CHAT, sent, headers=headers)
+        assert (status, body["usage"]["prompt_tokens"]) == (200, 5)
+        assert answered["X-Engine"] == "e1"
+        assert answered.getall("x-request-id") != ["theirs"]
+        ((received, received_headers),) = seen
+        assert received == sent
+        assert received_headers["X-Team"] == "t"
+        assert "X-Hop" not in received_headers
+        record = await finished(front)
+        assert (record.node, record.model, record.status) == ("a", MODEL, 200)
+        assert (record.prompt_tokens, record.completion_tokens) == (5, 2)
+
+
+@async_test
+async def test_refused_connection_is_retried_on_another_replica() -> None:
+    """The router hears of the node, the client of nothing."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"node": "b"})
+
+    async with upstream(handler) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", "http://127.0.0.1:1"), replica("b", url)]
+        status, body, _ = await front.chat(model=MODEL)
+        assert (status, body) == (200, {"node": "b"})
+        assert [failed.node for failed in front.fleet.all_sent(NodeFailed)] == ["a"]  # type: ignore[attr-defined]
+        front.fleet.replicas.pop()
+        status, body, headers = await front.chat(model=MODEL)
+        assert (status, body["error"]["code"]) == (503, "no_healthy_node")
+        assert headers["Retry-After"] == "5"
+
+
+@async_test
+async def test_connection_closed_before_the_head_is_tried_once_more() -> None:
+    """A node that had merely closed an idle connection serves the second try."""
+    tries = 0
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal tries
+        tries += 1
+        if tries % 3:
+            assert request.transport is not None
+            request.transport.close()
+        return web.json_response({"tries": tries})
+
+    async with upstream(handler) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", url)]
+        status, body, _ = await front.chat(model=MODEL)
+        assert (status, body["error"]["code"], tries) == (502, "upstream_unavailable", 2)
+        status, body, _ = await front.chat(model=MODEL)
+        assert (status, body["tries"]) == (200, 3)
+
+
+@async_test
+async def test_client_that_leaves_closes_the_nodes_socket() -> None:
+    """The node sees the end of its stream at once, and the lease is over."""
+    closed = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices":[]}\n\n')
+        try:
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+        return response
+
+    async with upstream(handler) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", url)]
+        body = chat_body(model=MODEL, stream=True)
+        async with front.http.post(front.url + CHAT, json=body) as response:
+            assert await response.content.readline() == b'data: {"choices":[]}\n'
+        async with asyncio.timeout(2):
+            await closed.wait()
+        await front.fleet.wait_for(EndRequest)
+        record = await finished(front)
+        assert (record.status, record.error_code) == (499, "request_cancelled")
+
+
+@async_test
+async def test_silent_node_and_loading_model_are_filled_with_keepalives() -> None:
+    """The client gets its 200 after the hold, comments, then the node's bytes as they are."""
+    events = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\ndata: [DONE]\n\n'
+    go_on = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(events[:20])
+        await go_on.wait()
+        await response.write(events[20:])
+        return response
+
+    async with (
+        upstream(handler) as url,
+        served_front(neurons=NEURONS, first_byte_hold_ms=10, keepalive_s=0.02) as front,
+    ):
+        front.fleet.replicas = [replica("a", url)]
+        front.fleet.placing.clear()
+        body = chat_body(model=MODEL, stream=True)
+        async with front.http.post(front.url + CHAT, json=body) as response:
+            assert response.status == 200
+            for _ in range(2):
+                assert await response.content.readline() == b": ping\n"
+            front.fleet.placing.set()
+            go_on.set()
+            rest = await response.read()
+        assert parse_events(rest)[-1] == "[DONE]"
+        assert rest.endswith(events)
+
+
+@async_test
+async def test_failures_after_the_hold_are_error_events() -> None:
+    """A refusal, or the node's error, comes in band once the 200 is out."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": "full", "code": "queue_full"}}, status=429)
+
+    async with (
+        upstream(handler) as url,
+        served_front(neurons=NEURONS, first_byte_hold_ms=1, keepalive_s=0.02) as front,
+    ):
+        front.fleet.replicas = [replica("a", url)]
+        for refusal, code in ((None, "queue_full"), (ModelNotFeasible("no"), "model_not_feasible")):
+            front.fleet.load_error = refusal
+            front.fleet.placing.clear()
+            body = chat_body(model=MODEL, stream=True)
+            async with front.http.post(front.url + CHAT, json=body) as response:
+                await response.content.readline()
+                front.fleet.placing.set()
+                events = parse_events(await response.read())
+            assert events[-1]["error"]["code"] == code
+
+
+@async_test
+async def test_error_within_the_hold_keeps_its_status() -> None:
+    """A stream's quick failure is the node's own answer."""
+
+    async def handler(request: web.Request) -> web.Response:
+        error = {"error": {"message": "full", "code": "queue_full"}}
+        return web.json_response(error, status=429, headers={"Retry-After": "3"})
+
+    async with (
+        upstream(handler) as url,
+        served_front(neurons=NEURONS, first_byte_hold_ms=5000) as front,
+    ):
+        front.fleet.replicas = [replica("a", url)]
+        status, body, headers = await front.chat(model=MODEL, stream=True)
+        assert (status, body["error"]["message"], headers["Retry-After"]) == (429, "full", "3")
+        assert (await finished(front)).error_code == "queue_full"
+
+
+@async_test
+async def test_neuron_listener_hands_nothing_on() -> None:
+    """Requests cannot go in circles: a neuron serves what it has."""
+    async with served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", "http://127.0.0.1:1")]
+        body = chat_body(model=MODEL)
+        async with front.http.post(front.neuron_url + CHAT, json=body) as response:
+            assert response.status == 404

@@ -1,0 +1,90 @@
+"""Following a stream and replacing a model name: pure, at every cut point."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.front.model_value import with_model
+from actors.front.relayed import Counts, RelayedStream, read_counts
+
+OPENAI = (
+    b'data: {"choices":[{"delta":{"content":"caf\xc3\xa9 \\"usage\\": {}"}}]}\n\n'
+    b": ping\n"
+    b'data: {"choices":[{"delta":{},"finish_reason":"length"}]}\r\n\r\n'
+    b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4,'
+    b'"prompt_tokens_details":{"cached_tokens":2}}}\n\ndata: [DONE]\n\n'
+)
+ANTHROPIC = (
+    b'event: message_start\ndata: {"type":"message_start","message":{"usage":'
+    b'{"input_tokens":9,"output_tokens":0,"cache_read_input_tokens":2}}}\n\n'
+    b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
+    b'"usage":{"output_tokens":4}}\n\n'
+)
+
+
+@pytest.mark.parametrize("data", [OPENAI, ANTHROPIC])
+def test_any_cut_gives_the_same_bytes_lines_and_counts(data: bytes) -> None:
+    """Bytes pass unchanged, in whole lines, and the counts are the node's own."""
+    for cut in range(len(data) + 1):
+        stream = RelayedStream()
+        parts = [stream.push(data[:cut]), stream.push(data[cut:]), stream.flush()]
+        assert b"".join(parts) == data
+        assert all(part == b"" or part.endswith(b"\n") for part in parts)
+        assert stream.counts() == Counts(9, 4, 2)
+        assert stream.is_between_events
+        assert stream.error_code is None
+    assert stream.finish_reason in {"length", "end_turn"}
+
+
+def test_one_byte_at_a_time_is_the_same() -> None:
+    """The smallest segments change nothing."""
+    stream = RelayedStream()
+    data = b"".join(stream.push(bytes([byte])) for byte in OPENAI)
+    assert (data, stream.counts()) == (OPENAI, Counts(9, 4, 2))
+
+
+def test_stream_without_usage_is_counted_and_its_error_seen() -> None:
+    """Events stand for tokens where nothing better is known; an error event has its code."""
+    stream = RelayedStream()
+    stream.push(b'data: {"choices":[]}\n\n' * 5 + b'data: {"error":{"code":"engine_gone"}}\n\n')
+    assert stream.counts() == Counts(completion_tokens=4)
+    assert stream.error_code == "engine_gone"
+    stream.push(b"data: half an ev")
+    assert stream.is_between_events
+    stream.flush()
+    assert not stream.is_between_events
+
+
+def test_usage_of_a_whole_answer_is_the_last_object() -> None:
+    """Details that bear similar names do not shadow it."""
+    body = b'{"usage":{"completion_tokens_details":{"reasoning_tokens":1},"completion_tokens":5}}'
+    assert read_counts(body) == Counts(0, 5, 0)
+    assert read_counts(b'{"usage":null,"text":"\\"usage\\":{}"}') is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(max_size=6), JSON, max_size=5), st.text(max_size=9))
+def test_only_the_top_level_model_changes(document: dict[str, object], name: str) -> None:
+    """Whatever stands around it, every other byte stays."""
+    document["model"] = "old"
+    body = msgspec.json.format(msgspec.json.encode(document), indent=1)
+    changed = with_model(body, name)
+    assert msgspec.json.decode(changed) == {**document, "model": name}
+    assert with_model(changed, "old") == body
+
+
+def test_escaped_key_and_duplicates_are_all_replaced() -> None:
+    """Whichever of them a server reads, it reads the model."""
+    body = b'{"mod\\u0065l":"a", "x":{"model":"a"}, "model" :\t"a\\"}"}'
+    assert with_model(body, "b") == b'{"mod\\u0065l":"b", "x":{"model":"a"}, "model" :\t"b"}'

@@ -1,0 +1,285 @@
+"""The router among several nodes, with the poller played by a script."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from actors.actor import ActorContext
+from actors.router import Router, RouterArgs
+from cortexd.catalogue import Catalogue, CatalogueModel
+from cortexd.errors import (
+    Cancelled,
+    CortexError,
+    InsufficientMemory,
+    ModelLoadFailed,
+    ModelLoading,
+    ModelNotFound,
+    NoHealthyNode,
+)
+from cortexd.messages import (
+    ActorDown,
+    EndRequest,
+    LoadOnNode,
+    NeuronReport,
+    NodeFailed,
+    Ok,
+    Place,
+    RoutedHere,
+    RoutedRemote,
+)
+from cortexd.messages.control import Message
+from cortexd.messages.neurons import NodeDevice, NodeModel
+from cortexd.models import LoadOptions
+from cortexd.settings import NeuronEntry, Settings
+from tests.actors.test_router import World, envelope, run
+
+MODEL = "org/small"
+COLD = "org/cold"
+
+
+class NodesWorld(World):
+    """Neurons that load what the router asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[LoadOnNode] = []
+        self.load_error: CortexError | None = None
+        self.asked_to_load = asyncio.Event()
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+
+    async def ask(self, name: str, body: Message, *, deadline_s: float) -> Message:
+        """Play the poller for loads."""
+        if not isinstance(body, LoadOnNode):
+            return await super().ask(name, body, deadline_s=deadline_s)
+        assert name == "poller"
+        self.loads.append(body)
+        self.asked_to_load.set()
+        await self.may_load.wait()
+        if self.load_error is not None:
+            raise self.load_error
+        report(self.router, body.node, {body.options.model_id: "loaded"})
+        return Ok()
+
+
+def make_gateway(world: NodesWorld, folder: Path, role: Any = "gateway") -> Router:
+    """A router with two remote neurons and an external server."""
+    neurons = [
+        NeuronEntry(name="a", endpoint="http://a"),
+        NeuronEntry(name="b", endpoint="http://b"),
+        NeuronEntry(name="x", endpoint="http://x", kind="openai"),
+    ]
+    catalogue = Catalogue(models=[CatalogueModel(id=COLD, quant="Q8_0")], aliases={"s": MODEL})
+    context = ActorContext(
+        name="router",
+        incarnation=1,
+        settings=Settings(role=role, neurons=neurons),
+        args=msgspec.msgpack.encode(RouterArgs([], catalogue)),
+        listeners={},
+        log=logging.getLogger("test"),
+        runtime_dir=folder,
+    )
+    router = Router(context)
+    router.attach(world)
+    world.router = router
+    return router
+
+
+def report(router: Router, name: str, states: dict[str, Any], **changes: Any) -> None:
+    """Let the poller have seen a node."""
+    seen = NeuronReport(
+        name=name,
+        kind="cortex",
+        base_url=f"http://{name}",
+        is_healthy=True,
+        sequence=5,
+        num_successes=1,
+        devices=[NodeDevice(0, 8000, 8000)],
+        models=[NodeModel(model_id, state) for model_id, state in states.items()],
+    )
+    router.on_neuron_report(msgspec.structs.replace(seen, **changes), envelope())
+
+
+def see_all(router: Router, **states: dict[str, Any]) -> None:
+    """Let all three nodes have answered."""
+    for name in ("a", "b", "x"):
+        kind = "openai" if name == "x" else "cortex"
+        report(router, name, states.get(name, {}), kind=kind)
+
+
+async def placed(
+    router: Router, request: str = "r", model: str = MODEL, *, wait: bool = True, **fields: Any
+) -> RoutedHere | RoutedRemote:
+    """Ask where a request goes."""
+    return await router.on_place(Place(model, request, wait, **fields), envelope())
+
+
+async def node_of(router: Router, request: str = "r", model: str = MODEL) -> str:
+    """Return the name of the node."""
+    answer = await placed(router, request, model)
+    assert isinstance(answer, RoutedRemote)
+    return answer.node
+
+
+def test_burst_between_two_polls_is_shared_evenly(tmp_path: Path) -> None:
+    """Own dispatches count at once, and are not counted twice when the next poll shows them."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, a={MODEL: "loaded"}, b={MODEL: "loaded"})
+        names = Counter([await node_of(router, f"r{number}", "s") for number in range(32)])
+        assert names == {"a": 16, "b": 16}
+        # The poll of "a" shows our sixteen and four of another gateway.
+        busy = [NodeModel(MODEL, "loaded", in_flight=16, queue_depth=4)]
+        report(router, "a", {}, models=busy)
+        names = Counter([await node_of(router, f"s{number}") for number in range(8)])
+        assert names == {"b": 6, "a": 2}
+        for number in range(32):
+            router.on_end_request(EndRequest(f"r{number}"), envelope())
+        assert sum(status.dispatched for status in router.fleet.statuses()) == 8
+        router.on_actor_down(ActorDown(1, "front.0", 1, "", 0, "killed"))
+        assert sum(status.dispatched for status in router.fleet.statuses()) == 0
+
+    run(work)
+
+
+def test_cold_model_is_loaded_once_for_fifty_requests(tmp_path: Path) -> None:
+    """One load, by the catalogue's options; all requests wait for it, then go there."""
+
+    async def work() -> None:
+        world = NodesWorld()
+        router = make_gateway(world, tmp_path)
+        see_all(router)
+        with pytest.raises(ModelLoading):
+            await placed(router, "hasty", COLD, wait=False)
+        answers = await asyncio.gather(*(placed(router, f"r{n}", COLD) for n in range(50)))
+        assert {answer.node for answer in answers if isinstance(answer, RoutedRemote)} == {"a"}
+        assert [(load.node, load.options.quant) for load in world.loads] == [("a", "Q8_0")]
+
+    run(work)
+
+
+def test_failed_load_tells_its_cause_and_cools_down(tmp_path: Path) -> None:
+    """Waiters get the cause, later requests too, without a second load."""
+
+    async def work() -> None:
+        world = NodesWorld()
+        world.load_error = InsufficientMemory("too big")
+        router = make_gateway(world, tmp_path)
+        see_all(router)
+        for request in ("r1", "r2"):
+            with pytest.raises(ModelLoadFailed, match="too big") as caught:
+                await placed(router, request, COLD)
+            assert caught.value.retry_after_s
+        assert len(world.loads) == 1
+        report(router, "b", {COLD: "loaded"})
+        assert await node_of(router, "r3", COLD) == "b"
+
+    run(work)
+
+
+def test_node_that_refuses_is_left_alone_until_it_answers(tmp_path: Path) -> None:
+    """A refused connection counts at once, the next good poll mends it."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, a={MODEL: "loaded"})
+        router.on_node_failed(NodeFailed("a", "refused"), envelope())
+        with pytest.raises(NoHealthyNode) as caught:
+            await placed(router)
+        assert caught.value.retry_after_s
+        report(router, "a", {MODEL: "loaded"}, error="timeout")
+        with pytest.raises(NoHealthyNode):
+            await placed(router)
+        report(router, "a", {MODEL: "loaded"})
+        assert await node_of(router) == "a"
+        report(router, "a", {})
+        with pytest.raises(ModelNotFound):
+            await placed(router)
+
+    run(work)
+
+
+def test_excluded_node_is_not_chosen_again(tmp_path: Path) -> None:
+    """A retry goes to another replica."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, a={MODEL: "loaded"}, b={MODEL: "loaded"})
+        answer = await placed(router, exclude=["a"])
+        assert isinstance(answer, RoutedRemote)
+        assert answer.node == "b"
+
+    run(work)
+
+
+def test_first_request_of_a_new_gateway_waits_for_the_first_polls(tmp_path: Path) -> None:
+    """A router that knows nothing yet refuses nothing for a moment."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        waiting = asyncio.create_task(placed(router))
+        await asyncio.sleep(0)
+        see_all(router, b={MODEL: "loaded"})
+        answer = await waiting
+        assert isinstance(answer, RoutedRemote)
+        assert answer.node == "b"
+
+    run(work)
+
+
+def test_request_that_ends_while_it_waits_holds_nothing(tmp_path: Path) -> None:
+    """A client that leaves during a load frees its place; the load goes on."""
+
+    async def work() -> None:
+        world = NodesWorld()
+        world.may_load.clear()
+        router = make_gateway(world, tmp_path)
+        see_all(router)
+        waiting = asyncio.create_task(placed(router, "r1", COLD))
+        await world.asked_to_load.wait()
+        router.on_end_request(EndRequest("r1"), envelope())
+        world.may_load.set()
+        with pytest.raises(Cancelled):
+            await waiting
+        assert sum(status.dispatched for status in router.fleet.statuses()) == 0
+        assert await node_of(router, "r2", COLD) == "a"
+
+    run(work)
+
+
+def test_host_with_an_engine_is_one_of_the_nodes(tmp_path: Path) -> None:
+    """Loaded elsewhere wins; what only this host has is served here."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path, role="all")
+        see_all(router, a={MODEL: "loaded"})
+        assert await node_of(router) == "a"
+        report(router, "a", {MODEL: "loaded"}, devices=[NodeDevice(0, 1, 1)])
+        router.models[COLD].become("loading")
+        assert await placed(router, model=COLD) == RoutedHere(COLD)
+        (card,) = router.fleet.catalogue_cards()
+        assert "a" in card.feasible_on
+        assert len(card.feasible_on) == 3  # not the external server
+
+    run(work)
+
+
+def test_operator_loads_and_unloads_at_the_neurons_of_a_gateway(tmp_path: Path) -> None:
+    """`cortexd load` on a gateway goes to a node."""
+
+    async def work() -> None:
+        world = NodesWorld()
+        router = make_gateway(world, tmp_path)
+        see_all(router)
+        await router.load(LoadOptions(model_id="org/any"))
+        assert [load.options.model_id for load in world.loads] == ["org/any"]
+
+    run(work)

@@ -1,0 +1,152 @@
+"""Polls over real sockets: misses, recovery, hanging neurons, loads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from actors import neuron_client
+from actors.neuron_client import NeuronClient
+from cortexd.errors import InsufficientMemory, NotFound
+from cortexd.messages import NeuronReport
+from cortexd.models import LoadOptions
+from cortexd.settings import NeuronEntry
+from tests.doubles.front import async_test
+
+
+class FakeNeuron:
+    """A neuron whose answers the test sets."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.models: Any = [{"id": "m", "status": "loaded"}]
+        self.status = 200
+        self.hangs = False
+        self.loads: list[Any] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        """Answer any path."""
+        if self.hangs:
+            await asyncio.Event().wait()
+        if request.method == "POST":
+            self.loads.append(await request.json())
+            error = {"error": {"message": "too big", "code": "insufficient_memory"}}
+            return web.json_response(
+                error if self.status != 200 else {"status": "loaded"}, status=self.status
+            )
+        documents = {
+            "/models": self.models,
+            "/health": {"devices": [], "models": [{"id": "m", "in_flight": 2}]},
+            "/discovery": {"devices": [{"index": 0, "vram_total_mb": 8}]},
+        }
+        return web.json_response(documents[request.path], status=self.status)
+
+
+class Reports:
+    """What the client told, by node."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, NeuronReport] = {}
+        self._changed = asyncio.Event()
+
+    def take(self, report: NeuronReport) -> None:
+        """Keep a report."""
+        self.last[report.name] = report
+        self._changed.set()
+
+    async def until(self, name: str, **wanted: Any) -> NeuronReport:
+        """Wait for a report with these fields."""
+        async with asyncio.timeout(10):
+            while True:
+                report = self.last.get(name)
+                if report and all(getattr(report, key) == value for key, value in wanted.items()):
+                    return report
+                self._changed.clear()
+                await self._changed.wait()
+
+
+@asynccontextmanager
+async def fleet(*neurons: FakeNeuron) -> AsyncIterator[tuple[NeuronClient, Reports]]:
+    """Serve the neurons ("n0", "n1", …) and poll them."""
+    runners = []
+    for neuron in neurons:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", neuron.answer)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        neuron.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        runners.append(runner)
+    reports = Reports()
+    entries = [
+        NeuronEntry(name=f"n{index}", endpoint=neuron.url) for index, neuron in enumerate(neurons)
+    ]
+    client = NeuronClient(entries, reports.take)
+    try:
+        yield client, reports
+    finally:
+        await client.close()
+        for runner in runners:
+            await runner.cleanup()
+
+
+@async_test
+async def test_neuron_is_unhealthy_after_three_misses_and_back_at_the_first_success(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between the two its last devices and models stand; what it reports no longer is gone."""
+    monkeypatch.setattr(neuron_client, "_PERIOD_S", 0.01)
+    neuron = FakeNeuron()
+    async with fleet(neuron) as (_, reports):
+        seen = await reports.until("n0", is_healthy=True)
+        assert [(model.model_id, model.in_flight) for model in seen.models] == [("m", 2)]
+        assert [device.total_mib for device in seen.devices] == [8]
+        neuron.status = 500
+        missed = await reports.until("n0", error="/models answered HTTP 500")
+        assert missed.is_healthy
+        gone = await reports.until("n0", is_healthy=False)
+        assert gone.sequence == missed.sequence + 2
+        assert (gone.models, gone.devices) == (seen.models, seen.devices)
+        neuron.status, neuron.models = 200, []
+        back = await reports.until("n0", is_healthy=True)
+        assert (back.models, back.error) == ([], None)
+
+
+@async_test
+async def test_neuron_that_hangs_delays_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is polled on its own clock."""
+    monkeypatch.setattr(neuron_client, "_PERIOD_S", 0.01)
+    monkeypatch.setattr(neuron_client, "_ANSWER_TIMEOUT_S", 0.2)
+    slow, quick = FakeNeuron(), FakeNeuron()
+    slow.hangs = True
+    async with fleet(slow, quick) as (_, reports):
+        await reports.until("n1", is_healthy=True)
+        assert "n0" not in reports.last
+        down = await reports.until("n0", is_healthy=False)
+        assert down.num_successes == 0
+        assert down.error == "no answer within 0.2 s"
+        assert reports.last["n1"].sequence > 3
+
+
+@async_test
+async def test_load_polls_again_before_it_answers() -> None:
+    """Who waited for the load sees the model at once; errors keep their class."""
+    neuron = FakeNeuron()
+    neuron.models = []
+    async with fleet(neuron) as (client, reports):
+        await reports.until("n0", is_healthy=True, models=[])
+        neuron.models = [{"id": "m", "status": "loaded"}]
+        await client.load("n0", LoadOptions(model_id="m", quant="Q8_0"))
+        assert [model.state for model in reports.last["n0"].models] == ["loaded"]
+        assert neuron.loads[0]["model_id"] == "m"
+        assert neuron.loads[0]["quant"] == "Q8_0"
+        neuron.status = 507
+        with pytest.raises(InsufficientMemory, match='node "n0": too big'):
+            await client.load("n0", LoadOptions(model_id="m"))
+        with pytest.raises(NotFound):
+            await client.unload("other", "m", force=False)
