@@ -102,7 +102,7 @@ class Group:
     def _new_member(self, rank: int) -> Member:
         spec = ChildSpec(
             name=f"{self.name}/{rank}",
-            target=self.order.target,
+            target=(rank and self.order.worker_target) or self.order.target,
             args=self.order.args,
             restart="temporary",
             preload="engine",

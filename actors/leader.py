@@ -3,18 +3,22 @@
 Fronts send `Submit` and `Cancel`; every step's output goes to each front as one `TokenBatch`. The
 root starts it through `StartGroup`; `on_start` loads the model, so READY means "can generate". An
 unforeseen error in a step ends the process: the group restarts and clients get a retriable error,
-which is honest, where going on with unknown engine state is not.
+which is honest, where going on with unknown engine state is not. When the model is split over
+several ranks, this one decides and the workers get every step's plan through the `RankGroup`.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from actors.actor import handles
-from actors.sync_actor import SyncActor
+from actors.actor import ActorContext, handles
+from actors.rank_group import Deadlines, RankGroup, leave_meeting_place, meeting_address
+from actors.step_watchdog import StepWatchdog
+from actors.sync_actor import POISONED_EXIT_CODE, SyncActor
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import CortexError, MailboxFull
 from cortexd.log import event
@@ -34,7 +38,9 @@ from cortexd.messages.inference import SequenceDelta
 from cortexd.models import RankArgs
 
 if TYPE_CHECKING:
+    from engine.device import Device
     from engine.engine import Engine
+    from engine.tp.comm import Comm
 
 _PROGRESS_PERIOD_S = 0.2
 
@@ -45,16 +51,33 @@ class Leader(SyncActor):
     engine: Engine
     args: RankArgs
 
+    def __init__(self, context: ActorContext) -> None:
+        super().__init__(context)
+        step_timeout_s = context.settings.supervision.step_timeout_s
+        self._watchdog = StepWatchdog(step_timeout_s, POISONED_EXIT_CODE, self.log)
+
     def on_start(self) -> None:
         """Load the model; raises what the engine raises, which the root passes to the router."""
+        from engine.device import choose_device
         from engine.engine import Engine
 
         self.args = msgspec.msgpack.decode(self.context.args, type=RankArgs)
         self._step = 0
         self._last_progress = 0.0
         started = time.monotonic()
+        self._ranks: RankGroup | None = None
+        device = choose_device(
+            self.context.settings.engine, self.args.options.device_of(self.context.rank)
+        )
+        comm = self._meet_workers(device) if self.context.world_size > 1 else None
         self.engine = Engine.load(
-            self.args.files, self.args.spec, self.context.settings.engine, self._progress
+            self.args.files,
+            self.args.spec,
+            self.context.settings.engine,
+            self._progress,
+            comm=comm,
+            device=device,
+            lockstep=self._ranks,
         )
         self._load_s = time.monotonic() - started
         event(
@@ -67,7 +90,18 @@ class Leader(SyncActor):
             backend=self.engine.backend_name,
             memory_bytes=self.engine.memory_bytes,
             context=self.engine.limits.context,
+            ranks=self.context.world_size,
         )
+
+    def _meet_workers(self, device: Device) -> Comm:
+        """Join the workers, and let the shards be loaded."""
+        ranks = self._ranks = rank_group(self, self.args)
+        comm = join_workers(self, ranks, device, lambda stage: None)
+        event(self.log, "ranks.joined", world_size=comm.world_size, devices=ranks.devices)
+        ranks.begin_load(
+            msgspec.json.encode(self.args.spec), self.args.files.weights, self.args.files.quant
+        )
+        return comm
 
     def _progress(self, fraction: float, stage: str) -> None:
         now = time.monotonic()
@@ -122,8 +156,11 @@ class Leader(SyncActor):
         if not self.engine.has_work:
             return False
         try:
-            outputs = self.engine.step()
+            with self._watchdog:
+                outputs = self.engine.step()
         except Exception as error:
+            if self.is_stopping:
+                return False  # the other ranks were told to stop too, and were faster
             event(self.log, "engine.step_failed", 40, exc_info=True, error=repr(error))
             self.exit_poisoned(f"engine step failed: {error!r}")
         self._step += 1
@@ -152,6 +189,65 @@ class Leader(SyncActor):
         except (ActorDownError, MailboxFull) as error:
             event(self.log, "front.unreachable", 30, front=owner, error=error.message)
             self.engine.cancel_owner(owner)
+
+
+class Probe(SyncActor):
+    """Rank 0 of a group without a model: finds out whether the ranks can work together."""
+
+    def on_start(self) -> None:
+        """Try every stage and tell the doctor of each; raises what fails."""
+        from engine.device import choose_device, device_name
+
+        args = msgspec.msgpack.decode(self.context.args, type=RankArgs)
+        device = choose_device(self.context.settings.engine, args.options.device_of(0))
+        self._found(f"device: {device_name(device)}")
+        if self.context.world_size == 1:
+            return
+        ranks = rank_group(self, args)
+        join_workers(self, ranks, device, self._found)
+        free = ", ".join(f"{info.free_mb} of {info.total_mb} MiB" for info in ranks.vram())
+        self._found(f"memory free on the workers: {free}")
+        self._found("shutdown")
+        ranks.shutdown()
+
+    def _found(self, stage: str) -> None:
+        self.tell("doctor", LoadProgress("doctor", 0.0, stage))
+
+
+def rank_group(actor: SyncActor, args: RankArgs) -> RankGroup:
+    """Return the workers of a rank 0."""
+    supervision = actor.context.settings.supervision
+    return RankGroup(
+        actor,
+        actor.context.address,
+        actor.context.world_size,
+        Deadlines(supervision.start_timeout_s, args.load_timeout_s, supervision.step_timeout_s),
+        model_id=args.options.model_id,
+    )
+
+
+def join_workers(
+    actor: SyncActor, ranks: RankGroup, device: Device, found: Callable[[str], None]
+) -> Comm:
+    """Find all workers, join the collectives with them, and test these; `found` hears of each.
+
+    Raises: CortexError naming the rank that failed.
+    """
+    from engine.tp.comm import Comm
+    from engine.tp.sharding import Shard
+
+    context = actor.context
+    timeout_s = context.settings.supervision.step_timeout_s
+    ranks.ping()
+    found(f"ping: workers on {', '.join(ranks.devices)}")
+    address = meeting_address(context.runtime_dir, context.address)
+    shard = Shard(0, ranks.world_size)
+    comm = ranks.join(address, lambda where: Comm.join(where, shard, device, timeout_s=timeout_s))
+    leave_meeting_place(address)
+    found(f"init: {ranks.world_size} ranks joined over {comm.backend}")
+    ranks.check_sanity(lambda: comm.sanity_sum(device))
+    found(f"sanity: every rank added up {ranks.world_size}")
+    return comm
 
 
 def _owner(envelope: Envelope) -> str:

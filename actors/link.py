@@ -5,6 +5,7 @@ Shared by the two actor loops, which differ only in how they wait. Owned by one 
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from typing import Final
@@ -22,7 +23,7 @@ from actors.transport import (
     inbox_endpoint,
 )
 from cortexd.errors import ActorDown as ActorDownError
-from cortexd.errors import CortexError, ErrorInfo
+from cortexd.errors import CortexError, ErrorInfo, InvalidRequest
 from cortexd.messages.control import ActorDown, Beat, Hello, Message
 from cortexd.messages.envelope import ROOT, Address, Envelope, Header
 
@@ -49,6 +50,7 @@ class Link:
             self.dead_letters,
             now_ns=time.monotonic_ns,
             is_gone=self.peers.is_gone,
+            on_undecodable=self._refuse_undecodable,
         )
 
     def __repr__(self) -> str:
@@ -152,6 +154,12 @@ class Link:
         self.outbox.close()
         self.control.close()
         self.transport.close()
+
+    def _refuse_undecodable(self, header: Header) -> None:
+        """Answer a request that is none of ours: its sender would wait until its deadline."""
+        error = InvalidRequest(f'actor "{self.own.name}" cannot read this message; unknown kind')
+        with contextlib.suppress(CortexError):  # a full outbox: the deadline must do
+            self.send(header.src, error.to_info(), re=header.id)
 
     def _admit(self, frames: Frames | None) -> Envelope | None:
         return self._intake.admit(frames) if frames is not None else None

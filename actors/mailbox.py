@@ -16,7 +16,7 @@ from typing import Final, Literal
 import msgspec
 
 from actors.transport import decode_body, decode_header
-from cortexd.errors import ActorDown, CortexError, DeadlineExceeded, ErrorInfo
+from cortexd.errors import ActorDown, CortexError, DeadlineExceeded, ErrorInfo, Internal
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import HEADER_VERSION, Address, Envelope, Header
 
@@ -60,17 +60,21 @@ class Intake:
         *,
         now_ns: Callable[[], int],
         is_gone: Callable[[Address], bool],
+        on_undecodable: Callable[[Header], None] | None = None,
     ) -> None:
+        """`on_undecodable` hears of requests whose sender would else wait in vain."""
         self._own = own
         self._epoch = epoch
         self._dead_letters = dead_letters
         self._now_ns = now_ns
         self._is_gone = is_gone
+        self._on_undecodable = on_undecodable
 
     def admit(self, frames: list[bytes]) -> Envelope | None:
         """Return the message of [header, body] frames; a dead letter is counted, never raised.
 
-        The body of an expired or misaddressed message is not decoded.
+        The body of an expired or misaddressed message is not decoded. An answer that cannot be
+        decoded becomes an error answer, which ends its ask.
         """
         try:
             header_frame, body_frame = frames
@@ -79,14 +83,18 @@ class Intake:
             self._dead_letters.add("bad_decode", None)
             return None
         reason = self._refusal(header)
-        if reason is None:
-            try:
-                body = decode_body(body_frame)
-            except (msgspec.MsgspecError, RecursionError):
-                reason = "bad_decode"
         if reason is not None:
             self._dead_letters.add(reason, header)
             return None
+        try:
+            body = decode_body(body_frame)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            self._dead_letters.add("bad_decode", header)
+            if header.re == 0:
+                if header.deadline_ns and self._on_undecodable is not None:
+                    self._on_undecodable(header)
+                return None
+            body = Internal(f"{header.src} sent what is no answer: {error}").to_info()
         return Envelope(
             header.id, header.re, header.src, header.dst, header.epoch, header.deadline_ns, body
         )

@@ -19,6 +19,7 @@ from cortexd.errors import (
     DeadlineExceeded,
     InsufficientMemory,
     Internal,
+    InvalidValue,
     ModelLoadFailed,
     Overloaded,
 )
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from actors.router import Router
 
 _LEADER_TARGET = "actors.leader:Leader"
+_WORKER_TARGET = "actors.worker:Worker"
 # Weights are copied once into the engine's own memory; the rest is KV cache and scratch.
 _MEMORY_FACTOR = 1.15
 _MEMORY_FLOOR_BYTES = 256 * 2**20
@@ -77,6 +79,7 @@ class ModelLoader:
         event(self._router.log, "model.loading", model=model.options.model_id, group=model.group)
         try:
             resolved = await self._resolve(model)
+            await self._check_split(model.options, resolved)
             await self._make_room(model, resolved)
             await self._start_group(model, resolved)
         except CortexError as error:
@@ -123,6 +126,32 @@ class ModelLoader:
                 await asyncio.sleep(0.2 * (attempt + 1))
         raise AssertionError("the loop returns or raises")
 
+    async def _check_split(self, options: LoadOptions, resolved: ResolvedFiles) -> None:
+        """Check that the model can be split so, before a process is started or a byte is moved."""
+        from engine.preflight import check_tensor_parallel
+
+        if options.tensor_parallel == 1:
+            return
+        await asyncio.to_thread(
+            check_tensor_parallel, resolved.files, resolved.spec, options.tensor_parallel
+        )
+        await self._check_devices(options)
+
+    async def _check_devices(self, options: LoadOptions) -> None:
+        """Check that there is a device for each rank; on a CPU all ranks share it."""
+        report = await self._host_report(fresh=False)
+        settings = self._router.context.settings.engine
+        if report is None or settings.device == "cpu":
+            return
+        present = [device.index for device in report.devices if device.kind == "cuda"]
+        missing = [index for index in wanted_devices(options) if index not in present]
+        if present and missing:
+            raise InvalidValue(
+                f'model "{options.model_id}": tensor_parallel = {options.tensor_parallel} needs '
+                f"devices {list(wanted_devices(options))}; here are {present}",
+                param="devices",
+            )
+
     async def _make_room(self, model: ManagedModel, resolved: ResolvedFiles) -> None:
         """Unload what the evictor proposes until the model fits; InsufficientMemory otherwise."""
         needed = int(resolved.files.size_bytes * _MEMORY_FACTOR) + _MEMORY_FLOOR_BYTES
@@ -164,20 +193,26 @@ class ModelLoader:
 
     async def _free_bytes(self, options: LoadOptions, *, fresh: bool = False) -> int | None:
         """Return free memory of the devices the model may use, or None while unknown."""
-        report = self._router.host
-        if report is None or fresh:
-            try:
-                answer = await self._router.ask("poller", QueryHost(), deadline_s=1.0)
-            except CortexError:
-                return None
-            assert isinstance(answer, HostReport), "QueryHost is answered by HostReport"
-            report = answer
-        wanted = options.devices or (0,)
+        report = await self._host_report(fresh=fresh)
+        if report is None:
+            return None
+        wanted = wanted_devices(options)
         return sum(
             device.memory_total_bytes - device.memory_used_bytes
             for device in report.devices
             if device.index in wanted
         )
+
+    async def _host_report(self, *, fresh: bool) -> HostReport | None:
+        """Return what the poller saw last, or None when it does not answer."""
+        if self._router.host is not None and not fresh:
+            return self._router.host
+        try:
+            answer = await self._router.ask("poller", QueryHost(), deadline_s=1.0)
+        except CortexError:
+            return None
+        assert isinstance(answer, HostReport), "QueryHost is answered by HostReport"
+        return answer
 
     async def _start_group(self, model: ManagedModel, resolved: ResolvedFiles) -> None:
         if model.state != "loading":
@@ -190,7 +225,7 @@ class ModelLoader:
             + settings.load_stall_timeout_s
             + resolved.files.size_bytes / _SLOWEST_READ_BYTES_PER_S
         )
-        args = RankArgs(model.options, resolved.files, resolved.spec)
+        args = RankArgs(model.options, resolved.files, resolved.spec, timeout_s)
         answer = await self._router.ask(
             "root",
             StartGroup(
@@ -199,6 +234,7 @@ class ModelLoader:
                 msgspec.msgpack.encode(args),
                 model.options.tensor_parallel,
                 timeout_s,
+                _WORKER_TARGET,
             ),
             deadline_s=_CONTROL_DEADLINE_S,
         )
@@ -253,3 +289,8 @@ class ModelLoader:
             except TimeoutError:
                 return not model.leases
         return True
+
+
+def wanted_devices(options: LoadOptions) -> tuple[int, ...]:
+    """Return the device index of every rank."""
+    return tuple(options.device_of(rank) for rank in range(options.tensor_parallel))

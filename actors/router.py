@@ -369,6 +369,7 @@ class Router(AsyncActor):
         options = msgspec.structs.replace(
             options, model_id=self.aliases.get(options.model_id, options.model_id)
         )
+        _check_devices(options)
         if not self._serves_here:
             await self.fleet.load(options)
             return
@@ -410,11 +411,7 @@ class Router(AsyncActor):
 
     def add_model(self, options: LoadOptions, *, is_known: bool) -> ManagedModel:
         """Add or update an entry that is not running."""
-        if options.tensor_parallel > 1:
-            raise ConfigError(
-                f'model "{options.model_id}": tensor_parallel = {options.tensor_parallel} is not '
-                "supported yet; use 1"
-            )
+        _check_devices(options)
         model = self.models.get(options.model_id)
         if model is None:
             model = ManagedModel(options, group_name(options.model_id), is_known)
@@ -488,6 +485,16 @@ def loading_error(model: ManagedModel) -> ModelLoading:
         progress=round(model.progress or 0.0, 3),
         eta_s=None if eta_s is None else round(eta_s, 1),
     )
+
+
+def _check_devices(options: LoadOptions) -> None:
+    """Raise ConfigError unless there is one device for each rank, or no choice at all."""
+    devices = options.devices
+    if devices is not None and not len(devices) == len(set(devices)) == options.tensor_parallel:
+        raise ConfigError(
+            f'model "{options.model_id}": devices {list(devices)} for tensor_parallel = '
+            f"{options.tensor_parallel}; allowed: exactly one device of its own for each rank"
+        )
 
 
 def _may_retry(error: CortexError | None) -> bool:

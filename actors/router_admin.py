@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from actors.operation_report import report_operation
 from cortexd.errors import CortexError, InvalidRequest, NotFound
@@ -28,8 +29,8 @@ class LoadArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_id: str
     harness: str = "torch"
     quant: str | None = None
-    tensor_parallel: int = 1
-    devices: tuple[int, ...] | None = None
+    tensor_parallel: Annotated[int, Meta(ge=1, le=64)] = 1
+    devices: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
 
 
 class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,13 +13,16 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Final, NoReturn
 
 from actors.actor import ActorContext, Handler, handlers_of
 from actors.actor_loop import FATAL_ACK_S, fatal_info
 from actors.link import Link, resident_bytes
+from actors.mailbox import Outcome
 from actors.registry import Registry, RegistryEvent
+from actors.sync_asks import SyncAsk, SyncAsks
 from actors.transport import ControlLink, LinkPoller, Transport, encode_message
 from cortexd.errors import CortexError, ErrorInfo, Internal, MailboxFull
 from cortexd.log import event
@@ -41,7 +44,7 @@ from cortexd.messages.control import (
     Stop,
     Welcome,
 )
-from cortexd.messages.envelope import ROOT, Envelope, Header
+from cortexd.messages.envelope import ROOT, Address, Envelope, Header
 
 # A process whose device is in an undefined state; EX_SOFTWARE of sysexits.
 POISONED_EXIT_CODE: Final = 70
@@ -49,6 +52,8 @@ _IDLE_WAIT_S: Final = 0.5  # bounds how late a SIGTERM is seen
 _WELCOME_TIMEOUT_S: Final = 10.0
 BEAT_SUFFIX: Final = ".beat"
 _MAX_EARLY: Final = 1000
+# An answer may still arrive just after its deadline; one more look costs nothing.
+_DEADLINE_SLACK_S: Final = 0.001
 
 
 class _Stopped(Exception):
@@ -59,6 +64,8 @@ class SyncActor:
     """Base of the ranks. All methods run on the process's main thread."""
 
     _link: Link
+    _asks: SyncAsks
+    _poller: LinkPoller
 
     def __init__(self, context: ActorContext) -> None:
         self.context = context
@@ -68,6 +75,8 @@ class SyncActor:
         self._is_welcome = False
         self._is_started = False
         self._is_stopping = False
+        self._is_serving_early = False
+        self._is_deferring = False  # messages wait: the actor is in the middle of something
         self._drain_until_s: float | None = None
         self._drain_request: Envelope | None = None
         self._handlers: dict[type[Message], Handler] = {}
@@ -85,6 +94,51 @@ class SyncActor:
         """Send without waiting. Raises: ActorDown, MailboxFull, RequestTooLarge."""
         self._link.tell(name, body)
 
+    def begin_ask(self, dst: Address, body: Message, *, deadline_s: float) -> SyncAsk:
+        """Send a request to an incarnation, which may still be starting; see `collect`."""
+        return self._asks.begin(dst, body, deadline_s)
+
+    def collect(self, asks: Sequence[SyncAsk]) -> list[Outcome]:
+        """Wait until every ask has ended; return the outcomes in order, errors among them.
+
+        Other messages wait meanwhile, so no handler runs in the middle of a step.
+        """
+        self._is_deferring = True
+        try:
+            while any(ask.outcome is None for ask in asks):
+                self._poller.wait(min(_IDLE_WAIT_S, self._asks.next_deadline_s + _DEADLINE_SLACK_S))
+                self._take_in()
+                self._asks.expire()
+                if self._is_stopping and not self._is_started:
+                    raise _Stopped
+        finally:
+            self._is_deferring = False
+        return [ask.outcome for ask in asks if ask.outcome is not None]
+
+    def serve_until(self, is_done: Callable[[], bool]) -> None:
+        """Handle messages in `on_start` already, until `is_done`; the rest follows after it."""
+        self._is_serving_early = True
+        while not is_done():
+            self._take_in()  # first: the welcome may have come after requests
+            if self._is_stopping:
+                raise _Stopped
+            if not is_done():
+                self._poller.wait(_IDLE_WAIT_S)
+        self._is_serving_early = False
+
+    def reply(self, envelope: Envelope, body: Message) -> None:
+        """Answer a request now; for a handler that does not return."""
+        self._link.reply(envelope, body)
+
+    def request_stop(self) -> None:
+        """End once the message at hand is handled."""
+        self._is_stopping = True
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the root has told this actor to stop."""
+        return self._is_stopping
+
     def count_progress(self) -> None:
         """Call once per finished step: a busy actor whose count stands still is killed."""
         self._num_steps += 1
@@ -92,7 +146,9 @@ class SyncActor:
     def report_progress(self, fraction: float, stage: str) -> None:
         """Extend the start deadline; call it in `on_start` while loading goes on."""
         self._link.tell_root(Progress(fraction, stage))
+        was_deferring, self._is_deferring = self._is_deferring, True
         self._take_in()
+        self._is_deferring = was_deferring
         if self._is_stopping:
             raise _Stopped
 
@@ -131,12 +187,13 @@ class SyncActor:
         """Live: connect, start, serve, stop; return the exit code."""
         self._handlers = handlers_of(self)
         self._link = Link(self.context)
+        self._asks = SyncAsks(self._link)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._link.hello(os.getpid())
         threading.Thread(target=self._beat_forever, name="beat", daemon=True).start()
-        poller = LinkPoller(self._link.inbox, self._link.control)
+        self._poller = LinkPoller(self._link.inbox, self._link.control)
         try:
-            self._wait_for_welcome(poller)
+            self._wait_for_welcome()
             self.on_start()
         except _Stopped:
             return self._finish()
@@ -147,18 +204,18 @@ class SyncActor:
         self._is_started = True
         self._link.tell_root(Ready())
         self._replay_early()
-        self._serve(poller)
+        self._serve()
         return self._finish()
 
-    def _serve(self, poller: LinkPoller) -> None:
+    def _serve(self) -> None:
         while not self._is_stopping:
             self._take_in()
             self._is_busy = True
             has_more = self.poll()
             self._is_busy = has_more
             self._check_drained(has_more)
-            if not has_more and not self._is_stopping:
-                poller.wait(_IDLE_WAIT_S)
+            if not has_more and not self._is_stopping and not self._early:
+                self._poller.wait(_IDLE_WAIT_S)
 
     def _finish(self) -> int:
         try:
@@ -169,12 +226,12 @@ class SyncActor:
         self._link.close()
         return 0
 
-    def _wait_for_welcome(self, poller: LinkPoller) -> None:
+    def _wait_for_welcome(self) -> None:
         deadline_s = time.monotonic() + _WELCOME_TIMEOUT_S
         while not self._is_welcome:
             if time.monotonic() > deadline_s:
                 raise Internal("the root supervisor did not answer Hello")
-            poller.wait(_IDLE_WAIT_S)
+            self._poller.wait(_IDLE_WAIT_S)
             self._take_in()
 
     def _report_fatal(self, info: ErrorInfo) -> None:
@@ -189,8 +246,14 @@ class SyncActor:
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         self._is_stopping = True
 
+    @property
+    def _may_dispatch(self) -> bool:
+        return (self._is_started or self._is_serving_early) and not self._is_deferring
+
     def _take_in(self) -> None:
-        """Handle every waiting message."""
+        """Handle every waiting message; deferred ones first, they came first."""
+        if self._early and self._may_dispatch:
+            self._replay_early()
         self._take_in_control()
         while True:
             got_one, envelope = self._link.receive_inbox()
@@ -215,6 +278,8 @@ class SyncActor:
                 self._is_welcome = True
             case ActorUp() | ActorDown() | GroupUp() | GroupDown():
                 self._link.apply(body)
+                if isinstance(body, ActorDown):
+                    self._asks.fail_peer(Address(body.name, body.incarnation), body.reason)
                 self._on_registry_event(body)
             case Stop():
                 self._is_stopping = True
@@ -235,7 +300,7 @@ class SyncActor:
             self._drain_request = None
 
     def _on_registry_event(self, registry_event: RegistryEvent) -> None:
-        if not self._is_started:
+        if not self._is_started or self._is_deferring:
             self._early.append(registry_event)
             return
         match registry_event:
@@ -258,15 +323,16 @@ class SyncActor:
 
     def _on_message(self, envelope: Envelope) -> None:
         if envelope.re:
-            self._link.late_answer(envelope)
+            if not self._asks.resolve(envelope):
+                self._link.late_answer(envelope)
         elif isinstance(envelope.body, Ping):
             self._link.reply(envelope, Pong())
-        elif self._is_started:
+        elif self._may_dispatch:
             self._dispatch(envelope)
         elif len(self._early) < _MAX_EARLY:
             self._early.append(envelope)
         else:
-            self._link.refuse(envelope, MailboxFull(f'actor "{self.context.name}" is starting'))
+            self._link.refuse(envelope, MailboxFull(f'actor "{self.context.name}" is busy'))
 
     def _dispatch(self, envelope: Envelope) -> None:
         handler = self._handlers.get(type(envelope.body))  # type: ignore[arg-type]

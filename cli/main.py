@@ -93,6 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     config = add("config", "cli.config:config", "check the configuration, or show what is in force")
     config.add_argument("action", choices=("check", "show"))
+    doctor = add("doctor", "cli.doctor:doctor", "try rank processes and their collectives here")
+    doctor.add_argument("--tp", type=_count, default=2, metavar="N", help="how many ranks (2)")
+    doctor.add_argument(
+        "--devices", type=_devices, metavar="0,1", help="device indices, one a rank"
+    )
     add("version", "cli.version:version", "print the version")
     return parser
 

@@ -154,6 +154,10 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel: int = 1
     devices: tuple[int, ...] | None = None
 
+    def device_of(self, rank: int) -> int:
+        """Return the index of a rank's device; without a choice, ranks take them in order."""
+        return rank if self.devices is None else self.devices[rank]
+
 
 class RankArgs(msgspec.Struct, frozen=True):
     """What every rank process of a model's group is started with."""
@@ -161,6 +165,7 @@ class RankArgs(msgspec.Struct, frozen=True):
     options: LoadOptions
     files: ModelFiles
     spec: ModelSpec
+    load_timeout_s: float = 600.0  # for one rank's part
 
 
 class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):

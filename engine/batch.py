@@ -1,4 +1,4 @@
-"""The tensors of one step, built from the scheduler's plan.
+"""The tensors of one step, built from the scheduler's plan, or on a worker from the leader's.
 
 A step is one flat run of tokens: decode rows first, then prefill rows. Everything that depends on
 positions only is computed here once, so that no layer repeats it.
@@ -6,13 +6,30 @@ positions only is computed here once, so that no layer repeats it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.scheduler import PlannedRow, StepPlan
+
+class StepRow(Protocol):
+    """One sequence's share of a step: `token_ids` from position `start` on."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def samples(self) -> bool: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def block_table(self) -> Sequence[int]: ...
+    @property
+    def state_slot(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -64,19 +81,21 @@ class StepBatch:
     num_single_rows: int
 
 
-def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
+def build_batch(
+    planned_rows: Sequence[StepRow], block_size: int, device: torch.device
+) -> StepBatch:
     """Return the tensors of one step."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     logit_rows: list[int] = []
     rows: list[BatchRow] = []
-    for planned in plan.rows:
+    for planned in planned_rows:
         begin, end = planned.start, planned.start + planned.num_tokens
         rows.append(_build_row(planned, len(token_ids), block_size, device))
-        token_ids += planned.sequence.token_ids[begin:end]
+        token_ids += planned.token_ids
         positions += range(begin, end)
-        slots += _slots(planned.sequence.block_table, begin, end, block_size)
+        slots += _slots(planned.block_table, begin, end, block_size)
         if planned.samples:
             logit_rows.append(len(token_ids) - 1)
     state_slots = [row.state_slot for row in rows]
@@ -96,16 +115,16 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBa
     )
 
 
-def _slots(block_table: list[int], begin: int, end: int, block_size: int) -> list[int]:
+def _slots(block_table: Sequence[int], begin: int, end: int, block_size: int) -> list[int]:
     return [
         block_table[position // block_size] * block_size + position % block_size
         for position in range(begin, end)
     ]
 
 
-def _build_row(planned: PlannedRow, start: int, block_size: int, device: torch.device) -> BatchRow:
+def _build_row(planned: StepRow, start: int, block_size: int, device: torch.device) -> BatchRow:
     kv_len = planned.start + planned.num_tokens
-    blocks = planned.sequence.block_table[: -(-kv_len // block_size)]
+    blocks = planned.block_table[: -(-kv_len // block_size)]
     is_consecutive = blocks[-1] - blocks[0] == len(blocks) - 1 and all(
         block == blocks[0] + index for index, block in enumerate(blocks)
     )
@@ -115,6 +134,6 @@ def _build_row(planned: PlannedRow, start: int, block_size: int, device: torch.d
         kv_len=kv_len,
         first_slot=blocks[0] * block_size,
         block_ids=None if is_consecutive else torch.tensor(blocks, device=device),
-        state_slot=planned.sequence.state_slot,
+        state_slot=planned.state_slot,
         is_fresh=planned.start == 0,
     )

@@ -16,6 +16,8 @@ from cortexd.models import ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine.kernels import cpu as native
 
+Device = torch.device  # for those who may not import torch
+
 DTYPES: Final = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -27,16 +29,24 @@ _HOST_OOM_MARKS: Final = ("can't allocate memory", "not enough memory")
 _FATAL_MARKS: Final = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL error", "device-side")
 
 
-def choose_device(settings: EngineSettings) -> torch.device:
-    """Return the device the settings ask for. Raises: ConfigError when there is no such device."""
+def choose_device(settings: EngineSettings, index: int = 0) -> torch.device:
+    """Return the device the settings ask for; of several CUDA devices the one of this index.
+
+    Raises: ConfigError when there is no such device.
+    """
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:
         raise errors.ConfigError(
             'engine.device = "cuda", but torch sees no CUDA device; use "auto" or "cpu"'
         )
-    return (
-        torch.device("cuda", 0) if available and settings.device != "cpu" else torch.device("cpu")
-    )
+    if not available or settings.device == "cpu":
+        return torch.device("cpu")
+    if index and index >= torch.cuda.device_count():
+        raise errors.ConfigError(
+            f"CUDA device {index} does not exist; devices here: 0 to "
+            f"{torch.cuda.device_count() - 1}; name others with devices"
+        )
+    return torch.device("cuda", index)
 
 
 def choose_dtype(
@@ -58,25 +68,32 @@ def choose_dtype(
     return torch.bfloat16 if is_bfloat16 and not is_native else torch.float32
 
 
-def set_num_threads(settings: EngineSettings) -> None:
+def set_num_threads(settings: EngineSettings, world_size: int = 1) -> None:
     """Let torch and the native kernels use as many threads as the settings say.
 
-    0 is as many as this process may run on.
+    0 is as many as this process may run on, shared among the ranks of its group.
     """
-    count = settings.num_threads or len(os.sched_getaffinity(0))
+    count = settings.num_threads or max(1, len(os.sched_getaffinity(0)) // world_size)
     torch.set_num_threads(count)
     if native.available():
         native.set_num_threads(count)
 
 
-def free_memory_bytes(device: torch.device) -> int:
-    """Return how much memory can be had on the device now."""
+def free_memory_bytes(device: torch.device, world_size: int = 1) -> int:
+    """Return how much memory can be had on the device now; on a CPU all ranks share it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What the caching allocator holds and does not use can be had as well.
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + held
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // world_size
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """Return how much memory the device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total)
 
 
 def device_name(device: torch.device) -> str:

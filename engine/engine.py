@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from cortexd import errors
 from cortexd.messages.fleet import LoadReport
@@ -20,11 +18,10 @@ from cortexd.messages.inference import SequenceDelta, Submit
 from cortexd.models import ModelFiles, ModelLimits, ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine import device as devices
-from engine.batch import StepBatch, build_batch
+from engine.batch import build_batch
 from engine.block_pool import BlockPool
 from engine.kv_cache import KVCache, choose_size
-from engine.loader import Weights
-from engine.models.registry import load_class
+from engine.model_load import Model, load_model
 from engine.outbox import Outbox
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import PlannedRow, Scheduler, StepPlan
@@ -32,19 +29,8 @@ from engine.sequence import Sequence
 from engine.slot_pool import SlotPool
 from engine.submission import make_sequence
 from engine.throughput import MovingRate
-
-
-class Model(Protocol):
-    """What `engine/models/*` provide."""
-
-    @property
-    def backend_name(self) -> str:
-        """What computes: "native", "native linears" or "reference"."""
-        ...
-
-    def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
-        """Run the batch; return the logits (num_logit_rows, vocab_size)."""
-        ...
+from engine.tp.comm import Comm
+from engine.tp.lockstep import Alone, Lockstep
 
 
 class Engine:
@@ -59,9 +45,16 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         weight_bytes: int = 0,
+        lockstep: Lockstep | None = None,
+        world_size: int = 1,
     ) -> None:
-        """Size the cache from what memory is left; `model` is on `device` already."""
-        free = devices.free_memory_bytes(device)
+        """Size the cache from what memory is left; `model` is on `device` already.
+
+        `spec` has the sizes of this rank's layers.
+        """
+        self._lockstep = lockstep or Alone()
+        self._is_split = world_size > 1
+        free = self._lockstep.shards_loaded(devices.free_memory_bytes(device, world_size))
         size = choose_size(settings, spec, dtype.itemsize, free, device.type)
         self.model = model
         self.spec = spec
@@ -76,6 +69,7 @@ class Engine:
         self.sampler = Sampler()
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
+        self.memory_bytes += self._lockstep.make_cache(size.num_blocks)
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         self.backend_name = model.backend_name
@@ -96,38 +90,32 @@ class Engine:
         spec: ModelSpec,
         settings: EngineSettings,
         progress: Callable[[float, str], None],
+        *,
+        comm: Comm | None = None,
+        device: torch.device | None = None,
+        lockstep: Lockstep | None = None,
     ) -> Engine:
         """Load a model's weights and size its cache; `progress` gets (fraction, stage).
+
+        Of a model split over several ranks this is rank 0: `comm` links it to the others, and
+        `lockstep` tells them what to do.
 
         Raises: BadModelFile, UnsupportedArchitecture, InsufficientMemory, ConfigError.
         """
         # The first use on a machine may compile the CPU kernels, which takes some seconds.
         progress(0.0, "preparing")
-        devices.set_num_threads(settings)
-        device = devices.choose_device(settings)
-        is_quantized = files.format == "gguf" or files.quant is not None
-        dtype = devices.choose_dtype(settings, device, spec, is_quantized)
-        weights = Weights.open(
-            files,
-            spec,
-            device=device,
-            dtype=dtype,
-            backend=settings.backend,
-            progress=lambda done, total: progress(done / max(total, 1), "loading weights"),
-        )
-        try:
-            weights.check_memory()
-            model: Model = load_class(spec.model_type)(spec, weights)
-            weights.check_all_used()
-        finally:
-            weights.close()
+        comm = comm or Comm()
+        device = device or devices.choose_device(settings)
+        loaded = load_model(files, spec, settings, comm, device=device, progress=progress)
         engine = cls(
-            model,
-            spec,
+            loaded.model,
+            loaded.spec,
             settings,
             device=device,
-            dtype=dtype,
-            weight_bytes=weights.memory_bytes,
+            dtype=loaded.dtype,
+            weight_bytes=loaded.weight_bytes,
+            lockstep=lockstep,
+            world_size=comm.world_size,
         )
         progress(1.0, "ready")
         return engine
@@ -214,12 +202,15 @@ class Engine:
         """Return the sampled tokens in row order, or None when memory ran out."""
         try:
             self._copy_states(plan)
-            batch = build_batch(plan, self.cache.block_size, self._device)
+            batch = build_batch(plan.rows, self.cache.block_size, self._device)
             sequences = [row.sequence for row in plan.rows if row.samples]
+            self._lockstep.begin_step(plan)
             logits = self.model.forward(batch, self.cache)
+            self._lockstep.end_step()
             return iter(self.sampler.sample(logits, sequences) if sequences else [])
         except (RuntimeError, MemoryError) as error:
-            if not devices.is_out_of_memory(error):
+            # Other ranks may be at another point of the step: it cannot be repeated.
+            if self._is_split or not devices.is_out_of_memory(error):
                 raise
         # Only here, past the handler, are the failed step's tensors free.
         devices.release_cached_memory(self._device)

@@ -3,8 +3,8 @@
 Plan first, copy second: opening checks every name, shape and type against the architecture's plan
 (nothing copied yet); then the model's constructor asks for its layers one by one. Quantised tensors
 stay quantised; dense ones take the compute dtype, or are quantised here when the user asked for it.
-A tensor is copied (or packed) once, straight
-from the mapping, so the peak is the model plus one tensor. Called by `Engine.load` on one rank.
+A tensor is copied (or packed) once, straight from the mapping, so the peak is the model plus one
+tensor. Called on every rank, which reads only its own part of each tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -33,6 +33,9 @@ from engine.quant.quantize import quantize_rows
 from engine.quant.tensor import QuantizedTensor
 from engine.tensor_plan import HEAD
 from engine.tensor_views import TORCH_DTYPES, bytes_view, dense_view, stack_rows
+from engine.tp.comm import Comm
+from engine.tp.layers import GatheredHead, RowParallelLinear, VocabParallelEmbedding
+from engine.tp.sharding import Rule, rule_of
 
 Layer = TypeVar("Layer", Linear, Embedding)
 RowSelection = Tensor | slice | None  # int64 row ids, a range, or all rows
@@ -63,11 +66,16 @@ class Weights:
         backend: Backend = "auto",
         progress: ProgressCallback | None = None,
         quant: str | None = None,
+        comm: Comm | None = None,
     ) -> None:
-        """Take `quant`: what dense matrices are quantised to while they are loaded."""
+        """Take the whole model's spec; `comm` says which part of it this rank holds.
+
+        `quant` is what dense matrices are quantised to while they are loaded.
+        """
         entry = REGISTRY[spec.model_type]
         plan = entry.plan(spec)
         check_plan(checkpoint, plan, spec)
+        self._comm = comm or Comm()
         self.dtype = dtype
         self.device = torch.device(device)
         self.backend: Backend = backend
@@ -75,18 +83,19 @@ class Weights:
         self.has_native_layers = False  # whether native kernels compute any of them
         self._checkpoint = checkpoint
         self._spec = spec
+        local = self._comm.shard.local_spec(spec)
         self._in_situ = None if quant is None else in_situ_type(quant)
         self._kept_dense: list[str] = []
         self._checked = plan.required
         self._unused = dict.fromkeys(plan.required)
         self._permuted_heads = (
-            {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
+            {"q_proj": local.num_attention_heads, "k_proj": local.num_key_value_heads}
             if checkpoint.is_gguf and entry.has_permuted_rope_rows
             else {}
         )
         self._progress = progress
         self._done_bytes = 0
-        self._total_bytes = sum(checkpoint[name].num_bytes for name in plan.required)
+        self._total_bytes = sum(self._local(name).num_bytes for name in plan.required)
 
     @classmethod
     def open(
@@ -98,6 +107,7 @@ class Weights:
         dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
         progress: ProgressCallback | None = None,
+        comm: Comm | None = None,
     ) -> Weights:
         """Open the files and check the whole plan; no weight byte is read.
 
@@ -114,6 +124,7 @@ class Weights:
                 backend=backend,
                 progress=progress,
                 quant=None if checkpoint.is_gguf else files.quant,
+                comm=comm,
             )
         except BaseException:
             checkpoint.close()
@@ -122,16 +133,16 @@ class Weights:
     def check_memory(self) -> None:
         """Raise InsufficientMemory when the device has no room for the weights; none is read."""
         check_weights_fit(
-            [self._checkpoint[name] for name in self._checked],
+            [self._local(name) for name in self._checked],
             self.dtype.itemsize,
             self._in_situ,
-            available_bytes=devices.free_memory_bytes(self.device),
+            available_bytes=devices.free_memory_bytes(self.device, self._comm.world_size),
             device=str(self.device),
         )
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors of the plan, as stored."""
+        """Bytes that this rank reads of all tensors of the plan, as stored."""
         return self._total_bytes
 
     def linear(
@@ -145,10 +156,16 @@ class Weights:
     ) -> Linear:
         """Return the layer of the matrix `name` (out_features, in_features).
 
-        `is_exact`: never quantised at load.
+        `is_exact`: never quantised at load. Of a matrix that is split by columns, `in_features` are
+        this rank's, and the layer adds up what all ranks make.
         """
         rows = StoredRows(name, out_features, bias_name, is_exact=is_exact)
-        return self._track(self._linear([rows], in_features))
+        if self._comm.shard.is_whole or rule_of(name) is not Rule.COLUMNS:
+            return self._track(self._linear([rows], in_features))
+        if bias_name is not None and self._comm.rank:
+            self._take(bias_name)  # rank 0 adds it, once
+            rows = replace(rows, bias_name=None)
+        return RowParallelLinear(self._track(self._linear([rows], in_features)), self._comm)
 
     def merged_linear(
         self,
@@ -190,6 +207,12 @@ class Weights:
 
         For a tied model its `as_linear()` is the head.
         """
+        if self._comm.shard.is_whole:
+            return self._embedding(name, rows, columns)
+        local = self._embedding(name, self._local(name).shape[0], columns)
+        return VocabParallelEmbedding(local, self._comm, rows)
+
+    def _embedding(self, name: str, rows: int, columns: int) -> Embedding:
         mapped = self._matrix(StoredRows(name, rows, is_exact=True), columns)
         embedding = None
         is_tied = self._spec.tie_word_embeddings
@@ -207,7 +230,11 @@ class Weights:
         """Return the output head: the embedding's matrix when tied, lm_head otherwise."""
         if self._spec.tie_word_embeddings:
             return embedding.as_linear()
-        return self.linear(HEAD, self._spec.vocab_size, self._spec.hidden_size)
+        vocab_size = self._spec.vocab_size
+        if self._comm.shard.is_whole:
+            return self.linear(HEAD, vocab_size, self._spec.hidden_size)
+        local = self.linear(HEAD, self._local(HEAD).shape[0], self._spec.hidden_size)
+        return GatheredHead(local, self._comm, vocab_size)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a small dense tensor on the device, in `dtype` and of this `shape`."""
@@ -282,14 +309,22 @@ class Weights:
         return self.vector(part.bias_name, stored.num_elements)[part.selection]
 
     def _take(self, name: str) -> CheckpointTensor:
-        """Return the planned tensor, count it as used and report progress."""
+        """Return this rank's part of the planned tensor, count it as used, report progress."""
         assert name in self._checked, f"{name} is not in the plan of {self._spec.model_type}"
-        tensor = self._checkpoint[name]
+        tensor = self._local(name)
         if self._unused.pop(name, False) is None:
             self._done_bytes += tensor.num_bytes
             if self._progress is not None:
                 self._progress(self._done_bytes, self._total_bytes)
         return tensor
+
+    def _local(self, name: str) -> CheckpointTensor:
+        """Return this rank's part of a tensor."""
+        tensor = self._checkpoint[name]
+        shard = self._comm.shard
+        if shard.is_whole or rule_of(name) is Rule.REPLICATED:
+            return tensor
+        return tensor.part(shard.regions(name, tensor.shape, self._spec))
 
     def _matrix(self, part: StoredRows, columns: int) -> Weight:
         """Return the matrix as stored: a view of the mapping, except for rows in a new order."""

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from cortexd.errors import BadModelFile
+from cortexd.errors import BadModelFile, InvalidValue
 from cortexd.models import ModelFiles, ModelSpec
 from engine.formats.checkpoint import Checkpoint
 from engine.formats.checkpoint_check import check_plan
@@ -20,6 +20,7 @@ from engine.gguf_spec import spec_from_gguf
 from engine.models.registry import REGISTRY
 from engine.spec import spec_from_config
 from engine.stored_layout import with_stored_layout
+from engine.tp.sharding import Rule, allowed_world_sizes, check_world_size, rule_of
 
 MAX_CONFIG_BYTES: Final = 16 * 1024 * 1024
 
@@ -37,6 +38,37 @@ def inspect(files: ModelFiles) -> ModelSpec:
     finally:
         checkpoint.close()
     return spec
+
+
+def check_tensor_parallel(files: ModelFiles, spec: ModelSpec, world_size: int) -> None:
+    """Check that the model can be split over `world_size` ranks; looks at headers only.
+
+    Raises: InvalidValue naming what does not divide and the sizes that do, UnsupportedArchitecture.
+    """
+    check_world_size(spec, world_size)
+    checkpoint = Checkpoint.open(files)
+    try:
+        _check_block_boundaries(checkpoint, spec, world_size)
+    finally:
+        checkpoint.close()
+
+
+def _check_block_boundaries(checkpoint: Checkpoint, spec: ModelSpec, world_size: int) -> None:
+    """Refuse to cut a quantised row inside of a block."""
+    for name in REGISTRY[spec.model_type].plan(spec).required:
+        tensor = checkpoint[name]
+        if tensor.ggml_type is None or rule_of(name) is not Rule.COLUMNS:
+            continue
+        columns, block = tensor.shape[-1], tensor.ggml_type.block_elements
+        if columns % (world_size * block):
+            allowed = [size for size in allowed_world_sizes(spec) if columns % (size * block) == 0]
+            raise InvalidValue(
+                f"{checkpoint.path}: tensor_parallel = {world_size}: {tensor.name} has rows of "
+                f"{columns} numbers in {tensor.type_name} blocks of {block}, which cannot be cut "
+                f"into {world_size} parts; allowed for it: {', '.join(map(str, allowed))} (or "
+                "safetensors files)",
+                param="tensor_parallel",
+            )
 
 
 def read_spec(files: ModelFiles) -> ModelSpec:

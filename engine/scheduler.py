@@ -47,6 +47,21 @@ class PlannedRow:
     num_tokens: int
     samples: bool
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute."""
+        return self.sequence.token_ids[self.start : self.start + self.num_tokens]
+
+    @property
+    def block_table(self) -> list[int]:
+        """The sequence's KV blocks, in order."""
+        return self.sequence.block_table
+
+    @property
+    def state_slot(self) -> int:
+        """Where a hybrid's recurrent state of the sequence is."""
+        return self.sequence.state_slot
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:

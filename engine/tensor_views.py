@@ -25,7 +25,31 @@ TORCH_DTYPES: Final = {
 
 
 def bytes_view(tensor: CheckpointTensor) -> Tensor:
-    """Return the stored bytes as uint8, mapped."""
+    """Return the stored bytes as uint8, mapped: flat, or (..., row_bytes) for a part of a tensor.
+
+    A part in several regions is the only one that is copied.
+    """
+    raw = _mapped_bytes(tensor)
+    if not tensor.regions:
+        return raw
+    assert tensor.ggml_type is not None, f"{tensor.name}: {tensor.type_name} passed the plan"
+    rows = raw.view(*tensor.stored_shape[:-1], -1)
+    return _join([rows[_in_bytes(tensor.ggml_type, region)] for region in tensor.regions])
+
+
+def _in_bytes(ggml_type: GGMLType, region: tuple[slice, ...]) -> tuple[slice, ...]:
+    """Return the region with its last slice in bytes of a row instead of numbers."""
+    elements, size = ggml_type.block_elements, ggml_type.block_bytes
+    last = region[-1]
+    assert last.start % elements == last.stop % elements == 0, f"{last} cuts {ggml_type.name}"
+    return (*region[:-1], slice(last.start // elements * size, last.stop // elements * size))
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _mapped_bytes(tensor: CheckpointTensor) -> Tensor:
     with warnings.catch_warnings():
         # The mapping is read-only and so is every use of this tensor.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -35,10 +59,13 @@ def bytes_view(tensor: CheckpointTensor) -> Tensor:
 def dense_view(tensor: CheckpointTensor) -> Tensor:
     """Return the stored numbers in their own dtype, mapped."""
     assert tensor.ggml_type in TORCH_DTYPES, f"{tensor.name} is {tensor.type_name}"
-    raw, dtype = bytes_view(tensor), TORCH_DTYPES[tensor.ggml_type]
+    raw, dtype = _mapped_bytes(tensor), TORCH_DTYPES[tensor.ggml_type]
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()  # a safetensors header of odd length
-    return raw.view(dtype).view(tensor.shape)
+    if not tensor.regions:
+        return raw.view(dtype).view(tensor.shape)
+    numbers = raw.view(dtype).view(tensor.stored_shape)
+    return _join([numbers[region] for region in tensor.regions])
 
 
 def stack_rows(matrices: Sequence[Weight]) -> Weight:

@@ -39,6 +39,9 @@ TORCH_FREE_ENGINE = (
     "engine.preflight",
     "engine.spec",
     "engine.models.registry",
+    "engine.scheduler",
+    "engine.tp.sharding",
+    "engine.tp.step_codec",
 )
 STDLIB_AND_MSGSPEC = sys.stdlib_module_names | {"msgspec", "cortexd"}
 

@@ -64,6 +64,7 @@ from cortexd.messages.neurons import (
     RoutedRemote,
     UnloadOnNode,
 )
+from cortexd.messages.rpc import Reply, Request
 
 Body = (
     ErrorInfo
@@ -122,6 +123,8 @@ Body = (
     | Cancel
     | Submit
     | TokenBatch
+    | Request
+    | Reply
 )
 
 __all__ = [

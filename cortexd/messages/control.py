@@ -115,6 +115,7 @@ class StartGroup(Message, frozen=True, tag="StartGroup"):
     args: bytes  # msgpack the rank decodes
     world_size: int
     start_timeout_s: float
+    worker_target: str = ""  # of ranks other than 0; empty: the same target
 
 
 class GroupStarting(Message, frozen=True, tag="GroupStarting"):

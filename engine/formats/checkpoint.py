@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -48,6 +48,25 @@ class CheckpointTensor:
     ggml_type: GGMLType | None
     num_bytes: int
     file: _OpenFile
+    # A rank's part: regions of the stored shape, joined along dimension 0. Empty: all of it.
+    regions: tuple[tuple[slice, ...], ...] = ()
+    stored_shape: tuple[int, ...] = ()
+
+    def part(self, regions: Sequence[tuple[slice, ...]]) -> CheckpointTensor:
+        """Return the tensor that consists of these regions of this one.
+
+        In a quantised tensor the last dimension is cut at block boundaries, which is checked.
+        """
+        rows = sum(region[0].stop - region[0].start for region in regions)
+        shape = (rows, *(part.stop - part.start for part in regions[0][1:]))
+        num_bytes = self.num_bytes * math.prod(shape) // math.prod(self.shape)
+        return replace(
+            self,
+            shape=shape,
+            num_bytes=num_bytes,
+            regions=tuple(regions),
+            stored_shape=self.shape,
+        )
 
     @property
     def num_elements(self) -> int:
@@ -55,7 +74,7 @@ class CheckpointTensor:
         return math.prod(self.shape)
 
     def view(self) -> memoryview:
-        """Return the bytes, mapped, not copied."""
+        """Return the stored bytes, of a part those of the whole, mapped, not copied."""
         return self.file.view(self.name)
 
 

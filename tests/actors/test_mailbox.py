@@ -86,6 +86,35 @@ def test_intake_survives_text_that_is_no_utf8() -> None:
     assert letters.counts["bad_decode"] == 1
 
 
+def test_intake_undecodable_answer_ends_its_ask_with_an_error() -> None:
+    """The asker need not wait for its deadline to learn that the answer is none."""
+    intake, letters = _intake()
+    header, _ = _frames(Header(1, 4, PEER, OWN))
+    envelope = intake.admit([header, b"\xff"])
+    assert envelope is not None
+    assert envelope.re == 4
+    assert isinstance(envelope.body, ErrorInfo)
+    assert letters.snapshot() == {"bad_decode": 1}
+
+
+def test_intake_undecodable_request_is_reported_for_an_answer() -> None:
+    """One that awaits an answer, that is; any other is only counted."""
+    refused: list[Header] = []
+    intake = Intake(
+        OWN,
+        5,
+        DeadLetters(),
+        now_ns=lambda: 100,
+        is_gone=lambda _: False,
+        on_undecodable=refused.append,
+    )
+    asked = Header(1, 0, PEER, OWN, deadline_ns=200)
+    for header in (asked, Header(2, 0, PEER, OWN)):
+        frame, _ = _frames(header)
+        assert intake.admit([frame, b"\xff"]) is None
+    assert refused == [asked]
+
+
 def test_dead_letters_keep_a_bounded_tail() -> None:
     """Counters go on, headers do not pile up."""
     letters = DeadLetters()

@@ -50,6 +50,6 @@ def test_too_little_memory_names_both_numbers_and_what_fits(tmp_path: Path) -> N
 def test_engine_refuses_before_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is made with what the device has free."""
     files = save_oracle(make_model("qwen3", seed=82), tmp_path / "m")
-    monkeypatch.setattr(devices, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(devices, "free_memory_bytes", lambda device, world_size: 1000)
     with pytest.raises(InsufficientMemory, match=r"on cpu, 1000 are available"):
         load_engine(files)

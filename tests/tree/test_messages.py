@@ -51,5 +51,5 @@ def test_messages_refuse_what_the_model_cannot_do(daemon: Daemon, tiny_model: Pa
             )
         with pytest.raises(anthropic.BadRequestError, match="prompt is too long: "):
             client.messages.create(
-                model=model, max_tokens=16, messages=[{"role": "user", "content": "word " * 600}]
+                model=model, max_tokens=16, messages=[{"role": "user", "content": "word " * 4000}]
             )

@@ -15,8 +15,13 @@ CONTEXT = 4096
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def make_tiny_model(directory: Path, *, architecture: str = "llama", seed: int = 0) -> Path:
-    """Write a byte-level model that transformers and cortexd both load; return its directory."""
+def make_tiny_model(
+    directory: Path, *, architecture: str = "llama", seed: int = 0, **sizes: int
+) -> Path:
+    """Write a byte-level model that transformers and cortexd both load; return its directory.
+
+    `sizes` replace those of its configuration.
+    """
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,15 +44,19 @@ def make_tiny_model(directory: Path, *, architecture: str = "llama", seed: int =
     vocabulary = tokenizer.get_vocab()
     torch.manual_seed(seed)
     config_class = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
+    fields = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": CONTEXT,
+        **sizes,
+    }
     config = config_class[architecture](
+        **fields,
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=CONTEXT,
         eos_token_id=vocabulary["<|im_end|>"],
         bos_token_id=vocabulary["<|endoftext|>"],
         pad_token_id=None,

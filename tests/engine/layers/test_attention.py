@@ -49,7 +49,7 @@ def test_attention_reads_what_its_block_table_says(table: list[int]) -> None:
     key, value = key_value[:, :NUM_KV_HEADS], key_value[:, NUM_KV_HEADS:]
     for start, count in ((0, 1), (0, 80), (33, 1), (33, 40), (79, 1)):
         plan = StepPlan([PlannedRow(sequence, start, count, samples=False)], 0)
-        batch = build_batch(plan, BLOCK_SIZE, torch.device("cpu"))
+        batch = build_batch(plan.rows, BLOCK_SIZE, torch.device("cpu"))
         query = torch.randn(count, NUM_HEADS, HEAD_DIM, generator=generator)
         got = paged_attention(query, cache, 2, batch, HEAD_DIM**-0.5)
         torch.testing.assert_close(got, reference(query, key, value, start), atol=1e-5, rtol=0)
@@ -67,7 +67,7 @@ def test_batch_holds_tokens_positions_and_slots_of_all_rows() -> None:
         ],
         num_decodes=1,
     )
-    batch = build_batch(plan, 32, torch.device("cpu"))
+    batch = build_batch(plan.rows, 32, torch.device("cpu"))
     assert batch.token_ids.tolist() == [7, 8, 8, 8, 8]
     assert batch.positions.tolist() == [2, 30, 31, 32, 33]
     assert batch.slots.tolist() == [98, 62, 63, 128, 129]

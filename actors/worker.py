@@ -1,0 +1,255 @@
+"""Rank 1 and up of a model's engine group: obeys the leader's RPC and decides nothing.
+
+The root starts it beside the leader with the same arguments. `on_start` serves until the leader has
+had it load its shard and make its cache, so READY means the same on every rank. Every request is
+answered once. A failed forward pass leaves the ranks out of step, so it ends the process; any other
+failure is an `Error` and nothing more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from actors.actor import ActorContext, handles
+from actors.sync_actor import SyncActor
+from cortexd.errors import CortexError, UnsupportedArchitecture
+from cortexd.log import event
+from cortexd.messages import rpc
+from cortexd.messages.envelope import Envelope
+from cortexd.models import ModelSpec, RankArgs
+
+if TYPE_CHECKING:
+    from engine.device import Device
+    from engine.tp.comm import Comm
+    from engine.tp.shard_runner import ShardRunner
+
+_MIB = 2**20
+
+
+class RpcFailure(Exception):
+    """Becomes the `Error` reply."""
+
+    def __init__(self, kind: rpc.ErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.reply = rpc.Error(kind, message)
+
+
+class Worker(SyncActor):
+    """See the module's text."""
+
+    def __init__(self, context: ActorContext) -> None:
+        super().__init__(context)
+        self.args = msgspec.msgpack.decode(context.args, type=RankArgs)
+        self._comm: Comm | None = None
+        self._runner: ShardRunner | None = None
+        self._is_serving = False
+
+    def on_start(self) -> None:
+        """Obey until this rank can take part in a step."""
+        self.serve_until(lambda: self._is_serving)
+
+    @handles(rpc.Ping)
+    def on_ping(self, message: rpc.Ping, envelope: Envelope) -> rpc.RpcMessage:
+        """Say who this is."""
+        with self._answers("cuda_unavailable") as answer:
+            self._check_epoch(envelope)
+            answer.reply = rpc.Pong(self.context.rank, self.context.world_size, str(self._device()))
+        return answer.reply
+
+    @handles(rpc.Init)
+    def on_init(self, message: rpc.Init, envelope: Envelope) -> rpc.RpcMessage:
+        """Join the collectives."""
+        from engine.tp.comm import Comm
+        from engine.tp.sharding import Shard
+
+        with self._answers("nccl_init_failed") as answer:
+            self._check_epoch(envelope)
+            if self._comm is not None:
+                raise RpcFailure("bad_request", "this rank has joined its group already")
+            self._comm = Comm.join(
+                message.comm_id,
+                Shard(self.context.rank, self.context.world_size),
+                self._device(),
+                timeout_s=self.context.settings.supervision.step_timeout_s,
+            )
+            answer.reply = rpc.InitOk()
+        return answer.reply
+
+    @handles(rpc.NcclSanityCheck)
+    def on_sanity(self, message: rpc.NcclSanityCheck, envelope: Envelope) -> rpc.RpcMessage:
+        """Take part in adding up a one from every rank."""
+        with self._answers("nccl_sanity_failed") as answer:
+            self._check_epoch(envelope)
+            answer.reply = rpc.NcclSanityResult(self._joined().sanity_sum(self._device()))
+        return answer.reply
+
+    @handles(rpc.LoadDenseShard)
+    def on_load(self, message: rpc.LoadDenseShard, envelope: Envelope) -> rpc.RpcMessage:
+        """Load this rank's part of the model."""
+        from engine.tp.shard_runner import ShardRunner
+
+        with self._answers("load_failed") as answer:
+            self._check_epoch(envelope)
+            if self._runner is not None:
+                raise RpcFailure("already_loaded", f'"{self.args.options.model_id}" is loaded')
+            self._check_model(message.model_id)
+            self._runner = ShardRunner.load(
+                msgspec.structs.replace(
+                    self.args.files, weights=message.weight_paths, quant=message.quant
+                ),
+                msgspec.json.decode(message.config_json, type=ModelSpec),
+                self.context.settings.engine,
+                self._joined(),
+                device=self._device(),
+                progress=self.report_progress,
+            )
+            loaded = self._runner.loaded
+            event(
+                self.log,
+                "shard.loaded",
+                model=message.model_id,
+                rank=self.context.rank,
+                read_bytes=loaded.read_bytes,
+                memory_bytes=loaded.weight_bytes,
+            )
+            answer.reply = rpc.LoadDenseShardOk(loaded.read_bytes, self._runner.free_bytes)
+        return answer.reply
+
+    @handles(rpc.ClearKvCache)
+    def on_clear(self, message: rpc.ClearKvCache, envelope: Envelope) -> rpc.RpcMessage:
+        """Make the KV cache anew."""
+        with self._answers("load_failed") as answer:
+            self._check_epoch(envelope)
+            if message.num_blocks < 2:
+                raise RpcFailure("bad_request", f"{message.num_blocks} blocks; at least 2")
+            runner = self._loaded(message.model_id)
+            runner.make_cache(message.num_blocks)
+            self._is_serving = True
+            answer.reply = rpc.KvCacheCleared(runner.memory_bytes)
+        return answer.reply
+
+    @handles(rpc.GenerateStep)
+    def on_step(self, message: rpc.GenerateStep, envelope: Envelope) -> rpc.RpcMessage:
+        """Run the leader's step, whose collectives complete only with this rank."""
+        from engine.tp.step_codec import decode_step
+
+        with self._answers("bad_request") as answer:
+            self._check_epoch(envelope)
+            runner = self._loaded(message.model_id)
+            if runner.cache is None:
+                raise RpcFailure("model_not_loaded", "there is no KV cache yet")
+            rows = decode_step(message, runner.cache.block_size, len(runner.cache.layer(0)))
+            try:
+                runner.step(rows)
+            except Exception as error:
+                event(self.log, "shard.step_failed", 40, exc_info=True, error=repr(error))
+                text = f"step {message.step} failed: {error!r}"
+                self.reply(envelope, rpc.Error("forward_failed", text))
+                self.exit_poisoned(text)
+            self.count_progress()
+            answer.reply = rpc.GenerateStepOk(message.step)
+        return answer.reply
+
+    @handles(rpc.SnapshotKvCache)
+    def on_snapshot(self, message: rpc.SnapshotKvCache, envelope: Envelope) -> rpc.RpcMessage:
+        """Refuse: blocks of the cache are shared, not copied."""
+        return _no_snapshots("snapshot_failed")
+
+    @handles(rpc.RestoreKvCache)
+    def on_restore(self, message: rpc.RestoreKvCache, envelope: Envelope) -> rpc.RpcMessage:
+        """Refuse: there are no snapshots."""
+        return _no_snapshots("snapshot_not_found")
+
+    @handles(rpc.DropKvSnapshot)
+    def on_drop(self, message: rpc.DropKvSnapshot, envelope: Envelope) -> rpc.RpcMessage:
+        """An unknown snapshot is dropped already."""
+        return rpc.KvSnapshotDropped()
+
+    @handles(rpc.QueryVram)
+    def on_query_vram(self, message: rpc.QueryVram, envelope: Envelope) -> rpc.RpcMessage:
+        """Tell the device's memory."""
+        from engine.device import free_memory_bytes, total_memory_bytes
+
+        with self._answers("vram_query_failed") as answer:
+            self._check_epoch(envelope)
+            device = self._device()
+            answer.reply = rpc.VramInfo(
+                free_memory_bytes(device) // _MIB, total_memory_bytes(device) // _MIB
+            )
+        return answer.reply
+
+    @handles(rpc.UnloadModel)
+    def on_unload(self, message: rpc.UnloadModel, envelope: Envelope) -> rpc.RpcMessage:
+        """Drop the model."""
+        with self._answers("model_not_loaded") as answer:
+            self._check_epoch(envelope)
+            self._loaded(message.model_id)
+            self._runner = None
+            answer.reply = rpc.Unloaded()
+        return answer.reply
+
+    @handles(rpc.Shutdown)
+    def on_shutdown(self, message: rpc.Shutdown, envelope: Envelope) -> rpc.RpcMessage:
+        """Say goodbye and end."""
+        self._is_serving = True
+        self.request_stop()
+        return rpc.Bye()
+
+    @contextlib.contextmanager
+    def _answers(self, kind: rpc.ErrorKind) -> Iterator[_Answer]:
+        """Turn a failure into an `Error` reply of `kind`."""
+        answer = _Answer()
+        try:
+            yield answer
+        except RpcFailure as failure:
+            answer.reply = failure.reply
+        except UnsupportedArchitecture as error:
+            answer.reply = rpc.Error("unsupported_arch", error.message)
+        except CortexError as error:
+            answer.reply = rpc.Error(kind, error.message)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            event(self.log, "shard.request_failed", 40, exc_info=True, kind=kind)
+            answer.reply = rpc.Error(kind, f"{type(error).__name__}: {error}")
+
+    def _check_epoch(self, envelope: Envelope) -> None:
+        if envelope.epoch != self.context.epoch:
+            raise RpcFailure(
+                "bad_request",
+                f"a request of epoch {envelope.epoch}; this rank is of epoch {self.context.epoch}",
+            )
+
+    def _check_model(self, model_id: str) -> None:
+        if model_id != self.args.options.model_id:
+            own = self.args.options.model_id
+            raise RpcFailure("bad_request", f'this rank is for "{own}", not for "{model_id}"')
+
+    def _loaded(self, model_id: str) -> ShardRunner:
+        self._check_model(model_id)
+        if self._runner is None:
+            raise RpcFailure("model_not_loaded", f'"{model_id}" is not loaded on this rank')
+        return self._runner
+
+    def _joined(self) -> Comm:
+        if self._comm is None:
+            raise RpcFailure("nccl_not_initialised", "this rank has not joined its group")
+        return self._comm
+
+    def _device(self) -> Device:
+        from engine.device import choose_device
+
+        index = self.args.options.device_of(self.context.rank)
+        return choose_device(self.context.settings.engine, index)
+
+
+class _Answer:
+    """The reply of one request, filled in by its handler."""
+
+    reply: rpc.RpcMessage
+
+
+def _no_snapshots(kind: rpc.ErrorKind) -> rpc.Error:
+    return rpc.Error(kind, "snapshots of the KV cache are not supported on this rank")

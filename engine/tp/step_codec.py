@@ -1,0 +1,85 @@
+"""One step's plan as the `GenerateStep` message, and back, fully checked. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+
+from cortexd.errors import InvalidValue
+from cortexd.messages.rpc import GenerateStep
+from engine.scheduler import PlannedRow
+from engine.token_ids import pack_token_ids, unpack_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedRow:
+    """A row of the leader's plan, as a worker has it; see `engine.batch.StepRow`."""
+
+    start: int
+    num_tokens: int
+    samples: bool
+    token_ids: list[int]
+    block_table: list[int]
+    state_slot: int
+
+
+def encode_step(model_id: str, step: int, rows: Sequence[PlannedRow]) -> GenerateStep:
+    """Return the message for one step."""
+    blocks = [row.block_table for row in rows]
+    return GenerateStep(
+        model_id,
+        step,
+        pack_token_ids([row.start for row in rows]),
+        pack_token_ids([row.num_tokens for row in rows]),
+        pack_token_ids(list(chain.from_iterable(row.token_ids for row in rows))),
+        pack_token_ids([len(table) for table in blocks]),
+        pack_token_ids(list(chain.from_iterable(blocks))),
+        pack_token_ids([row.state_slot for row in rows]),
+        bytes(row.samples for row in rows),
+    )
+
+
+def decode_step(message: GenerateStep, block_size: int, num_blocks: int) -> list[ReceivedRow]:
+    """Return the rows, for a cache of `num_blocks`. Raises: InvalidValue when they cannot be run.
+
+    A row out of range would read or write another sequence's memory, so nothing is taken on trust.
+    """
+    starts = unpack_token_ids(message.starts, "starts")
+    lengths = unpack_token_ids(message.lengths, "lengths")
+    counts = unpack_token_ids(message.num_blocks, "num_blocks")
+    tokens = unpack_token_ids(message.tokens, "tokens")
+    blocks = unpack_token_ids(message.blocks, "blocks")
+    state_slots = unpack_token_ids(message.state_slots, "state_slots")
+    sizes = [len(column) for column in (starts, lengths, counts, state_slots, message.samples)]
+    if not starts or len(set(sizes)) > 1:
+        raise InvalidValue(
+            f"step {message.step}: {sizes} starts, lengths, block counts, state slots and flags; "
+            "allowed: one each for every row"
+        )
+    if min(lengths) < 1 or min(starts) < 0 or min(counts) < 1:
+        raise InvalidValue(f"step {message.step}: a row without tokens or blocks")
+    if sum(lengths) != len(tokens) or sum(counts) != len(blocks):
+        raise InvalidValue(
+            f"step {message.step}: {len(tokens)} tokens and {len(blocks)} blocks for rows of "
+            f"{sum(lengths)} and {sum(counts)}"
+        )
+    if min(blocks) < 0 or max(blocks) >= num_blocks:
+        raise InvalidValue(f"step {message.step}: a block outside of 0 to {num_blocks - 1}")
+    rows = [
+        ReceivedRow(start, end - begin, bool(flag), tokens[begin:end], blocks[first:last], slot)
+        for start, (begin, end), (first, last), flag, slot in zip(
+            starts, _bounds(lengths), _bounds(counts), message.samples, state_slots, strict=True
+        )
+    ]
+    for row in rows:
+        if row.start + row.num_tokens > len(row.block_table) * block_size:
+            raise InvalidValue(
+                f"step {message.step}: {row.start + row.num_tokens} tokens in "
+                f"{len(row.block_table)} blocks of {block_size}"
+            )
+    return rows
+
+
+def _bounds(sizes: list[int]) -> list[tuple[int, int]]:
+    return list(pairwise(accumulate(sizes, initial=0)))
