@@ -17,7 +17,7 @@ from actors.asks import AsyncAsks
 from actors.mailbox import DeadLetters, Intake
 from actors.registry import RegistryEvent
 from actors.sync_actor import BEAT_SUFFIX
-from actors.transport import ControlHub, Transport, encode_message
+from actors.transport import ControlHub, Sent, Transport, encode_message
 from cortexd.errors import ErrorInfo, MailboxFull
 from cortexd.messages.control import ActorInfo, Message, Welcome
 from cortexd.messages.envelope import ROOT, Address, Envelope, Header
@@ -77,11 +77,13 @@ class ControlBus:
         self.sequence += 1
         registry_event = make_event(self.sequence)
         for peer in list(self._peers.values()):
-            if peer.wants_events and not self.tell(peer.address, registry_event):
+            # A closed link is an exit on its way: the pidfd, or silence, tells how it ends. One
+            # that came back without this event would see the gap in the sequence.
+            if peer.wants_events and self.tell(peer.address, registry_event) == "full":
                 peer.kill("does not read its control link")
 
-    def tell(self, dst: Address, body: Message | ErrorInfo, re: int = 0) -> bool:
-        """Send one message; return False when the child is gone or does not read."""
+    def tell(self, dst: Address, body: Message | ErrorInfo, re: int = 0) -> Sent:
+        """Send one message; return what became of it."""
         header = Header(self._next_id(), re, ROOT, dst)
         sent = self._hub.send(str(dst), encode_message(header, body))
         self._recheck()
@@ -96,7 +98,7 @@ class ControlBus:
 
         def send(ask_id: int, deadline_ns: int) -> None:
             header = Header(ask_id, 0, ROOT, dst, deadline_ns=deadline_ns)
-            if not self._hub.send(str(dst), encode_message(header, body)):
+            if self._hub.send(str(dst), encode_message(header, body)) != "sent":
                 raise MailboxFull(f'actor "{dst.name}" does not read its control link')
             self._recheck()
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from hashlib import blake2s
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import zmq
@@ -54,6 +54,7 @@ CONTROL_SOCKET: Final = "control.s"
 
 _encode = msgspec.msgpack.Encoder().encode
 _T = TypeVar("_T")
+Sent = Literal["sent", "full", "gone"]
 _header_decoder = msgspec.msgpack.Decoder(Header)
 _body_decoder = msgspec.msgpack.Decoder(Body)
 
@@ -237,13 +238,15 @@ class ControlHub(_Receiver):
         _bind(socket, f"ipc://{ipc_path(runtime_dir, CONTROL_SOCKET)}")
         super().__init__(socket)
 
-    def send(self, identity: str, frames: tuple[bytes, bytes]) -> bool:
-        """Queue one message; return False when the child is gone or does not read."""
+    def send(self, identity: str, frames: tuple[bytes, bytes]) -> Sent:
+        """Queue one message; "full": the child does not read, "gone": its link is closed."""
         try:
             self._socket.send_multipart((identity.encode(), *frames), zmq.NOBLOCK)
-        except (zmq.Again, zmq.ZMQError):
-            return False
-        return True
+        except zmq.Again:
+            return "full"
+        except zmq.ZMQError:
+            return "gone"
+        return "sent"
 
 
 class AdminSocket(_Receiver):
