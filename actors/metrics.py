@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from actors.actor import AsyncActor, handles
@@ -18,7 +18,6 @@ from actors.node_gauges import NodeGauges
 from cortexd.messages import (
     ActorDown,
     HostReport,
-    MetricsSample,
     NeuronReport,
     RequestFinished,
 )
@@ -65,7 +64,6 @@ class Metrics(AsyncActor):
         self._actor_downs = self._counter(
             "cortexd_actor_downs", "Actor processes that ended", ("actor",)
         )
-        self._samples: dict[str, Gauge] = {}
         app = web.Application()
         app.router.add_get("/metrics", self._render)
         self._runner = web.AppRunner(app, access_log=None)
@@ -109,18 +107,6 @@ class Metrics(AsyncActor):
     def on_neuron_report(self, message: NeuronReport, envelope: Envelope) -> None:
         """Show a remote neuron, or forget it while it does not answer."""
         self._nodes.show_neuron(message)
-
-    @handles(MetricsSample)
-    def on_sample(self, message: MetricsSample, envelope: Envelope) -> None:
-        """Set gauges another actor names itself."""
-        for name, labels, value in message.samples:
-            gauge = self._samples.get(name)
-            if gauge is None:
-                gauge = Gauge(
-                    name, f"from {message.source}", tuple(labels), registry=self._registry
-                )
-                self._samples[name] = gauge
-            gauge.labels(**labels).set(value)
 
     def on_actor_down(self, down: ActorDown) -> None:
         """Count ended processes."""

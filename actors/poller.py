@@ -48,6 +48,8 @@ class Poller(AsyncActor):
     async def on_start(self) -> None:
         """Look once before READY, so that the first question has an answer."""
         self._probe = await asyncio.to_thread(DeviceProbe)
+        if self._probe.unavailable_reason is not None:
+            event(self.log, "devices.no_gpu", reason=self._probe.unavailable_reason)
         self._loads: dict[str, tuple[str, LoadReport]] = {}  # leader name → (group, report)
         self._report = HostReport(
             hostname=platform.node(),

@@ -79,7 +79,9 @@ def _header(status: Document) -> Text:
     text = Text("cortexd ", style="bold")
     text.append(f"{status.get('version', '?')}  ")
     text.append_text(_state(status.get("state")))
-    text.append(f"  role {status.get('role', '?')}  up {fmt.duration(_number(status, 'uptime_s'))}")
+    text.append(
+        f"  role {status.get('role', '?')}  up {fmt.duration(fmt.number(status, 'uptime_s'))}"
+    )
     listen = status.get("listen")
     if isinstance(listen, dict):
         text.append("  " + "  ".join(f"{name} {address}" for name, address in listen.items()))
@@ -98,16 +100,16 @@ def _models(status: Document, host: Document) -> RenderableType:
     )
     for model in models:
         load = loads.get(model.get("model_id"), {})
-        blocks = _number(load, "kv_blocks_total")
+        blocks = fmt.number(load, "kv_blocks_total")
         table.add_row(
             fmt.printable(str(model.get("model_id"))),
             _model_state(model),
-            fmt.size(_number(model, "memory_bytes")) if model.get("memory_bytes") else "-",
+            fmt.size(fmt.number(model, "memory_bytes")) if model.get("memory_bytes") else "-",
             _count(load, "num_running"),
             _count(load, "num_waiting"),
-            f"{_number(load, 'tok_s_prefill'):.0f} tok/s" if load else "-",
-            f"{_number(load, 'tok_s_decode'):.1f} tok/s" if load else "-",
-            f"{100 * _number(load, 'kv_blocks_used') / blocks:.0f} %" if blocks else "-",
+            f"{fmt.number(load, 'tok_s_prefill'):.0f} tok/s" if load else "-",
+            f"{fmt.number(load, 'tok_s_decode'):.1f} tok/s" if load else "-",
+            f"{100 * fmt.number(load, 'kv_blocks_used') / blocks:.0f} %" if blocks else "-",
         )
     return table
 
@@ -131,8 +133,8 @@ def _devices(host: Document) -> RenderableType:
         table.add_row(
             f"{device.get('kind')}:{device.get('index')}",
             fmt.printable(str(device.get("name"))),
-            fmt.size(_number(device, "memory_used_bytes")),
-            fmt.size(_number(device, "memory_total_bytes")),
+            fmt.size(fmt.number(device, "memory_used_bytes")),
+            fmt.size(fmt.number(device, "memory_total_bytes")),
             "-" if busy is None else f"{busy:.0f} %",
             "-" if temperature is None else f"{temperature:.0f} °C",
         )
@@ -146,10 +148,10 @@ def _actors(status: Document) -> RenderableType:
             fmt.printable(str(actor.get("name"))),
             _state(actor.get("state")),
             str(actor.get("pid") or "-"),
-            fmt.duration(_number(actor, "since_s")),
+            fmt.duration(fmt.number(actor, "since_s")),
             _count(actor, "restarts"),
-            fmt.size(_number(actor, "rss_bytes")) if actor.get("rss_bytes") else "-",
-            f"{_number(actor, 'lag_ms'):.1f} ms",
+            fmt.size(fmt.number(actor, "rss_bytes")) if actor.get("rss_bytes") else "-",
+            f"{fmt.number(actor, 'lag_ms'):.1f} ms",
         )
     return table
 
@@ -157,7 +159,7 @@ def _actors(status: Document) -> RenderableType:
 def _events(events: deque[Document]) -> RenderableType:
     lines = []
     for entry in list(events)[-_EVENT_LINES:]:
-        at = time.strftime("%H:%M:%S", time.localtime(_number(entry, "time")))
+        at = time.strftime("%H:%M:%S", time.localtime(fmt.number(entry, "time")))
         name = str(entry.get("event", ""))
         fields = entry.get("fields")
         shown = fields.items() if isinstance(fields, dict) else ()
@@ -182,8 +184,3 @@ def _state(state: object) -> Text:
 
 def _count(document: Mapping[str, object], key: str) -> str:
     return str(document[key]) if key in document else "-"
-
-
-def _number(document: Mapping[str, object], key: str) -> float:
-    value = document.get(key)
-    return float(value) if isinstance(value, int | float) else 0.0

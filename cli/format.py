@@ -100,6 +100,12 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
+def number(document: Mapping[str, object], key: str) -> float:
+    """Return a number of a JSON document; 0 when it is absent or something else."""
+    value = document.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
 def printable(text: str) -> str:
     """Return text that cannot control the terminal (model output and log lines are foreign)."""
     return _CONTROL.sub("", text)

@@ -33,7 +33,7 @@ def render(document: Document, *, colour: bool) -> str:
         f"{fmt.coloured('cortexd', 'bold', enabled=colour)} {_text(document, 'version')}",
         health,
         f"role {_text(document, 'role')}",
-        f"up {fmt.duration(_number(document, 'uptime_s'))}",
+        f"up {fmt.duration(fmt.number(document, 'uptime_s'))}",
         f"pid {_text(document, 'pid')}",
     ]
     lines = ["  ".join(parts)]
@@ -66,10 +66,10 @@ def actors_table(actors: list[Document], *, colour: bool) -> str:
                 fmt.printable(_text(actor, "name")),
                 fmt.state(_text(actor, "state"), colour=colour),
                 _text(actor, "pid") if actor.get("pid") else "-",
-                fmt.duration(_number(actor, "since_s")),
+                fmt.duration(fmt.number(actor, "since_s")),
                 _text(actor, "restarts"),
-                fmt.size(_number(actor, "rss_bytes")) if actor.get("rss_bytes") else "-",
-                f"{_number(actor, 'lag_ms'):.1f} ms" if ready else "-",
+                fmt.size(fmt.number(actor, "rss_bytes")) if actor.get("rss_bytes") else "-",
+                f"{fmt.number(actor, 'lag_ms'):.1f} ms" if ready else "-",
                 "" if ready else fmt.printable(_text(actor, "reason")),
             ]
         )
@@ -107,8 +107,3 @@ def _url(address: object) -> str:
 
 def _text(document: Mapping[str, object], key: str) -> str:
     return str(document.get(key, "?"))
-
-
-def _number(document: Mapping[str, object], key: str) -> float:
-    value = document.get(key)
-    return float(value) if isinstance(value, int | float) else 0.0

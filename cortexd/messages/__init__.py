@@ -39,7 +39,6 @@ from cortexd.messages.fleet import (
     LoadModel,
     LoadProgress,
     LoadReport,
-    MetricsSample,
     ModelList,
     ModelLoaded,
     ProposeEviction,
@@ -106,7 +105,6 @@ Body = (
     | LoadModel
     | LoadProgress
     | LoadReport
-    | MetricsSample
     | ModelList
     | ModelLoaded
     | ProposeEviction
@@ -153,7 +151,6 @@ __all__ = [
     "LoadOnNode",
     "LoadProgress",
     "LoadReport",
-    "MetricsSample",
     "ModelList",
     "ModelLoaded",
     "NeuronReport",

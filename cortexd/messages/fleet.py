@@ -54,7 +54,6 @@ class ModelList(Message, frozen=True, tag="ModelList"):
 
     models: list[ModelStatus]
     aliases: dict[str, str] = {}
-    known_sources: list[str] = []
     nodes: list[NodeStatus] = []
     catalogue: list[CatalogueCard] = []
 
@@ -216,10 +215,3 @@ class RequestFinished(Message, frozen=True, tag="RequestFinished"):
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-
-
-class MetricsSample(Message, frozen=True, tag="MetricsSample"):
-    """Any actor → metrics: set gauge or counter values by name and labels."""
-
-    source: str
-    samples: list[tuple[str, dict[str, str], float]]
