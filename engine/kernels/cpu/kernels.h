@@ -12,7 +12,8 @@ namespace cortexd {
 struct Kernels {
     const char* name;
     // Quantises `blocks` 32-blocks that follow one another in `x`; see activation.h.
-    void (*quantize)(const float* x, int64_t blocks, int8_t* values, BlockInfo* infos);
+    void (*quantize)(const float* x, int64_t blocks, Precision precision, int8_t* values,
+                     BlockInfo* infos);
     // y[m][r] = [y[m][r] +] (matrix row r . x[m] + bias[r]) for the 16-row groups [begin, end) and all tokens;
     // y rows are `y_stride` floats apart.
     void (*multiply_groups)(const Matrix& matrix, const Activation& x, int64_t num_tokens,

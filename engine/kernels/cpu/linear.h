@@ -49,6 +49,7 @@ class ActivationBuffer {
         const int64_t columns = projection.parts[0].columns;
         const int64_t blocks = columns / kBlock;
         const bool is_quantized = projection.has_quantized_part();
+        const Precision precision = projection.parts[0].precision;
         grow(num_tokens, is_quantized ? num_tokens * blocks : 0);
         const Kernels& set = kernels();
         parallel_for(num_tokens, tokens_per_chunk(columns), [&](int64_t begin, int64_t end) {
@@ -56,7 +57,7 @@ class ActivationBuffer {
                 const float* const row = row_of(m);
                 rows_[static_cast<size_t>(m)] = row;
                 if (!is_quantized) continue;
-                set.quantize(row, blocks, values_.data() + m * blocks * kBlockBytes,
+                set.quantize(row, blocks, precision, values_.data() + m * blocks * kBlockBytes,
                              infos_.data() + m * blocks);
             }
         });
