@@ -1,4 +1,4 @@
-"""`python -m bench [daemon | cpu]`: what a client sees (the default), or the engine against others."""
+"""`python -m bench [daemon | cpu]`: what a client sees (default), or the engine against others."""
 
 from __future__ import annotations
 

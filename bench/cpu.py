@@ -92,9 +92,7 @@ def _samples(sides: Sequence[Runner], load: Load, rounds: int) -> list[list[Samp
     return samples
 
 
-def _row(
-    label: str, load: Load, samples: list[list[Sample]], setup: Setup, path: Path
-) -> str:
+def _row(label: str, load: Load, samples: list[list[Sample]], setup: Setup, path: Path) -> str:
     walls = [statistics.median(s.wall_s for s in side) for side in samples]
     cpus = [statistics.median(s.cpu_s for s in side) for side in samples]
     speeds = [load.num_tokens / wall for wall in walls]

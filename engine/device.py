@@ -63,7 +63,7 @@ def choose_dtype(
         return DTYPES[settings.dtype]
     if device.type == "cuda":
         return torch.bfloat16
-    is_native = settings.backend == "auto" and native.available()
+    is_native = settings.backend != "reference" and native.available()
     is_bfloat16 = spec.torch_dtype == "bfloat16" and not is_quantized
     return torch.bfloat16 if is_bfloat16 and not is_native else torch.float32
 

@@ -2,7 +2,8 @@
 
 The models call `Linear`; which of the three computes is decided once, when it is built. The
 reference way is torch alone: dense `F.linear`, or dequantising slabs of rows into a bounded scratch
-tensor. Native kernels are used on the CPU unless the backend is "reference".
+tensor. Native kernels are used on the CPU unless the backend is "reference"; "exact" ones do not
+round activations to 8 bits or bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from engine.kernels import cpu as native
 from engine.quant.tensor import QuantizedTensor
 
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "exact", "reference"]
 Weight = Tensor | QuantizedTensor
 
 # Scratch for dequantised rows. On the CPU a slab should stay in the second-level cache between
@@ -91,7 +92,8 @@ def pack_native(
         return None
     if isinstance(weight, Tensor) and dtype != torch.float32:
         return None
-    packed = native.pack(weight, None if bias is None else bias.float())
+    float_bias = None if bias is None else bias.float()
+    packed = native.pack(weight, float_bias, is_exact=backend == "exact")
     return None if packed is None else NativeProduct(packed)
 
 

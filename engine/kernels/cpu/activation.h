@@ -28,10 +28,12 @@ struct BlockInfo {
 
 // `num_tokens` rows of `columns / 32` blocks, kBlockBytes * blocks apart, and as many infos (null when
 // no matrix needs them); and where each token's floats lie.
+// `rounded`: the rows in bfloat16, without gaps (null when no matrix takes them).
 struct Activation {
     const int8_t* values;
     const BlockInfo* infos;
     const float* const* rows;
+    const uint16_t* rounded;
 };
 
 }  // namespace cortexd
