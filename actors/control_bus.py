@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from actors.asks import AsyncAsks
+from actors.beat_thread import BEAT_SUFFIX
 from actors.mailbox import DeadLetters, Intake
 from actors.registry import RegistryEvent
-from actors.sync_actor import BEAT_SUFFIX
 from actors.transport import ControlHub, Sent, Transport, encode_message
 from cortexd.errors import ErrorInfo, MailboxFull
 from cortexd.messages.control import ActorInfo, Message, Welcome
