@@ -26,7 +26,7 @@ from actors.logs import LogPipe
 from actors.member import Member
 from actors.process import UNKNOWN_EXIT, ChildProcess
 from actors.spec import Exit
-from actors.transport import inbox_endpoint
+from actors.transport.sockets import inbox_endpoint
 from cortexd.errors import CortexError, ErrorInfo
 from cortexd.messages.control import (
     ActorDown,
