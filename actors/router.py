@@ -10,6 +10,7 @@ registry, the leaders and the desired-state file. Loading itself (files, room, g
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import math
 import platform
@@ -25,11 +26,13 @@ from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
 from cortexd.catalogue import Catalogue
 from cortexd.desired import DesiredModel, group_name, read_desired, write_desired
+from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import (
     Cancelled,
     ConfigError,
     CortexError,
     DeadlineExceeded,
+    MailboxFull,
     ModelAlreadyLoaded,
     ModelLoadFailed,
     ModelLoading,
@@ -48,6 +51,7 @@ from cortexd.messages import (
     ListModels,
     LoadModel,
     LoadProgress,
+    Measured,
     ModelList,
     ModelLoaded,
     NeuronReport,
@@ -59,6 +63,7 @@ from cortexd.messages import (
     Routed,
     RoutedHere,
     RoutedRemote,
+    Sample,
     UnloadIdle,
     UnloadModelNow,
 )
@@ -96,12 +101,8 @@ class Router(AsyncActor):
         self._admin = RouterAdmin(self)
         self._runtime_dir = context.runtime_dir
         self._background: set[asyncio.Task[None]] = set()
-        self.fleet = Fleet(
-            self,
-            remote_neurons(context.settings),
-            args.catalogue,
-            local_node_name(context.settings, platform.node()),
-        )
+        self.node_name = local_node_name(context.settings, platform.node())
+        self.fleet = Fleet(self, remote_neurons(context.settings), args.catalogue, self.node_name)
         for entry in args.catalogue.models if self._serves_here else []:
             self.add_model(
                 LoadOptions(
@@ -150,6 +151,11 @@ class Router(AsyncActor):
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+    def measure(self, sample: Sample) -> None:
+        """Tell metrics what happened; a metrics actor that is not there misses it."""
+        with contextlib.suppress(ActorDownError, MailboxFull):
+            self.tell("metrics", Measured([sample]))
 
     async def _guard(self, work: Awaitable[None]) -> None:
         try:
@@ -273,7 +279,7 @@ class Router(AsyncActor):
         model = self.models.get(message.model_id)
         if model and model.state == "loaded" and not model.leases:
             event(self.log, "model.idle", model=message.model_id, idle_s=message.idle_s)
-            await self._loader.unload(model, force=False)
+            await self._loader.unload(model, force=False, reason="idle")
 
     @handles(AdminCommand)
     async def on_admin(self, message: AdminCommand, envelope: Envelope) -> AdminReply:
@@ -345,6 +351,7 @@ class Router(AsyncActor):
         else:
             error = down.error.to_exception() if down.error else ModelLoadFailed(down.reason)
             model.become("failed", error=error)
+            self._loader.measure_failed(model)
             self._save_desired()
             event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
 
@@ -361,6 +368,7 @@ class Router(AsyncActor):
         assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
         if model.is_in("loading", "recovering", "failed"):
             model.set_loaded(loaded, leader, incarnation, epoch)
+            self._loader.measure_loaded(model, loaded.load_s)
 
     # For the loader and the admin commands
 
@@ -400,7 +408,7 @@ class Router(AsyncActor):
             raise ModelNotFound(
                 f'model "{model_id}" is not loaded; loaded: {_names(self._in_state("loaded"))}'
             )
-        await self._loader.unload(model, force=force)
+        await self._loader.unload(model, force=force, reason="operator")
 
     def find(self, name: str) -> ManagedModel:
         """Return the model of an id or alias. Raises: ModelNotFound with close names."""

@@ -54,6 +54,7 @@ from cortexd.messages.fleet import (
     UnloadModelNow,
 )
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
+from cortexd.messages.metrics import Gauges, Measured, Sample
 from cortexd.messages.neurons import (
     LoadOnNode,
     NeuronReport,
@@ -90,6 +91,8 @@ Body = (
     | Stop
     | StopGroup
     | Welcome
+    | Gauges
+    | Measured
     | LoadOnNode
     | NeuronReport
     | NodeFailed
@@ -141,6 +144,7 @@ __all__ = [
     "EndRequest",
     "ErrorInfo",
     "EvictionProposal",
+    "Gauges",
     "GroupDown",
     "GroupStarting",
     "GroupUp",
@@ -151,6 +155,7 @@ __all__ = [
     "LoadOnNode",
     "LoadProgress",
     "LoadReport",
+    "Measured",
     "ModelList",
     "ModelLoaded",
     "NeuronReport",
@@ -172,6 +177,7 @@ __all__ = [
     "Routed",
     "RoutedHere",
     "RoutedRemote",
+    "Sample",
     "SetLogLevel",
     "StartGroup",
     "Stop",
