@@ -63,6 +63,7 @@ from cortexd.messages.neurons import (
     RoutedRemote,
     UnloadOnNode,
 )
+from cortexd.messages.reload import CatalogueChanged, ReloadFiles
 from cortexd.messages.rpc import Reply, Request
 
 Body = (
@@ -118,6 +119,8 @@ Body = (
     | Routed
     | UnloadIdle
     | UnloadModelNow
+    | CatalogueChanged
+    | ReloadFiles
     | Cancel
     | Submit
     | TokenBatch
@@ -136,6 +139,7 @@ __all__ = [
     "Body",
     "Bye",
     "Cancel",
+    "CatalogueChanged",
     "DescribeModel",
     "Drain",
     "EndRequest",
@@ -164,6 +168,7 @@ __all__ = [
     "QueryHost",
     "QueryLoad",
     "Ready",
+    "ReloadFiles",
     "RequestFinished",
     "ResolveFiles",
     "ResolveProgress",
