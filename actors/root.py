@@ -32,7 +32,7 @@ from actors.runtime_dir import RuntimeDir
 from actors.spec import GROUP_STOP_ORDER, ChildSpec
 from actors.status import DaemonInfo
 from actors.supervisor import Supervisor
-from actors.transport import AdminSocket, Transport
+from actors.transport.sockets import AdminSocket, Transport
 from cortexd.errors import ConfigError, CortexError, Internal
 from cortexd.log import JsonFormatter, configure_logging, event
 from cortexd.messages.admin import AdminProgress
