@@ -76,7 +76,7 @@ class ModelLoader:
     def begin_load(self, model: ManagedModel) -> None:
         """Start loading unless it already runs."""
         model.become("loading", stage="resolving")
-        self._router.save_desired_with(model)
+        self._router.local.remember_with(model)
         model.load_task = self._router.spawn(self._load(model))
 
     async def _load(self, model: ManagedModel) -> None:
@@ -103,7 +103,7 @@ class ModelLoader:
             return  # the group's own end has been told already
         model.become("failed", error=error)
         self.measure_failed(model)
-        self._router.save_desired_without(model)
+        self._router.local.remember_without(model)
         event(
             self._router.log,
             "model.load_failed",
@@ -114,7 +114,7 @@ class ModelLoader:
         )
         # An id that somebody got wrong is not a model of this host that failed.
         if error.http_status < 500:
-            self._router.forget(model)
+            self._router.local.forget(model)
 
     async def _resolve(self, model: ManagedModel) -> ResolvedFiles:
         settings = self._router.context.settings.store
@@ -262,12 +262,12 @@ class ModelLoader:
             model.load_task.cancel()
             model.load_task = None
         drain_s = 0.0 if force else self._router.context.settings.gateway.drain_s
-        self._router.save_desired_without(model)
+        self._router.local.remember_without(model)
         model.become("draining")
         if not await self._drained(model, drain_s) and not force:
             num_requests = len(model.leases)
             model.become("loaded")
-            self._router.save_desired_with(model)
+            self._router.local.remember_with(model)
             raise Overloaded(
                 f'model "{model.options.model_id}" still serves {num_requests} requests after '
                 f"{drain_s:g} s; retry later or force the unload",
@@ -284,7 +284,7 @@ class ModelLoader:
             raise
         if model.is_in("draining"):
             model.become("unloaded")
-        self._router.forget(model)
+        self._router.local.forget(model)
         event(
             self._router.log,
             "model.unloaded",

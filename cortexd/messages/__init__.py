@@ -64,6 +64,7 @@ from cortexd.messages.neurons import (
     RoutedRemote,
     UnloadOnNode,
 )
+from cortexd.messages.reload import CatalogueChanged, ReloadFiles
 from cortexd.messages.rpc import Reply, Request
 
 Body = (
@@ -121,6 +122,8 @@ Body = (
     | Routed
     | UnloadIdle
     | UnloadModelNow
+    | CatalogueChanged
+    | ReloadFiles
     | Cancel
     | Submit
     | TokenBatch
@@ -139,6 +142,7 @@ __all__ = [
     "Body",
     "Bye",
     "Cancel",
+    "CatalogueChanged",
     "DescribeModel",
     "Drain",
     "EndRequest",
@@ -169,6 +173,7 @@ __all__ = [
     "QueryHost",
     "QueryLoad",
     "Ready",
+    "ReloadFiles",
     "RequestFinished",
     "ResolveFiles",
     "ResolveProgress",
