@@ -88,6 +88,7 @@ def child_specs(
         ChildSpec(name="poller", target="actors.poller:Poller"),
         ChildSpec(name="evictor", target="actors.evictor:Evictor", args=catalogue_args),
         ChildSpec(name="reloader", target="actors.reloader:Reloader"),
+        *_budgets(settings),
         ChildSpec(name="metrics", target="actors.metrics:Metrics", listeners=("metrics",)),
         *(
             ChildSpec(
@@ -100,6 +101,13 @@ def child_specs(
             for index in range(settings.gateway.fronts)
         ),
     ]
+
+
+def _budgets(settings: Settings) -> list[ChildSpec]:
+    """Return the owner of the budgets, where there are keys that could have one."""
+    if settings.entitlements.keys_file is None:
+        return []
+    return [ChildSpec(name="budgets", target="actors.budgets:Budgets")]
 
 
 def bind_listeners(settings: Settings) -> dict[str, socket.socket]:
