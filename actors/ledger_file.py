@@ -16,7 +16,6 @@ from typing import BinaryIO, Final
 import msgspec
 
 from cortexd.ledger import Ledger, Reservation
-from cortexd.paths import prepare_private_dir
 
 _NAME: Final = "budgets.jsonl"
 # What is replayed at a start in well under a second.
@@ -59,7 +58,7 @@ class LedgerFile:
     """Append, replay, rewrite."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = prepare_private_dir(folder) / _NAME
+        self._path = folder / _NAME
         self._file: BinaryIO | None = None
         self._num_bytes = 0
         self._is_dirty = False
@@ -85,6 +84,7 @@ class LedgerFile:
             lines.append(Used(one.heard_at, name, one.prompt_tokens, one.completion_tokens, False))
         data = _encode(lines)
         fresh = self._path.with_suffix(".new")
+        fresh.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(data)
             file.flush()

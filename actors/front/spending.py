@@ -44,6 +44,7 @@ class Spending:
         self._open: dict[str, Counts] = {}
         self._ended: list[UsageEntry] = []
         self._wake = asyncio.Event()
+        self._told = asyncio.Event()
         self._reporting: asyncio.Task[None] | None = None
 
     async def reserve(self, request_id: str, key_id: str, tokens: int, counts: Counts) -> None:
@@ -89,7 +90,8 @@ class Spending:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 while self._ended:
-                    await asyncio.sleep(_PAUSE_S)
+                    self._told.clear()
+                    await self._told.wait()
         self._reporting.cancel()
 
     async def _report_forever(self) -> None:
@@ -115,3 +117,4 @@ class Spending:
             else:
                 told = set(ended)
                 self._ended = [entry for entry in self._ended if entry not in told]
+                self._told.set()
