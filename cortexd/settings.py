@@ -89,7 +89,7 @@ class Engine(Section, frozen=True):
     max_model_len: NonNegativeInt = 0
     max_queue_depth: PositiveInt = 256
     prefix_cache: bool = True
-    backend: Literal["auto", "reference"] = "auto"
+    backend: Literal["auto", "triton", "reference"] = "auto"
 
 
 class Store(Section, frozen=True):

@@ -75,28 +75,44 @@ class BatchRow:
         return self._mask
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PagedRows:
     """Rows as kernels read them, int64 on the device.
 
     `block_tables` (num_rows, max_blocks), filled up with the null block; `kv_lens` (num_rows,);
-    row i has the query tokens query_starts[i]..query_starts[i + 1]-1 of the batch. Host numbers:
-    no row is longer than `max_query_len` tokens, and none sees more than `max_kv_len`.
+    row i has the query tokens query_starts[i]..query_starts[i + 1]-1, counted from the first token
+    of the first row. Host numbers: `query_lens`, and no row sees more than `max_kv_len` tokens.
     """
 
     block_tables: Tensor
     kv_lens: Tensor
     query_starts: Tensor
-    max_query_len: int
+    query_lens: list[int]
     max_kv_len: int
+    _chunks: Tensor | None = None
+
+    def chunks(self, size: int) -> Tensor:
+        """Cut the rows into chunks of `size` tokens, always the same; return (2, num_chunks).
+
+        For each chunk its row, and its first token counted from the row's; made by the first layer.
+        """
+        if self._chunks is None:
+            pairs = [
+                (row, first)
+                for row, length in enumerate(self.query_lens)
+                for first in range(0, length, size)
+            ]
+            chunks = torch.tensor(pairs, dtype=torch.int64).T.contiguous()
+            self._chunks = chunks.to(self.kv_lens.device)
+        return self._chunks
 
     @classmethod
     def of(cls, rows: Sequence[BatchRow]) -> PagedRows:
         """Return the rows' tables, in one transfer."""
         width = max(len(row.blocks) for row in rows)
         flat = [row.kv_len for row in rows]
-        flat += [row.start for row in rows]
-        flat.append(rows[-1].end)
+        flat += [row.start - rows[0].start for row in rows]
+        flat.append(rows[-1].end - rows[0].start)
         for row in rows:
             flat += row.blocks
             flat += [NULL_BLOCK] * (width - len(row.blocks))
@@ -107,7 +123,7 @@ class PagedRows:
             block_tables=tables.view(count, width),
             kv_lens=kv_lens,
             query_starts=query_starts,
-            max_query_len=max(row.end - row.start for row in rows),
+            query_lens=[row.end - row.start for row in rows],
             max_kv_len=max(row.kv_len for row in rows),
         )
 
@@ -118,7 +134,7 @@ class StepBatch:
 
     `slots` are the cache slots that the tokens' K and V go to; `logit_rows` the tokens whose logits
     are wanted; `state_slots` and `is_fresh` (bool) are those of the rows. The first
-    `num_single_rows` rows have one token each.
+    `num_single_rows` rows have one token each, the others form runs.
     """
 
     token_ids: Tensor
@@ -129,6 +145,22 @@ class StepBatch:
     is_fresh: Tensor
     rows: list[BatchRow]
     num_single_rows: int
+    _single_rows: PagedRows | None = None
+    _run_rows: PagedRows | None = None
+
+    @property
+    def single_rows(self) -> PagedRows | None:
+        """The rows of one token as kernels read them; None without any."""
+        if self._single_rows is None and self.num_single_rows:
+            self._single_rows = PagedRows.of(self.rows[: self.num_single_rows])
+        return self._single_rows
+
+    @property
+    def run_rows(self) -> PagedRows | None:
+        """The other rows as kernels read them; None without any."""
+        if self._run_rows is None and len(self.rows) > self.num_single_rows:
+            self._run_rows = PagedRows.of(self.rows[self.num_single_rows :])
+        return self._run_rows
 
 
 def build_batch(

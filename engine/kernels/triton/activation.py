@@ -1,6 +1,6 @@
-"""silu(gate) * up of the feed-forward block, from the merged projection's output.
+"""The products with an activated gate: of the feed-forward block, and of gated attention.
 
-silu is rounded to the tensors' dtype before the product, as in the reference.
+The activated gate is rounded to the tensors' dtype before the product, as in the reference.
 """
 
 from __future__ import annotations
@@ -35,3 +35,28 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     tile = min(_TILE, int(triton.next_power_of_2(size)))
     _silu_mul[(num_tokens, triton.cdiv(size, tile))](gate_up, out, size, TILE=tile, num_warps=4)
     return out
+
+
+@triton.jit
+def _sigmoid_mul(
+    x: tl.tensor, gate: tl.tensor, size: int, gate_stride: int, TILE: tl.constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = columns < size
+    value = tl.load(x + row * size + columns, mask=inside, other=0.0)
+    wide = tl.load(gate + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    activated = (1.0 / (1.0 + tl.exp(-wide))).to(value.dtype).to(tl.float32)
+    product = (value.to(tl.float32) * activated).to(value.dtype)
+    tl.store(x + row * size + columns, product, mask=inside)
+
+
+def sigmoid_mul_(x: Tensor, gate: Tensor) -> Tensor:
+    """Multiply x (num_tokens, size) by sigmoid(gate) in place; rows of `gate` may be strided."""
+    assert x.is_contiguous(), f"x has strides {x.stride()}"
+    assert gate.stride(1) == 1, f"gate has strides {gate.stride()}"
+    num_tokens, size = x.shape
+    tile = min(_TILE, int(triton.next_power_of_2(size)))
+    grid = (num_tokens, triton.cdiv(size, tile))
+    _sigmoid_mul[grid](x, gate, size, gate.stride(0), TILE=tile, num_warps=4)
+    return x

@@ -103,21 +103,20 @@ def attend_prefill(
     max_query_len: int,
     *,
     scale: float,
-    out: Tensor,
-) -> None:
-    """Attend each row's query tokens causally, and write their tokens of `out`.
+) -> Tensor:
+    """Attend each row's query tokens causally; return (num_tokens, num_heads * head_dim).
 
     query (num_tokens, num_heads, head_dim), rotated; cache_layer (num_blocks, block_size,
     2 * num_kv_heads, head_dim); row i has the query tokens query_starts[i]..query_starts[i + 1]-1;
     block_tables (num_rows, max_blocks), kv_lens (num_rows,), query_starts (num_rows + 1,) of any
-    integer dtype; out (num_tokens, num_heads * head_dim).
+    integer dtype. Every token belongs to a row.
     """
-    num_heads, head_dim = query.shape[1:]
+    num_tokens, num_heads, head_dim = query.shape
     _, block_size, kv_heads, _ = cache_layer.shape
     assert query.stride()[1:] == (head_dim, 1), f"query has strides {query.stride()}"
     assert cache_layer.is_contiguous(), f"the cache has strides {cache_layer.stride()}"
     assert block_tables.stride(1) == 1, f"the block tables have strides {block_tables.stride()}"
-    assert out.is_contiguous(), f"out has strides {out.stride()}"
+    out = torch.empty(num_tokens, num_heads * head_dim, dtype=query.dtype, device=query.device)
     num_rows, dim_tile = kv_lens.shape[0], tile(head_dim)
     queries = min(_QUERY_TILE, tile(max_query_len))
     is_wide = dim_tile > 128 or query.dtype == torch.float32
@@ -142,3 +141,4 @@ def attend_prefill(
         num_warps=8 if dim_tile > 128 else 4,
         num_stages=2,
     )
+    return out
