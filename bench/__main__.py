@@ -1,5 +1,7 @@
 """`make bench`: start the daemon with the demo model and measure what a client sees.
 
+`python -m bench exactness` compares the engine with transformers instead (`exactness.py`).
+
 Prints start-up times, prefill and decode speed at batch 1 and 8 over HTTP, and the machine's load
 before and after, because numbers from a busy machine mean nothing.
 """
@@ -144,4 +146,8 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["exactness"]:
+        from bench import exactness
+
+        raise SystemExit(exactness.main(sys.argv[2:]))
     raise SystemExit(main())

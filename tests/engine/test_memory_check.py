@@ -14,8 +14,7 @@ from engine.formats.ggml import GGMLType
 from engine.memory_check import check_weights_fit, resident_bytes
 from tests.engine.checkpoints import load_engine, save_oracle
 from tests.engine.gguf_export import Exporter
-from tests.engine.test_gguf_families import make_model
-from tests.engine.test_in_situ import quantised
+from tests.engine.stored_models import make_model, quantised
 
 
 def test_estimate_is_near_what_is_loaded(tmp_path: Path) -> None:

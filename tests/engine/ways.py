@@ -155,4 +155,3 @@ WAYS: dict[str, Way] = {
         after_a_snapshot,
     )
 }
-
