@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Final
 
 from actors.actor import ActorContext
-from actors.transport import ControlLink, Transport, encode_message
+from actors.transport.codec import encode_message
+from actors.transport.sockets import ControlLink, Transport
 from cortexd.errors import MailboxFull
 from cortexd.messages.control import Beat
 from cortexd.messages.envelope import ROOT, Header

@@ -22,7 +22,7 @@ from actors.link import Link, resident_bytes
 from actors.mailbox import Outcome
 from actors.registry import Registry, RegistryEvent
 from actors.sync_asks import SyncAsk, SyncAsks
-from actors.transport import LinkPoller
+from actors.transport.sockets import LinkPoller
 from cortexd.errors import ErrorInfo, Internal, MailboxFull
 from cortexd.log import event
 from cortexd.messages.control import (

@@ -8,7 +8,7 @@ of the tests (`tests/engine/stored_models.py`, `ways.py`), which is why transfor
 from __future__ import annotations
 
 import importlib.util
-import sys
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +50,9 @@ def main(arguments: list[str]) -> int:
             "pip install -c constraints.txt -e '.[test]'"
         )
         return 2
+    # Read when transformers is imported.
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     print("Largest |logit difference| to transformers (float32, same stored values), torch path:")
     _print_head()
     is_exact = _print_exact_rows(arguments or ARCHITECTURES)
@@ -106,13 +109,10 @@ def _print_row(architecture: str, stored_as: str, row: Row) -> None:
 
 def _store(architecture: str, stored_as: str, directory: str, backend: str) -> StoredModel:
     import torch
-    from transformers.utils import logging
 
     from tests.engine.stored_models import store_model
 
     torch.set_num_threads(1)  # tiny matrices
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     return store_model(architecture, stored_as, Path(directory) / "model", backend=backend)
 
 
@@ -134,7 +134,3 @@ def _worst(
         for way in COLUMNS[column]:
             worst = max(worst, max_difference(WAYS[way](model.load, prompt), expected))
     return worst
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ import pytest
 from actors.mailbox import AskTable, DeadLetters, Intake, Outcome
 from actors.rank_group import Deadlines, RankGroup, leave_meeting_place, meeting_address
 from actors.sync_asks import SyncAsk
-from actors.transport import decode_body, encode_message
+from actors.transport.codec import decode_body, encode_message
 from cortexd.errors import (
     CortexError,
     DeadlineExceeded,

@@ -32,6 +32,7 @@ from cortexd.errors import (
 from cortexd.messages import (
     ActorDown,
     ActorUp,
+    CatalogueChanged,
     DescribeModel,
     EndRequest,
     EvictionProposal,
@@ -488,5 +489,29 @@ def test_room_is_for_what_is_loaded_not_for_the_file(tmp_path: Path) -> None:
         world.weights = WeightBytes(2 * GIB, 2 * GIB, 4 * GIB, {"q8_0": GIB, "q4_0": GIB // 2})
         with pytest.raises(ModelLoadFailed, match=r'use what would fit: quant = "q4_0"$'):
             await routed(make_router(world, tmp_path / "full"))
+
+    run(work)
+
+
+def test_another_catalogue_takes_effect_without_a_restart(tmp_path: Path) -> None:
+    """New names are known at once, old ones forgotten; what runs goes on."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router)
+        new = Catalogue(
+            models=[CatalogueModel(id="org/new", quant="Q4_0")], aliases={"n": "org/new"}
+        )
+        router.on_catalogue_changed(CatalogueChanged(new), envelope())
+        assert set(router.models) == {MODEL, "org/new"}
+        assert (await routed(router, "r2")).model_id == MODEL
+        assert (await routed(router, "r3", "n")).model_id == "org/new"
+        with pytest.raises(ModelNotFound):
+            await routed(router, "r4", "small")
+        for request in ("r1", "r2", "r"):
+            router.on_end_request(EndRequest(request), envelope())
+        await router.unload(MODEL, force=False)
+        assert MODEL not in router.models
 
     run(work)
