@@ -20,8 +20,8 @@ from cortexd.messages.control import Message
 from cortexd.messages.envelope import Address
 
 if TYPE_CHECKING:
-    from engine.kv_cache import CacheSize
     from engine.scheduler import StepPlan
+    from engine.tp.step_codec import CacheBounds
 
 _Reply = TypeVar("_Reply", bound=rpc.RpcMessage)
 _Joined = TypeVar("_Joined")
@@ -131,7 +131,7 @@ class RankGroup:
         self.read_bytes = [reply.read_bytes for reply in replies]
         return min([free_bytes, *(reply.free_bytes for reply in replies)])
 
-    def make_cache(self, size: CacheSize) -> int:
+    def make_cache(self, size: CacheBounds) -> int:
         """Let all workers make their cache; return the bytes they hold. Raises: CortexError."""
         clear = rpc.ClearKvCache(self._model_id, size.num_blocks, size.num_state_slots)
         replies = self._ask(clear, rpc.KvCacheCleared, self._deadlines.load_s)
