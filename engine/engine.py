@@ -69,7 +69,7 @@ class Engine:
         self.sampler = Sampler()
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
-        self.memory_bytes += self._lockstep.make_cache(size.num_blocks)
+        self.memory_bytes += self._lockstep.make_cache(size)
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         self.backend_name = model.backend_name
@@ -201,7 +201,7 @@ class Engine:
     def _execute(self, plan: StepPlan) -> Iterator[SampledToken] | None:
         """Return the sampled tokens in row order, or None when memory ran out."""
         try:
-            self._copy_states(plan)
+            self.cache.copy_states(plan.state_copies)
             batch = build_batch(plan.rows, self.cache.block_size, self._device)
             sequences = [row.sequence for row in plan.rows if row.samples]
             self._lockstep.begin_step(plan)
@@ -215,12 +215,6 @@ class Engine:
         # Only here, past the handler, are the failed step's tensors free.
         devices.release_cached_memory(self._device)
         return None
-
-    def _copy_states(self, plan: StepPlan) -> None:
-        states = self.cache.states
-        for source, target in plan.state_copies:
-            assert states is not None, "only a hybrid's plan moves states"
-            states.copy(source, target)
 
     def _shrink(self, plan: StepPlan) -> None:
         sequence = self.scheduler.reduce(plan)
