@@ -85,8 +85,8 @@ class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     """Run one step of the whole batch; every data-dependent decision is in here.
 
     Row i computes `lengths[i]` of `tokens` from position `starts[i]` on, with its KV in
-    `num_blocks[i]` of `blocks` and a hybrid's state in `state_slots[i]`; `samples[i]` (a byte):
-    whether its last token's logits are wanted.
+    `num_blocks[i]` of `blocks` and a hybrid's state in `state_slots[i]`; of its last
+    `num_logits[i]` tokens the logits are wanted.
     """
 
     model_id: str
@@ -97,7 +97,7 @@ class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     num_blocks: bytes
     blocks: bytes
     state_slots: bytes
-    samples: bytes
+    num_logits: bytes
 
 
 class GenerateStepOk(RpcMessage, frozen=True, tag="generate_step_ok"):

@@ -31,7 +31,7 @@ def test_plan_is_equal_on_the_other_side() -> None:
     """Every attribute that a batch is built from."""
     received = decode_step(_message(), block_size=8, num_blocks=8)
     for row, planned in zip(received, _rows(), strict=True):
-        for name in ("start", "num_tokens", "samples", "token_ids", "block_table", "state_slot"):
+        for name in ("start", "num_tokens", "num_logits", "token_ids", "block_table", "state_slot"):
             assert getattr(row, name) == getattr(planned, name), name
 
 
@@ -48,7 +48,9 @@ def test_plan_is_equal_on_the_other_side() -> None:
         {"blocks": pack_token_ids([7, 2, 5, 8])},
         {"blocks": pack_token_ids([7, 2, 5, -1])},
         {"num_blocks": pack_token_ids([4, 0])},
-        {"samples": b"\1"},
+        {"num_logits": pack_token_ids([1])},
+        {"num_logits": pack_token_ids([2, 0])},
+        {"num_logits": pack_token_ids([0, -1])},
         {"state_slots": pack_token_ids([0])},
     ],
 )
