@@ -73,6 +73,7 @@ _FORWARDED: Final = {
     "model.retry": "router",
     "model.pull": "store",
     "host": "poller",
+    "reload": "reloader",
 }
 _LONG: Final = frozenset({"model.load", "model.unload", "model.retry", "model.pull"})
 

@@ -8,6 +8,9 @@ half-running.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -35,6 +38,7 @@ from cortexd.messages import (
     StartGroup,
     StopGroup,
 )
+from cortexd.metrics import EVICTIONS, LOAD_SECONDS, LOADS, UNKNOWN_MODEL
 from cortexd.models import LoadOptions, RankArgs
 
 if TYPE_CHECKING:
@@ -72,15 +76,17 @@ class ModelLoader:
     def begin_load(self, model: ManagedModel) -> None:
         """Start loading unless it already runs."""
         model.become("loading", stage="resolving")
-        self._router.save_desired_with(model)
+        self._router.local.remember_with(model)
         model.load_task = self._router.spawn(self._load(model))
 
     async def _load(self, model: ManagedModel) -> None:
         event(self._router.log, "model.loading", model=model.options.model_id, group=model.group)
         try:
-            resolved = await self._resolve(model)
-            await self._check_split(model.options, resolved)
-            await self._make_room(model, resolved)
+            with self._measured(model, "resolve"):
+                resolved = await self._resolve(model)
+                await self._check_split(model.options, resolved)
+            with self._measured(model, "room"):
+                await self._make_room(model, resolved)
             await self._start_group(model, resolved)
         except CortexError as error:
             self._fail(model, error)
@@ -96,7 +102,8 @@ class ModelLoader:
         if model.state != "loading":
             return  # the group's own end has been told already
         model.become("failed", error=error)
-        self._router.save_desired_without(model)
+        self.measure_failed(model)
+        self._router.local.remember_without(model)
         event(
             self._router.log,
             "model.load_failed",
@@ -107,7 +114,7 @@ class ModelLoader:
         )
         # An id that somebody got wrong is not a model of this host that failed.
         if error.http_status < 500:
-            self._router.forget(model)
+            self._router.local.forget(model)
 
     async def _resolve(self, model: ManagedModel) -> ResolvedFiles:
         settings = self._router.context.settings.store
@@ -180,7 +187,7 @@ class ModelLoader:
                     reason=answer.reason,
                     incoming=model.options.model_id,
                 )
-                await self.unload(victim, force=False)
+                await self.unload(victim, force=False, reason=answer.reason)
         free = await self._free_bytes(model.options, fresh=True)
         if free is not None and free < needed:
             raise InsufficientMemory(
@@ -242,8 +249,11 @@ class ModelLoader:
         model.epoch = answer.epoch
         # From here GroupUp and GroupDown tell how it goes on.
 
-    async def unload(self, model: ManagedModel, *, force: bool) -> None:
-        """Wait for running requests (unless forced), end the group, forget the model."""
+    async def unload(self, model: ManagedModel, *, force: bool, reason: str) -> None:
+        """Wait for running requests (unless forced), end the group, forget the model.
+
+        `reason` is what metrics count it under.
+        """
         if model.is_in("draining"):
             while model.is_in("draining"):
                 await model.wait_changed()
@@ -252,12 +262,12 @@ class ModelLoader:
             model.load_task.cancel()
             model.load_task = None
         drain_s = 0.0 if force else self._router.context.settings.gateway.drain_s
-        self._router.save_desired_without(model)
+        self._router.local.remember_without(model)
         model.become("draining")
         if not await self._drained(model, drain_s) and not force:
             num_requests = len(model.leases)
             model.become("loaded")
-            self._router.save_desired_with(model)
+            self._router.local.remember_with(model)
             raise Overloaded(
                 f'model "{model.options.model_id}" still serves {num_requests} requests after '
                 f"{drain_s:g} s; retry later or force the unload",
@@ -274,8 +284,40 @@ class ModelLoader:
             raise
         if model.is_in("draining"):
             model.become("unloaded")
-        self._router.forget(model)
-        event(self._router.log, "model.unloaded", model=model.options.model_id, forced=force)
+        self._router.local.forget(model)
+        event(
+            self._router.log,
+            "model.unloaded",
+            model=model.options.model_id,
+            forced=force,
+            reason=reason,
+        )
+        self._router.measure(EVICTIONS.sample(1, reason=reason, **self._labels(model)))
+
+    # For metrics
+
+    def measure_loaded(self, model: ManagedModel, load_s: float) -> None:
+        """Count a load that succeeded; `load_s` is what its engine took."""
+        labels = self._labels(model)
+        self._router.measure(LOADS.sample(1, result="loaded", **labels))
+        self._router.measure(LOAD_SECONDS.sample(load_s, stage="start", **labels))
+
+    def measure_failed(self, model: ManagedModel) -> None:
+        """Count a load that failed."""
+        self._router.measure(LOADS.sample(1, result="failed", **self._labels(model)))
+
+    @contextlib.contextmanager
+    def _measured(self, model: ManagedModel, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        self._router.measure(LOAD_SECONDS.sample(seconds, stage=stage, **self._labels(model)))
+
+    def _labels(self, model: ManagedModel) -> dict[str, str]:
+        # An id that nobody configured and that has no files may be anybody's invention.
+        exists = model.is_known or model.files is not None
+        model_id = model.options.model_id if exists else UNKNOWN_MODEL
+        return {"model": model_id, "node": self._router.node_name}
 
     async def _drained(self, model: ManagedModel, drain_s: float) -> bool:
         """Return whether all leases closed within the time."""

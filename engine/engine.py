@@ -75,7 +75,7 @@ class Engine:
         self.sampler = Sampler()
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
-        self.memory_bytes += self._lockstep.make_cache(size.num_blocks)
+        self.memory_bytes += self._lockstep.make_cache(size)
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         self.backend_name = model.backend_name
@@ -210,7 +210,7 @@ class Engine:
         Raises: what cannot be survived.
         """
         # States are moved before anything can go wrong: what they are needed for lies ahead.
-        self._copy_states(plan)
+        self.cache.copy_states(plan.state_copies)
         is_in_lockstep = not self._is_split
         try:
             batch = build_batch(plan.rows, self.cache.block_size, self._device)
@@ -247,12 +247,6 @@ class Engine:
             name = sequence.submit.request_id
             fault = errors.Internal(f"request {name}: a step of the engine failed; see its log")
             self._fail(sequence, fault)
-
-    def _copy_states(self, plan: StepPlan) -> None:
-        states = self.cache.states
-        for source, target in plan.state_copies:
-            assert states is not None, "only a hybrid's plan moves states"
-            states.copy(source, target)
 
     def _shrink(self, plan: StepPlan) -> None:
         sequence = self.scheduler.reduce(plan)

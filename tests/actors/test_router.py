@@ -32,6 +32,7 @@ from cortexd.errors import (
 from cortexd.messages import (
     ActorDown,
     ActorUp,
+    CatalogueChanged,
     DescribeModel,
     EndRequest,
     EvictionProposal,
@@ -465,5 +466,29 @@ def test_no_room_and_no_victim_says_both_numbers(tmp_path: Path) -> None:
         with pytest.raises(ModelLoadFailed, match=r"needs about 2\.5 GiB and 1\.0 GiB are free"):
             await routed(router)
         assert world.count(StartGroup) == 0
+
+    run(work)
+
+
+def test_another_catalogue_takes_effect_without_a_restart(tmp_path: Path) -> None:
+    """New names are known at once, old ones forgotten; what runs goes on."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router)
+        new = Catalogue(
+            models=[CatalogueModel(id="org/new", quant="Q4_0")], aliases={"n": "org/new"}
+        )
+        router.on_catalogue_changed(CatalogueChanged(new), envelope())
+        assert set(router.models) == {MODEL, "org/new"}
+        assert (await routed(router, "r2")).model_id == MODEL
+        assert (await routed(router, "r3", "n")).model_id == "org/new"
+        with pytest.raises(ModelNotFound):
+            await routed(router, "r4", "small")
+        for request in ("r1", "r2", "r"):
+            router.on_end_request(EndRequest(request), envelope())
+        await router.unload(MODEL, force=False)
+        assert MODEL not in router.models
 
     run(work)
