@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     stop = add("stop", "cli.stop:stop", "stop the daemon, letting running requests finish")
     stop.add_argument("--now", action="store_true", help="do not wait for running requests")
+    add("reload", "cli.reload:reload", "read the model catalogue again and show what changed")
     models = add("models", "cli.models:models", "list the models")
     models.add_argument("--json", action="store_true", help="the daemon's own answer, as JSON")
     _add_models(add)

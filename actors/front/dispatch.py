@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Final
 
 import aiohttp
@@ -121,6 +122,7 @@ class Dispatch:
         head_timeout_s = self._services.settings.gateway.request_timeout_s
         if self._is_stream and routed.kind == "cortex":
             head_timeout_s = HEAD_TIMEOUT_S
+        self._record.submitted = self._record.submitted or time.monotonic()
         self._upstream = await self._services.upstream.post(
             routed.node,
             routed.base_url + path,

@@ -54,6 +54,7 @@ from cortexd.messages.fleet import (
     UnloadModelNow,
 )
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
+from cortexd.messages.metrics import Gauges, Measured, Sample
 from cortexd.messages.neurons import (
     LoadOnNode,
     NeuronReport,
@@ -63,6 +64,7 @@ from cortexd.messages.neurons import (
     RoutedRemote,
     UnloadOnNode,
 )
+from cortexd.messages.reload import CatalogueChanged, ReloadFiles
 from cortexd.messages.rpc import Reply, Request
 
 Body = (
@@ -90,6 +92,8 @@ Body = (
     | Stop
     | StopGroup
     | Welcome
+    | Gauges
+    | Measured
     | LoadOnNode
     | NeuronReport
     | NodeFailed
@@ -118,6 +122,8 @@ Body = (
     | Routed
     | UnloadIdle
     | UnloadModelNow
+    | CatalogueChanged
+    | ReloadFiles
     | Cancel
     | Submit
     | TokenBatch
@@ -136,11 +142,13 @@ __all__ = [
     "Body",
     "Bye",
     "Cancel",
+    "CatalogueChanged",
     "DescribeModel",
     "Drain",
     "EndRequest",
     "ErrorInfo",
     "EvictionProposal",
+    "Gauges",
     "GroupDown",
     "GroupStarting",
     "GroupUp",
@@ -151,6 +159,7 @@ __all__ = [
     "LoadOnNode",
     "LoadProgress",
     "LoadReport",
+    "Measured",
     "ModelList",
     "ModelLoaded",
     "NeuronReport",
@@ -164,6 +173,7 @@ __all__ = [
     "QueryHost",
     "QueryLoad",
     "Ready",
+    "ReloadFiles",
     "RequestFinished",
     "ResolveFiles",
     "ResolveProgress",
@@ -172,6 +182,7 @@ __all__ = [
     "Routed",
     "RoutedHere",
     "RoutedRemote",
+    "Sample",
     "SetLogLevel",
     "StartGroup",
     "Stop",
