@@ -13,9 +13,9 @@ import psutil
 import torch
 
 from cortexd import errors
+from cortexd.log import event
 from cortexd.models import ModelSpec
 from cortexd.settings import Engine as EngineSettings
-from cortexd.log import event
 from engine.kernels import cpu as native
 from engine.kernels import triton as triton_kernels
 from engine.layers.linear import Backend

@@ -40,45 +40,50 @@ class FusedDeltaNet:
     ) -> Tensor:
         """Return (num_tokens, hidden_size); positions play no part, so `tables` is not read."""
         layer = self._layer
+        assert cache.states is not None, "a hybrid model runs with state slots"
         projected = layer.projections(normed)
         attended = projected.new_empty(len(projected), layer.spec.value_size)
         count = batch.num_single_rows
-        for rows, group in ((batch.single_rows, slice(0, count)), (batch.run_rows, slice(count, None))):
+        for rows, group in (
+            (batch.single_rows, slice(0, count)),
+            (batch.run_rows, slice(count, None)),
+        ):
             if rows is not None:
-                slots, is_fresh = batch.state_slots[group], batch.is_fresh[group]
-                self._advance(projected[group], rows, slots, is_fresh, cache, attended[group])
+                states = SlotStates(
+                    cache.states.recurrent[layer.layer],
+                    batch.state_slots[group],
+                    batch.is_fresh[group],
+                )
+                tails = cache.states.conv_tails[layer.layer]
+                self._advance(projected[group], rows, states, tails, out=attended[group])
         return layer.output(attended)
 
     def _advance(
         self,
         projected: Tensor,
         rows: PagedRows,
-        slots: Tensor,
-        is_fresh: Tensor,
-        cache: KVCache,
-        attended: Tensor,
+        states: SlotStates,
+        tails: Tensor,
+        *,
+        out: Tensor,
     ) -> None:
         """Run rows of one token each, or runs, through convolution, delta rule and gated norm."""
         layer, shape = self._layer, self._shape
-        assert cache.states is not None, "a hybrid model runs with state slots"
         mixed, gate, b, a = projected.split(layer.widths, dim=-1)
         convolved = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
         convolve(
             mixed,
-            cache.states.conv_tails[layer.layer],
+            tails,
             layer.conv_weight,
-            slots,
-            is_fresh,
+            states.slots,
+            states.is_fresh,
             rows.query_starts,
             max(rows.query_lens),
             out=convolved,
         )
         heads = HeadInputs(convolved, b, a, gate)
-        states = SlotStates(cache.states.recurrent[layer.layer], slots, is_fresh)
         if max(rows.query_lens) == 1:
-            delta_decode(heads, self._weights, states, shape, out=attended)
+            delta_decode(heads, self._weights, states, shape, out=out)
         else:
             chunks = rows.chunks(CHUNK)
-            delta_prefill(
-                heads, self._weights, states, shape, rows.query_starts, chunks, out=attended
-            )
+            delta_prefill(heads, self._weights, states, shape, rows.query_starts, chunks, out=out)

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA devices: one file per kernel, each beside a torch reference in the layers.
+"""Triton kernels for CUDA devices: a file for each, a torch reference in the layers for each.
 
 `engine.models.fused` runs whole decoder steps with them; `engine.layers.linear` the quantised
 products. Triton comes with torch's CUDA builds only, so nothing here is imported before

@@ -70,9 +70,7 @@ def _step(
     v = tl.load(own + 2 * key_size + head * VALUE_DIM + values, mask=has_value, other=0.0)
     stored_b = tl.load(b + row * b_stride + head)
     beta = sigmoid(stored_b.to(tl.float32)).to(stored_b.dtype).to(tl.float32)
-    decay = decay_of(
-        tl.load(a + row * a_stride + head), tl.load(rate + head), tl.load(bias + head)
-    )
+    decay = decay_of(tl.load(a + row * a_stride + head), tl.load(rate + head), tl.load(bias + head))
     slot = tl.load(slots + row).to(tl.int64)
     at = states + (slot * num_value_heads + head) * KEY_DIM * VALUE_DIM
     at = at + keys[:, None] * VALUE_DIM + values[None, :]

@@ -184,9 +184,7 @@ def _carry_state(
         tokens = first + index
         exists = tokens < end
         at = tokens * num_value_heads + head
-        query = _head_rows(
-            mixed, tokens, exists, key_head * KEY_DIM, conv_size, KEY_DIM, KEY_TILE
-        )
+        query = _head_rows(mixed, tokens, exists, key_head * KEY_DIM, conv_size, KEY_DIM, KEY_TILE)
         query = l2_normalized(query) * scale
         key = _head_rows(
             mixed, tokens, exists, key_size + key_head * KEY_DIM, conv_size, KEY_DIM, KEY_TILE

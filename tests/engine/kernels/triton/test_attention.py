@@ -54,9 +54,7 @@ def test_decode_equals_the_reference(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_prefill_equals_the_reference(
-    shape: tuple[int, int, int, int], dtype: torch.dtype
-) -> None:
+def test_prefill_equals_the_reference(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     """Whole prompts, chunks behind a prefix, and rows of one token, in one batch."""
     case = make([(70, 70), (5, 90), (1, 40), (65, 66)], shape, dtype)
     found = attend_prefill(

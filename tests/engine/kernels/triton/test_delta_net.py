@@ -20,9 +20,7 @@ from tests.engine.kernels.triton.cases import DEVICE, Lengths, make_batch, rando
 from tests.engine.test_submission import SPEC as TINY
 
 HIDDEN: Final = 16
-SMALL = LinearAttentionSpec(
-    num_key_heads=2, num_value_heads=4, key_head_dim=16, value_head_dim=24
-)
+SMALL = LinearAttentionSpec(num_key_heads=2, num_value_heads=4, key_head_dim=16, value_head_dim=24)
 TILED = msgspec.structs.replace(SMALL, has_tiled_heads=True)
 LARGE = LinearAttentionSpec(
     num_key_heads=1, num_value_heads=1, key_head_dim=128, value_head_dim=128

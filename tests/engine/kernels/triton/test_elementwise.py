@@ -65,11 +65,9 @@ def test_heads_are_normed_rotated_and_written(
     if norm_kind != "none":
         weight = 1 + random(num_heads + num_kv_heads, head_dim, seed=2) / 10
         is_plain = norm_kind == "plain"
-        norm = (
-            HeadRMSNorm(weight.to(dtype), EPS) if is_plain else ZeroCentredRMSNorm(weight, EPS)
-        )
+        norm = HeadRMSNorm(weight.to(dtype), EPS) if is_plain else ZeroCentredRMSNorm(weight, EPS)
     expected_cache = cache.clone()
-    query = _in_torch(heads.clone(), norm, rope, tables, expected_cache, slots)
+    query = _in_torch(heads.clone(), norm, rope, tables, cache=expected_cache, slots=slots)
     weight_of_norm = None if norm is None else norm.weight
     close(norm_rotate_write(heads, cache, slots, tables, weight_of_norm, EPS), query)
     close(cache, expected_cache)
@@ -80,6 +78,7 @@ def _in_torch(
     norm: HeadRMSNorm | ZeroCentredRMSNorm | None,
     rope: RotaryEmbedding,
     tables: tuple[Tensor, Tensor],
+    *,
     cache: Tensor,
     slots: Tensor,
 ) -> Tensor:
