@@ -33,12 +33,16 @@ RowMask = Callable[[Sequence], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One row's result; `token_id` is None when no token could be chosen."""
+    """One row's result; `token_id` is None when no token could be chosen.
+
+    `is_barred` when that is because the request's own settings forbid them all.
+    """
 
     token_id: int | None
     logprob: float | None = None
     top_ids: list[int] = field(default_factory=list)
     top_logprobs: list[float] = field(default_factory=list)
+    is_barred: bool = False
 
 
 class _TokenCounts:
@@ -99,7 +103,7 @@ class Sampler:
         if mask is not None:
             logits = logits.masked_fill(~mask(sequence), float("-inf"))
         if (mask is not None or sequence.bad_words) and bool(logits.isneginf().all()):
-            return SampledToken(None)
+            return SampledToken(None, is_barred=True)
         if submit.temperature == 0:
             token_id = int(logits.argmax())
         else:

@@ -34,6 +34,7 @@ class Submit(Message, frozen=True, tag="Submit"):
     stop_token_ids: bytes = b""
     logit_bias: dict[int, float] = {}
     bad_words: list[bytes] = []
+    grammar: str = ""  # what the output must be, in the words of engine.grammar.source
     cache_salt: str = ""  # only sequences with equal salts share cached prefixes
 
 

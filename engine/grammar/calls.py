@@ -118,9 +118,10 @@ class CallGrammar:
         found = resolved(schema, root)
         kinds = declared_types(schema, root)
         if "string" not in kinds and kinds:
-            shared = {name: root[name] for name in ("$defs", "definitions") if name in root}
-            is_plain = not isinstance(schema, dict)
-            return json_value(bool(schema) if is_plain else {**shared, **schema})
+            shared: JsonObject = {
+                name: root[name] for name in ("$defs", "definitions") if name in root
+            }
+            return json_value({**shared, **schema} if isinstance(schema, dict) else True)
         if kinds not in (["string"], []):
             # What could be two things is read as the other one first, so only text is sure.
             return self._text(rule, {}, path)
