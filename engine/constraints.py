@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from cortexd.errors import CortexError, InvalidValue, Overloaded
+from cortexd.errors import InvalidValue, Overloaded
 from cortexd.models import ModelFiles, ModelSpec
 from engine.grammar.compiler import GrammarCompiler, PendingMatcher
 from engine.grammar.matcher import Matcher, Vocabulary
@@ -106,11 +106,3 @@ def compiler_for(files: ModelFiles, spec: ModelSpec) -> GrammarCompiler:
         return Vocabulary(text_model.shown_tokens(), spec.vocab_size, hidden)
 
     return GrammarCompiler(load)
-
-
-def barred(request_id: str) -> CortexError:
-    """Return the error of a row that had no token left to choose."""
-    return InvalidValue(
-        f"request {request_id}: its grammar, bad_words, min_tokens and logit_bias together leave "
-        "no token to choose from; relax one of them"
-    )

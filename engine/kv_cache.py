@@ -6,6 +6,7 @@ must read no slot beyond a sequence's length, where another one may have left a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -98,6 +99,7 @@ class KVCache:
         shape = (num_layers, size.num_blocks, block_size, num_heads, spec.head_dim)
         # Not touched before use, so a CPU maps memory only for blocks that were held once.
         self.blocks = torch.empty(shape, dtype=dtype, device=device)
+        self.size = size
         self.block_size = block_size
         self.states: StateCache | None = None
         if size.num_state_slots:
@@ -109,6 +111,12 @@ class KVCache:
     def memory_bytes(self) -> int:
         """Bytes of the whole cache."""
         return self.blocks.nbytes + (0 if self.states is None else self.states.memory_bytes)
+
+    def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy a hybrid's states from slot to slot, in this order."""
+        for source, target in copies:
+            assert self.states is not None, "only a hybrid's plan moves states"
+            self.states.copy(source, target)
 
     def layer(self, index: int) -> Tensor:
         """Return (num_blocks, block_size, 2 * num_kv_heads, head_dim): K heads first, then V."""

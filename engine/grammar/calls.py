@@ -106,9 +106,7 @@ class CallGrammar:
             start, end = f"{TOOL_CALL[0]}\n{start}", f"{end}\n{TOOL_CALL[1]}"
         return " ".join([literal(start), *parts, literal(end)])
 
-    def _xml_value(
-        self, rule: str, key: str, schema: object, root: JsonObject, path: str
-    ) -> str:
+    def _xml_value(self, rule: str, key: str, schema: object, root: JsonObject, path: str) -> str:
         if not key or set(key) & set("<> \t\r\n"):
             raise UnsupportedParameter(
                 f"{path}: the name cannot be written in this model's calls; use letters, digits "
@@ -156,9 +154,13 @@ def object_schema(schema: JsonObject) -> JsonObject:
     Without a word about others a schema allows any; a forced call needs none that nobody reads.
     """
     closed = {"type": "object", **schema}
-    if "properties" in closed and not {"patternProperties", "anyOf", "allOf", "oneOf", "$ref"} & set(
-        closed
-    ):
+    if "properties" in closed and not {
+        "patternProperties",
+        "anyOf",
+        "allOf",
+        "oneOf",
+        "$ref",
+    } & set(closed):
         closed.setdefault("additionalProperties", False)
     return closed
 

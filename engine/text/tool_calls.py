@@ -28,9 +28,7 @@ _NAME_AND_ARGUMENTS: Final = re.compile(
 )
 # Complete strings and all that is not one, then perhaps a string that is still open. A raw line
 # break ends a string in no JSON: what holds one was never meant to be JSON.
-_OPEN_STRING: Final = re.compile(
-    r'\s*[\[{](?:[^"]|"(?:[^"\\\n]|\\.)*+")*+"(?:[^"\\\n]|\\.)*+\\?'
-)
+_OPEN_STRING: Final = re.compile(r'\s*[\[{](?:[^"]|"(?:[^"\\\n]|\\.)*+")*+"(?:[^"\\\n]|\\.)*+\\?')
 # A number beyond the range of a double is still a number.
 _DECODER: Final = msgspec.json.Decoder(float_hook=float)
 

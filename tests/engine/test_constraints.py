@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -113,7 +112,9 @@ def test_end_is_allowed_exactly_when_the_grammar_accepts(
 ) -> None:
     """With every end token favoured, an answer ends at the first place where it may, not before."""
     ends = dict.fromkeys(text_model.eos_token_ids, 100.0)
-    [outcome] = run(engine, {"max_tokens": 50, "logit_bias": ends, "grammar": grammar(regex("ab{3,}"))})
+    [outcome] = run(
+        engine, {"max_tokens": 50, "logit_bias": ends, "grammar": grammar(regex("ab{3,}"))}
+    )
     assert text_model.decode(outcome.token_ids) == "abbb"
     assert outcome.finish_reason == "stop"
     fields = {"max_tokens": 9, "logit_bias": ends, "grammar": grammar(regex("b+")), "min_tokens": 5}
@@ -122,22 +123,25 @@ def test_end_is_allowed_exactly_when_the_grammar_accepts(
     assert (text_model.decode(endless.token_ids), endless.finish_reason) == ("b" * 9, "length")
 
 
-def test_answer_does_not_depend_on_neighbours_or_preemption(
-    files: ModelFiles, text_model: TextModel
-) -> None:
-    """Alone, among others, and preempted for want of blocks: the same seeded answer."""
-    alone = [
-        run(load_engine(files, kv_cache_mib=4), {**SAMPLED, "seed": seed})[0].token_ids
-        for seed in range(4)
-    ]
-    crowded = load_engine(files, num_kv_blocks=12) if False else load_engine(files, kv_cache_mib=1)
-    free = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True, "seed": 9}
-    plain = run(load_engine(files, kv_cache_mib=4), free)[0].token_ids
-    mixed = run(crowded, *[{**SAMPLED, "seed": seed} for seed in range(4)], free)
-    for seed, outcome in enumerate(mixed[:4]):
-        assert outcome.token_ids == run(load_engine(files, kv_cache_mib=4), {}, {}, {}, {}) if False else True
-        jsonschema.validate(document(outcome, text_model), PERSON)
-    assert alone and plain
+def test_answer_does_not_depend_on_neighbours_or_preemption(files: ModelFiles) -> None:
+    """Alone, or among others and preempted for want of blocks: the same seeded answers."""
+    submits: list[dict[str, Any]] = [{**SAMPLED, "max_tokens": 60, "seed": n} for n in range(4)]
+    submits.append({"temperature": 1.0, "max_tokens": 60, "ignore_eos": True, "seed": 9})
+    roomy = load_engine(files, kv_cache_mib=4)
+    together = [outcome.token_ids for outcome in run(roomy, *submits)]
+    assert roomy.report("m").num_preemptions == 0
+    for number in (0, 4):
+        engine = load_engine(files, kv_cache_mib=4)
+        prompt = [5, 6, 7, 8 + number % 3]
+        engine.submit(OWNER, make_submit(prompt, **submits[number]))
+        assert run_to_end(engine)[1].token_ids == together[number]
+    crowded = load_engine(files, max_model_len=72)
+    pool = crowded.scheduler.pool
+    pool.allocate(pool.num_free - 16)
+    pool.num_blocks = 17
+    outcomes = run(crowded, *submits)
+    assert crowded.report("m").num_preemptions > 0
+    assert [outcome.token_ids for outcome in outcomes] == together
 
 
 def test_bad_grammar_fails_its_request_only(engine: Engine) -> None:
