@@ -159,18 +159,35 @@ class Worker(SyncActor):
 
     @handles(rpc.SnapshotKvCache)
     def on_snapshot(self, message: rpc.SnapshotKvCache, envelope: Envelope) -> rpc.RpcMessage:
-        """Refuse: blocks of the cache are shared, not copied."""
-        return _no_snapshots("snapshot_failed")
+        """Keep a copy of a sequence's blocks and state."""
+        with self._answers("snapshot_failed") as answer:
+            self._check_epoch(envelope)
+            kept = self._loaded(message.model_id).kept
+            num_bytes = kept.keep(message.snapshot_id, message.blocks, message.state_slot)
+            answer.reply = rpc.KvSnapshotStored(num_bytes)
+        return answer.reply
 
     @handles(rpc.RestoreKvCache)
     def on_restore(self, message: rpc.RestoreKvCache, envelope: Envelope) -> rpc.RpcMessage:
-        """Refuse: there are no snapshots."""
-        return _no_snapshots("snapshot_not_found")
+        """Put a kept copy into blocks and a state slot."""
+        with self._answers("restore_failed") as answer:
+            self._check_epoch(envelope)
+            kept = self._loaded(message.model_id).kept
+            if message.snapshot_id not in kept:
+                text = f"there is no snapshot {message.snapshot_id}"
+                raise RpcFailure("snapshot_not_found", text)
+            kept.restore(message.snapshot_id, message.blocks, message.state_slot)
+            answer.reply = rpc.KvCacheRestored()
+        return answer.reply
 
     @handles(rpc.DropKvSnapshot)
     def on_drop(self, message: rpc.DropKvSnapshot, envelope: Envelope) -> rpc.RpcMessage:
-        """An unknown snapshot is dropped already."""
-        return rpc.KvSnapshotDropped()
+        """Forget a kept copy; an unknown one is dropped already."""
+        with self._answers("bad_request") as answer:
+            self._check_epoch(envelope)
+            self._loaded(message.model_id).kept.drop(message.snapshot_id)
+            answer.reply = rpc.KvSnapshotDropped()
+        return answer.reply
 
     @handles(rpc.QueryVram)
     def on_query_vram(self, message: rpc.QueryVram, envelope: Envelope) -> rpc.RpcMessage:
@@ -252,7 +269,3 @@ class _Answer:
     """The reply of one request, filled in by its handler."""
 
     reply: rpc.RpcMessage
-
-
-def _no_snapshots(kind: rpc.ErrorKind) -> rpc.Error:
-    return rpc.Error(kind, "snapshots of the KV cache are not supported on this rank")

@@ -124,10 +124,15 @@ class KvCacheCleared(RpcMessage, frozen=True, tag="kv_cache_cleared"):
 
 
 class SnapshotKvCache(RpcMessage, frozen=True, tag="snapshot_kv_cache"):
-    """Keep the state of a sequence under an id."""
+    """Keep a copy of a sequence's KV blocks, and of a hybrid's state slot, under a new id.
+
+    The slot is 0 for a model without recurrent state.
+    """
 
     model_id: str
     snapshot_id: int
+    blocks: bytes
+    state_slot: int
 
 
 class KvSnapshotStored(RpcMessage, frozen=True, tag="kv_snapshot_stored"):
@@ -137,10 +142,12 @@ class KvSnapshotStored(RpcMessage, frozen=True, tag="kv_snapshot_stored"):
 
 
 class RestoreKvCache(RpcMessage, frozen=True, tag="restore_kv_cache"):
-    """Take the state that was kept under an id."""
+    """Put what was kept under an id into as many blocks, and into a slot. It stays kept."""
 
     model_id: str
     snapshot_id: int
+    blocks: bytes
+    state_slot: int
 
 
 class KvCacheRestored(RpcMessage, frozen=True, tag="kv_cache_restored"):

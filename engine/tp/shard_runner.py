@@ -17,6 +17,7 @@ from engine.kv_cache import CacheSize, KVCache
 from engine.model_load import LoadedModel, Progress, load_model
 from engine.snapshots import StateCopy
 from engine.tp.comm import Comm
+from engine.tp.kept_states import KeptStates
 
 
 class ShardRunner:
@@ -26,6 +27,7 @@ class ShardRunner:
         self.comm = comm
         self.loaded = loaded
         self.cache: KVCache | None = None
+        self.kept = KeptStates(lambda: self.cache)
         self._block_size = block_size
 
     @classmethod
@@ -60,6 +62,7 @@ class ShardRunner:
     def make_cache(self, num_blocks: int, num_state_slots: int) -> None:
         """Make the cache, or make it anew, of as many blocks and slots as the leader's has."""
         self.cache = None  # first, so that both never lie in memory together
+        self.kept.clear()
         loaded = self.loaded
         size = CacheSize(num_blocks, num_blocks * self._block_size, num_state_slots)
         self.cache = KVCache(loaded.spec, size, self._block_size, loaded.dtype, loaded.device)
