@@ -138,6 +138,7 @@ class Worker(SyncActor):
     @handles(rpc.GenerateStep)
     def on_step(self, message: rpc.GenerateStep, envelope: Envelope) -> rpc.RpcMessage:
         """Run the leader's step, whose collectives complete only with this rank."""
+        from engine.device import is_device_poisoned
         from engine.tp.step_codec import decode_step
 
         with self._answers("bad_request") as answer:
@@ -152,7 +153,7 @@ class Worker(SyncActor):
                 event(self.log, "shard.step_failed", 40, exc_info=True, error=repr(error))
                 text = f"step {message.step} failed: {error!r}"
                 self.reply(envelope, rpc.Error("forward_failed", text))
-                self.exit_poisoned(text)
+                self.exit_poisoned(text, is_device_lost=is_device_poisoned(error))
             self.count_progress()
             answer.reply = rpc.GenerateStepOk(message.step)
         return answer.reply

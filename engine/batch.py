@@ -16,14 +16,17 @@ from torch import Tensor
 
 
 class StepRow(Protocol):
-    """One sequence's share of a step: `token_ids` from position `start` on."""
+    """One sequence's share of a step: `token_ids` from position `start` on.
+
+    The last `num_logits` of them yield logits.
+    """
 
     @property
     def start(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
     @property
-    def samples(self) -> bool: ...
+    def num_logits(self) -> int: ...
     @property
     def token_ids(self) -> Sequence[int]: ...
     @property
@@ -96,8 +99,7 @@ def build_batch(
         token_ids += planned.token_ids
         positions += range(begin, end)
         slots += _slots(planned.block_table, begin, end, block_size)
-        if planned.samples:
-            logit_rows.append(len(token_ids) - 1)
+        logit_rows += range(len(token_ids) - planned.num_logits, len(token_ids))
     state_slots = [row.state_slot for row in rows]
     is_fresh = [int(row.is_fresh) for row in rows]
     lists = [token_ids, positions, slots, logit_rows, state_slots, is_fresh]

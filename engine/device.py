@@ -117,6 +117,20 @@ def is_device_poisoned(error: BaseException) -> bool:
     return any(mark in str(error) for mark in _FATAL_MARKS)
 
 
+def is_alive(device: torch.device) -> bool:
+    """Tell whether the device can go on, once it has done what it was asked for.
+
+    Kernels fail after their call has returned.
+    """
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def release_cached_memory(device: torch.device) -> None:
     """Give the caching allocator's unused memory back."""
     if device.type == "cuda":

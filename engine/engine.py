@@ -2,17 +2,21 @@
 
 Called by the leader actor from one thread. Owns the weights, the KV cache, the scheduler and the
 sampler. A row with non-finite logits fails alone; a step that runs out of memory is repeated with
-fewer tokens; every other fault of a step is raised, and the caller ends the process.
+fewer tokens; any other error fails the requests of its step. What cannot be survived (see
+`engine.step_faults`) is raised, and the caller ends the process: a lost device, an error that
+recurs, and with several ranks any error while they are inside a step.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from cortexd import errors
+from cortexd.log import event
 from cortexd.messages.fleet import LoadReport
 from cortexd.messages.inference import SequenceDelta, Submit
 from cortexd.models import ModelFiles, ModelLimits, ModelSpec
@@ -23,10 +27,12 @@ from engine.block_pool import BlockPool
 from engine.kv_cache import KVCache, choose_size
 from engine.model_load import Model, load_model
 from engine.outbox import Outbox
+from engine.row_results import RowResult, not_finite, nothing_allowed, read_results
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import PlannedRow, Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.slot_pool import SlotPool
+from engine.step_faults import StepFaults
 from engine.submission import make_sequence
 from engine.throughput import MovingRate
 from engine.tp.comm import Comm
@@ -76,6 +82,7 @@ class Engine:
         self._device = device
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
+        self._faults = StepFaults(device)
         self._prefill_rate = MovingRate()
         self._decode_rate = MovingRate()
         self._num_prompt_tokens = 0
@@ -157,19 +164,18 @@ class Engine:
     def step(self) -> dict[str, list[SequenceDelta]]:
         """Run one step; return what it and cancellations before it have to tell, by owner.
 
-        Raises: RuntimeError when the device or the model's code fails; the engine is then unusable.
+        Raises: what cannot be survived; the engine is then unusable.
         """
         if self.scheduler.has_work:
             started = time.perf_counter()
             plan = self.scheduler.plan()
             assert plan.rows, f"{self.scheduler} has work and planned none of it"
-            sampled = self._execute(plan)
-            if sampled is None:
-                self._shrink(plan)
-            else:
+            results = self._execute(plan)
+            if results is not None:
+                self._faults.clear()
                 self.scheduler.complete(plan)
-                for row in plan.rows:
-                    self._deliver(row, sampled)
+                for row, result in zip(plan.rows, results, strict=True):
+                    self._deliver(row, result)
                 self._count(plan, time.perf_counter() - started)
         return self._outbox.take()
 
@@ -198,23 +204,49 @@ class Engine:
             self._finish(sequence)
         self._outbox.take()
 
-    def _execute(self, plan: StepPlan) -> Iterator[SampledToken] | None:
-        """Return the sampled tokens in row order, or None when memory ran out."""
+    def _execute(self, plan: StepPlan) -> list[RowResult] | None:
+        """Return each row's result; None when the step failed, which has been dealt with.
+
+        Raises: what cannot be survived.
+        """
+        # States are moved before anything can go wrong: what they are needed for lies ahead.
+        self.cache.copy_states(plan.state_copies)
+        is_in_lockstep = not self._is_split
         try:
-            self.cache.copy_states(plan.state_copies)
             batch = build_batch(plan.rows, self.cache.block_size, self._device)
-            sequences = [row.sequence for row in plan.rows if row.samples]
             self._lockstep.begin_step(plan)
             logits = self.model.forward(batch, self.cache)
             self._lockstep.end_step()
-            return iter(self.sampler.sample(logits, sequences) if sequences else [])
-        except (RuntimeError, MemoryError) as error:
-            # Other ranks may be at another point of the step: it cannot be repeated.
-            if self._is_split or not devices.is_out_of_memory(error):
+            is_in_lockstep = True
+            return read_results(plan.rows, logits, self.sampler)
+        except Exception as error:
+            verdict = self._faults.judge(error, is_in_lockstep=is_in_lockstep)
+            if verdict == "end":
                 raise
+            if verdict == "fail":
+                self._fail_step(plan, error)
         # Only here, past the handler, are the failed step's tensors free.
         devices.release_cached_memory(self._device)
+        if verdict == "shrink":
+            self._shrink(plan)
         return None
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        """End all requests of a step that raised; nothing that it computed is kept."""
+        sequences = [row.sequence for row in plan.rows]
+        request_ids = sorted({sequence.submit.request_id for sequence in sequences})
+        event(
+            logging.getLogger("cortexd.engine"),
+            "engine.step_failed",
+            logging.ERROR,
+            exc_info=True,
+            error=repr(error),
+            requests=request_ids,
+        )
+        for sequence in sequences:
+            name = sequence.submit.request_id
+            fault = errors.Internal(f"request {name}: a step of the engine failed; see its log")
+            self._fail(sequence, fault)
 
     def _shrink(self, plan: StepPlan) -> None:
         sequence = self.scheduler.reduce(plan)
@@ -225,29 +257,38 @@ class Engine:
             )
             self._fail(sequence, error)
 
-    def _deliver(self, row: PlannedRow, sampled: Iterator[SampledToken]) -> None:
-        sequence = row.sequence
-        if not row.samples:
-            if sequence.num_output_tokens == 0:
-                self._outbox.add_progress(sequence)
+    def _deliver(self, row: PlannedRow, result: RowResult) -> None:
+        sequence, token, scores = row.sequence, result.token, result.scores
+        if scores is not None and len(scores.logprobs) < row.num_scored:
+            # Those of this row are counted as scored already.
+            index = sequence.num_scored - row.num_scored + len(scores.logprobs) + 1
+            self._fail(sequence, not_finite(sequence, index), is_tainted=True)
             return
-        token = next(sampled)
-        if token.token_id is None:
-            error = errors.NonFiniteLogits(
-                f"request {sequence.submit.request_id}: the model's logits held NaN or infinity "
-                f"at token {len(sequence.token_ids)}; only this request failed"
-            )
+        if scores is not None or (token is None and sequence.num_output_tokens == 0):
+            self._outbox.add_progress(sequence, scores)
+        if token is None:
+            return
+        if token.token_id is None and not token.is_finite:
+            error = not_finite(sequence, len(sequence.token_ids))
             self._fail(sequence, error, is_tainted=True)
+        elif sequence.max_tokens == 0:
+            self._finish(sequence)
+            self._outbox.add_end(sequence, "length")
+        elif token.token_id is None:
+            self._fail(sequence, nothing_allowed(sequence))
         elif token.token_id in sequence.stop_token_ids:
             self._finish(sequence)
             self._outbox.add_end(sequence, "stop")
         else:
-            sequence.token_ids.append(token.token_id)
-            self._num_generated_tokens += 1
-            is_last = sequence.num_output_tokens >= sequence.max_tokens
-            if is_last:
-                self._finish(sequence)
-            self._outbox.add_token(sequence, token, "length" if is_last else None)
+            self._add_token(sequence, token, token.token_id)
+
+    def _add_token(self, sequence: Sequence, token: SampledToken, token_id: int) -> None:
+        sequence.token_ids.append(token_id)
+        self._num_generated_tokens += 1
+        is_last = sequence.num_output_tokens >= sequence.max_tokens
+        if is_last:
+            self._finish(sequence)
+        self._outbox.add_token(sequence, token, "length" if is_last else None)
 
     def _fail(
         self, sequence: Sequence, error: errors.CortexError, *, is_tainted: bool = False

@@ -25,6 +25,7 @@ from engine import device as devices
 from engine.formats.checkpoint import Checkpoint, CheckpointTensor, listing
 from engine.formats.checkpoint_check import check_plan
 from engine.formats.in_situ import in_situ_type, type_for_columns
+from engine.kernels import cpu as native
 from engine.layers.embedding import Embedding, tied_embedding
 from engine.layers.linear import Backend, Linear, Weight, pack_native
 from engine.layers.sparse_mlp import SparseMLP
@@ -138,10 +139,13 @@ class Weights:
 
     def check_memory(self) -> None:
         """Raise InsufficientMemory when the device has no room for the weights; none is read."""
+        # The CPU's kernels multiply dense weights as they are stored.
+        is_native = self.backend == "auto" and self.device.type == "cpu" and native.available()
         check_weights_fit(
-            [self._local(name) for name in self._checked],
-            self.dtype.itemsize,
+            {name: self._local(name) for name in self._checked},
+            None if is_native and self.dtype == torch.float32 else self.dtype.itemsize,
             self._in_situ,
+            is_tied=self._spec.tie_word_embeddings,
             available_bytes=devices.free_memory_bytes(self.device, self._comm.world_size),
             device=str(self.device),
         )

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from cortexd.errors import BadModelFile, InvalidValue
-from cortexd.models import ModelFiles, ModelSpec
+from cortexd.models import ModelFiles, ModelSpec, WeightBytes
 from engine.formats.checkpoint import Checkpoint, CheckpointTensor
 from engine.formats.checkpoint_check import check_plan
 from engine.formats.gguf_model import GGUFModel
 from engine.gguf_spec import spec_from_gguf
+from engine.memory_check import weigh
 from engine.models.registry import REGISTRY
 from engine.spec import spec_from_config
 from engine.stored_layout import with_stored_layout
@@ -35,14 +36,23 @@ def inspect(files: ModelFiles) -> ModelSpec:
 
     Raises: UnsupportedArchitecture, BadModelFile.
     """
+    return inspect_and_weigh(files)[0]
+
+
+def inspect_and_weigh(files: ModelFiles) -> tuple[ModelSpec, WeightBytes]:
+    """Return what the model is, as `inspect` does, and what its weights will take."""
     spec = read_spec(files)
     checkpoint = Checkpoint.open(files)
     try:
         spec = with_stored_layout(spec, checkpoint)
-        check_plan(checkpoint, REGISTRY[spec.model_type].plan(spec), spec)
+        plan = REGISTRY[spec.model_type].plan(spec)
+        check_plan(checkpoint, plan, spec)
+        tensors = {name: checkpoint[name] for name in plan.required}
+        quant = None if checkpoint.is_gguf else files.quant
+        weights = weigh(tensors, quant, is_tied=spec.tie_word_embeddings)
     finally:
         checkpoint.close()
-    return spec
+    return spec, weights
 
 
 def check_tensor_parallel(files: ModelFiles, spec: ModelSpec, world_size: int) -> None:

@@ -6,7 +6,7 @@ import msgspec
 
 from cortexd.messages.control import Message
 from cortexd.messages.neurons import CatalogueCard, NodeStatus
-from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelStatus
+from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelStatus, WeightBytes
 
 
 class Route(Message, frozen=True, tag="Route"):
@@ -114,6 +114,7 @@ class ResolvedFiles(Message, frozen=True, tag="ResolvedFiles"):
 
     files: ModelFiles
     spec: ModelSpec
+    weights: WeightBytes
 
 
 class ResolveProgress(Message, frozen=True, tag="ResolveProgress"):

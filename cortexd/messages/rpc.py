@@ -85,8 +85,8 @@ class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     """Run one step of the whole batch; every data-dependent decision is in here.
 
     Row i computes `lengths[i]` of `tokens` from position `starts[i]` on, with its KV in
-    `num_blocks[i]` of `blocks` and a hybrid's state in `state_slots[i]`; `samples[i]` (a byte):
-    whether its last token's logits are wanted. A row that starts at 0 is fresh: it begins from a
+    `num_blocks[i]` of `blocks` and a hybrid's state in `state_slots[i]`; of its last
+    `num_logits[i]` tokens the logits are wanted. A row that starts at 0 is fresh: it begins from a
     state of zero. Before anything is computed, states are copied by `state_copies`, pairs of slots
     (from, to) in order: a snapshot is kept or taken up again by one.
     """
@@ -100,7 +100,7 @@ class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     blocks: bytes
     state_slots: bytes
     state_copies: bytes
-    samples: bytes
+    num_logits: bytes
 
 
 class GenerateStepOk(RpcMessage, frozen=True, tag="generate_step_ok"):

@@ -30,7 +30,7 @@ class ReceivedRow:
 
     start: int
     num_tokens: int
-    samples: bool
+    num_logits: int
     token_ids: list[int]
     block_table: list[int]
     state_slot: int
@@ -58,7 +58,7 @@ def encode_step(model_id: str, step: int, plan: StepPlan) -> GenerateStep:
         pack_token_ids(list(chain.from_iterable(blocks))),
         pack_token_ids([row.state_slot for row in rows]),
         pack_token_ids(list(chain.from_iterable(plan.state_copies))),
-        bytes(row.samples for row in rows),
+        pack_token_ids([row.num_logits for row in rows]),
     )
 
 
@@ -73,14 +73,17 @@ def decode_step(message: GenerateStep, bounds: CacheBounds, block_size: int) -> 
     tokens = unpack_token_ids(message.tokens, "tokens")
     blocks = unpack_token_ids(message.blocks, "blocks")
     state_slots = unpack_token_ids(message.state_slots, "state_slots")
-    sizes = [len(column) for column in (starts, lengths, counts, state_slots, message.samples)]
+    num_logits = unpack_token_ids(message.num_logits, "num_logits")
+    sizes = [len(column) for column in (starts, lengths, counts, state_slots, num_logits)]
     if not starts or len(set(sizes)) > 1:
         raise InvalidValue(
-            f"step {message.step}: {sizes} starts, lengths, block counts, state slots and flags; "
+            f"step {message.step}: {sizes} starts, lengths, block counts, state slots and logits; "
             "allowed: one each for every row"
         )
     if min(lengths) < 1 or min(starts) < 0 or min(counts) < 1:
         raise InvalidValue(f"step {message.step}: a row without tokens or blocks")
+    if any(not 0 <= wanted <= length for wanted, length in zip(num_logits, lengths, strict=True)):
+        raise InvalidValue(f"step {message.step}: logits of more tokens than a row has")
     if sum(lengths) != len(tokens) or sum(counts) != len(blocks):
         raise InvalidValue(
             f"step {message.step}: {len(tokens)} tokens and {len(blocks)} blocks for rows of "
@@ -90,9 +93,9 @@ def decode_step(message: GenerateStep, bounds: CacheBounds, block_size: int) -> 
         raise InvalidValue(f"step {message.step}: a block outside of 0 to {bounds.num_blocks - 1}")
     _check_row_slots(message.step, state_slots, bounds.num_state_slots)
     rows = [
-        ReceivedRow(start, end - begin, bool(flag), tokens[begin:end], blocks[first:last], slot)
-        for start, (begin, end), (first, last), flag, slot in zip(
-            starts, _bounds(lengths), _bounds(counts), message.samples, state_slots, strict=True
+        ReceivedRow(start, end - begin, wanted, tokens[begin:end], blocks[first:last], slot)
+        for start, (begin, end), (first, last), wanted, slot in zip(
+            starts, _bounds(lengths), _bounds(counts), num_logits, state_slots, strict=True
         )
     ]
     for row in rows:

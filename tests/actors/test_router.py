@@ -55,7 +55,7 @@ from cortexd.messages import (
 from cortexd.messages.control import ActorInfo, Message
 from cortexd.messages.envelope import Address, Envelope
 from cortexd.messages.fleet import DeviceReport
-from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, RopeSpec
+from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, RopeSpec, WeightBytes
 from cortexd.settings import Gateway, Settings
 
 MODEL = "org/small"
@@ -90,6 +90,7 @@ class World:
         self.started = asyncio.Event()
         self.resolve_error: CortexError | None = None
         self.size_bytes = 1000
+        self.weights: WeightBytes | None = None  # None: as large as the files
         self.victims: list[str] = []
         self.used_bytes = 0
         self.epoch = 0
@@ -127,7 +128,9 @@ class World:
     async def _resolve(self, message: ResolveFiles) -> Message:
         if self.resolve_error is not None:
             raise self.resolve_error
-        return ResolvedFiles(self._files(message.model_id), model_spec())
+        size = self.size_bytes
+        weights = self.weights or WeightBytes(size, size, size)
+        return ResolvedFiles(self._files(message.model_id), model_spec(), weights)
 
     def _files(self, model_id: str) -> ModelFiles:
         return ModelFiles(
@@ -463,9 +466,29 @@ def test_no_room_and_no_victim_says_both_numbers(tmp_path: Path) -> None:
         world.used_bytes = 3 * GIB
         world.size_bytes = 2 * GIB
         router = make_router(world, tmp_path)
-        with pytest.raises(ModelLoadFailed, match=r"needs about 2\.5 GiB and 1\.0 GiB are free"):
+        with pytest.raises(
+            ModelLoadFailed, match=r"needs 2\.3 GiB \(weights 2\.0 .* 1\.0 GiB are free"
+        ):
             await routed(router)
         assert world.count(StartGroup) == 0
+
+    run(work)
+
+
+def test_room_is_for_what_is_loaded_not_for_the_file(tmp_path: Path) -> None:
+    """A model that is quantised at load needs less than its file; the error says what would fit."""
+
+    async def work() -> None:
+        world = World()
+        world.used_bytes = 3 * GIB
+        world.size_bytes = 4 * GIB
+        world.weights = WeightBytes(GIB // 2, GIB // 2, GIB // 2)
+        for name in ("fits", "full"):
+            (tmp_path / name).mkdir()
+        await routed(make_router(world, tmp_path / "fits"))
+        world.weights = WeightBytes(2 * GIB, 2 * GIB, 4 * GIB, {"q8_0": GIB, "q4_0": GIB // 2})
+        with pytest.raises(ModelLoadFailed, match=r'use what would fit: quant = "q4_0"$'):
+            await routed(make_router(world, tmp_path / "full"))
 
     run(work)
 

@@ -15,7 +15,7 @@ from engine.preflight import check_tensor_parallel, inspect
 from tests.engine.checkpoints import make_oracle, random_prompt
 from tests.engine.driving import generate, max_difference, record
 from tests.engine.gguf_export import Exporter
-from tests.engine.test_gguf_models import write_gguf
+from tests.engine.llama_export import write_gguf
 from tests.engine.tp.ranks import engine_of, saved
 
 Type = gguf.GGMLQuantizationType

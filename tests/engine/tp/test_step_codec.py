@@ -41,7 +41,7 @@ def test_plan_is_equal_on_the_other_side() -> None:
     received = decode_step(_message(is_hybrid=True), HYBRID, block_size=8)
     assert received.state_copies == plan.state_copies
     for row, planned in zip(received.rows, plan.rows, strict=True):
-        for name in ("start", "num_tokens", "samples", "token_ids", "block_table", "state_slot"):
+        for name in ("start", "num_tokens", "num_logits", "token_ids", "block_table", "state_slot"):
             assert getattr(row, name) == getattr(planned, name), name
 
 
@@ -58,7 +58,9 @@ def test_plan_is_equal_on_the_other_side() -> None:
         {"blocks": pack_token_ids([7, 2, 5, 8])},
         {"blocks": pack_token_ids([7, 2, 5, -1])},
         {"num_blocks": pack_token_ids([4, 0])},
-        {"samples": b"\1"},
+        {"num_logits": pack_token_ids([1])},
+        {"num_logits": pack_token_ids([2, 0])},
+        {"num_logits": pack_token_ids([0, -1])},
         {"state_slots": pack_token_ids([0])},
     ],
 )
