@@ -66,11 +66,12 @@ class RankGroup:
         model_id: str = "",
     ) -> None:
         """Take the leader's address; the workers' are those of the next ranks, same epoch."""
+        from engine.tp.step_codec import StepEncoder
+
         group = leader.name.rpartition("/")[0]
         self.world_size = world_size
         self.devices: list[str] = []
         self.read_bytes: list[int] = []
-        self.step = 0
         self._asker = asker
         self._workers = [
             Address(f"{group}/{rank}", leader.incarnation) for rank in range(1, world_size)
@@ -78,6 +79,12 @@ class RankGroup:
         self._deadlines = deadlines
         self._model_id = model_id
         self._open: list[SyncAsk] = []
+        self._steps = StepEncoder(model_id)
+
+    @property
+    def step(self) -> int:
+        """The number of the last step that was sent."""
+        return self._steps.num_steps
 
     def __repr__(self) -> str:
         return f"RankGroup({self.world_size} ranks, step {self.step})"
@@ -133,17 +140,16 @@ class RankGroup:
 
     def make_cache(self, size: CacheBounds) -> int:
         """Let all workers make their cache; return the bytes they hold. Raises: CortexError."""
+        from engine.tp.step_codec import StepEncoder
+
         clear = rpc.ClearKvCache(self._model_id, size.num_blocks, size.num_state_slots)
         replies = self._ask(clear, rpc.KvCacheCleared, self._deadlines.load_s)
+        self._steps = StepEncoder(self._model_id)
         return sum(reply.memory_bytes for reply in replies)
 
     def begin_step(self, plan: StepPlan) -> None:
         """Send one step to all workers."""
-        from engine.tp.step_codec import encode_step
-
-        self.step += 1
-        message = encode_step(self._model_id, self.step, plan)
-        self._open = self._begin(message, self._deadlines.step_s)
+        self._open = self._begin(self._steps.encode(plan), self._deadlines.step_s)
 
     def end_step(self) -> None:
         """Take every worker's ack. Raises: CortexError when one failed, is late or out of step."""

@@ -16,7 +16,7 @@ import msgspec
 
 from actors.actor import ActorContext, handles
 from actors.sync_actor import SyncActor
-from cortexd.errors import CortexError, UnsupportedArchitecture
+from cortexd.errors import CortexError, InvalidValue, UnsupportedArchitecture
 from cortexd.log import event
 from cortexd.messages import rpc
 from cortexd.messages.envelope import Envelope
@@ -137,22 +137,27 @@ class Worker(SyncActor):
 
     @handles(rpc.GenerateStep)
     def on_step(self, message: rpc.GenerateStep, envelope: Envelope) -> rpc.RpcMessage:
-        """Run the leader's step, whose collectives complete only with this rank."""
+        """Run the leader's step, whose collectives complete only with this rank.
+
+        The other ranks are in it by now, so one that cannot be run ends the process, which they
+        notice at once; a refusal would leave them to their deadline.
+        """
         from engine.device import is_device_poisoned
-        from engine.tp.step_codec import decode_step
 
         with self._answers("bad_request") as answer:
             self._check_epoch(envelope)
             runner = self._loaded(message.model_id)
             if runner.cache is None:
                 raise RpcFailure("model_not_loaded", "there is no KV cache yet")
-            step = decode_step(message, runner.cache.size, runner.cache.block_size)
             try:
-                runner.step(step.rows, step.state_copies)
+                runner.step(message)
             except Exception as error:
                 event(self.log, "shard.step_failed", 40, exc_info=True, error=repr(error))
                 text = f"step {message.step} failed: {error!r}"
-                self.reply(envelope, rpc.Error("forward_failed", text))
+                kind: rpc.ErrorKind = "forward_failed"
+                if isinstance(error, InvalidValue):
+                    kind = "bad_request"
+                self.reply(envelope, rpc.Error(kind, text))
                 self.exit_poisoned(text, is_device_lost=is_device_poisoned(error))
             self.count_progress()
             answer.reply = rpc.GenerateStepOk(message.step)

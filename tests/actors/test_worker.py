@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import pytest
 import torch
 
 from actors.actor import ActorContext, handlers_of
+from actors.sync_actor import DEVICE_FAULT_EXIT_CODE, POISONED_EXIT_CODE
 from actors.transport.codec import decode_body, encode_message
 from actors.worker import Worker
 from cortexd.messages import rpc
@@ -23,7 +26,7 @@ from engine.preflight import inspect
 from engine.scheduler import PlannedRow, StepPlan
 from engine.token_ids import pack_token_ids
 from engine.tp.kept_states import MAX_KEPT
-from engine.tp.step_codec import encode_step
+from engine.tp.step_codec import StepEncoder
 from tests.engine.checkpoints import make_oracle
 from tests.engine.doubles import make_sequence
 from tests.engine.tp.ranks import saved, settings_of
@@ -44,6 +47,7 @@ class LoadedWorker:
             ActorContext("m/1", EPOCH, settings, packed, {}, log, folder, epoch=EPOCH)
         )
         self.worker.report_progress = lambda fraction, stage: None  # type: ignore[method-assign]
+        self.encoder = StepEncoder("m")
         self._handlers = handlers_of(self.worker)
         for body in (
             rpc.Init("file:///nowhere"),
@@ -56,7 +60,9 @@ class LoadedWorker:
         """Return the worker's answer."""
         header = Header(1, 0, Address("m/0", EPOCH), Address("m/1", EPOCH), epoch)
         received = decode_body(encode_message(header, body)[1])
-        answer: Any = self._handlers[type(received)](received, Envelope(1, 0, header.src, header.dst, epoch, 0, received))
+        answer: Any = self._handlers[type(received)](
+            received, Envelope(1, 0, header.src, header.dst, epoch, 0, received)
+        )
         assert isinstance(answer, Message)
         return answer
 
@@ -79,7 +85,7 @@ class LoadedWorker:
         sequence = make_sequence(list(range(num_tokens)))
         sequence.block_table, sequence.state_slot = blocks, slot
         plan = StepPlan([PlannedRow(sequence, 0, num_tokens, samples=True)])
-        return self.ask(encode_step("m", 1, plan))
+        return self.ask(self.encoder.encode(plan))
 
 
 @pytest.fixture
@@ -172,3 +178,54 @@ def test_cache_without_the_slots_a_hybrid_needs_is_refused(
 ) -> None:
     """It would fail at the first step, in a collective."""
     assert worker.error(rpc.ClearKvCache("m", 8, num_state_slots)).kind == "bad_request"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "exit_code"),
+    [
+        (torch.OutOfMemoryError("no memory"), "forward_failed", POISONED_EXIT_CODE),
+        (ValueError("a bug"), "forward_failed", POISONED_EXIT_CODE),
+        (
+            RuntimeError("CUDA error: an illegal memory access"),
+            "forward_failed",
+            DEVICE_FAULT_EXIT_CODE,
+        ),
+        (None, "bad_request", POISONED_EXIT_CODE),  # the same step a second time
+    ],
+)
+def test_step_that_cannot_be_run_is_answered_and_ends_the_rank(
+    worker: LoadedWorker,
+    error: Exception | None,
+    kind: str,
+    exit_code: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other ranks are in its collectives already: they must not wait for their deadline."""
+    answers: list[Message] = []
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(worker.worker, "reply", lambda envelope, body: answers.append(body))
+    monkeypatch.setattr(worker.worker, "_report_fatal", lambda info: None)
+    if error is None:
+        worker.step([1, 2], 1, 14)
+        worker.encoder = StepEncoder("m")
+    else:
+        runner = worker.worker._runner
+        assert runner is not None
+        monkeypatch.setattr(runner.loaded.model, "forward", _raising(error))
+    with pytest.raises(SystemExit) as caught:
+        worker.step([1, 2], 1, 14)
+    assert caught.value.code == exit_code
+    assert [(type(answer), getattr(answer, "kind", "")) for answer in answers] == [
+        (rpc.Error, kind)
+    ]
+
+
+def _raising(error: Exception) -> Callable[..., NoReturn]:
+    def forward(*_: object) -> NoReturn:
+        raise error
+
+    return forward
