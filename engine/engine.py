@@ -24,7 +24,10 @@ from cortexd.settings import Engine as EngineSettings
 from engine import device as devices
 from engine.batch import build_batch
 from engine.block_pool import BlockPool
+from engine.constraints import Constraints, compiler_for
+from engine.grammar.compiler import GrammarCompiler
 from engine.kv_cache import KVCache, choose_size
+from engine.load_figures import LoadFigures
 from engine.model_load import Model, load_model
 from engine.outbox import Outbox
 from engine.row_results import RowResult, not_finite, nothing_allowed, read_results
@@ -34,7 +37,6 @@ from engine.sequence import Sequence
 from engine.slot_pool import SlotPool
 from engine.step_faults import StepFaults
 from engine.submission import make_sequence
-from engine.throughput import MovingRate
 from engine.tp.comm import Comm
 from engine.tp.lockstep import Alone, Lockstep
 
@@ -53,10 +55,11 @@ class Engine:
         weight_bytes: int = 0,
         lockstep: Lockstep | None = None,
         world_size: int = 1,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """Size the cache from what memory is left; `model` is on `device` already.
 
-        `spec` has the sizes of this rank's layers.
+        `spec` has the sizes of this rank's layers; without `grammars` none can be followed.
         """
         self._lockstep = lockstep or Alone()
         self._is_split = world_size > 1
@@ -73,6 +76,7 @@ class Engine:
             SlotPool(size.num_state_slots) if size.num_state_slots else None,
         )
         self.sampler = Sampler()
+        self._constraints = Constraints(grammars, device, settings.max_queue_depth)
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
         self.memory_bytes += self._lockstep.make_cache(size)
@@ -83,11 +87,7 @@ class Engine:
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
         self._faults = StepFaults(device)
-        self._prefill_rate = MovingRate()
-        self._decode_rate = MovingRate()
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._steps = 0
+        self.figures = LoadFigures(settings, self.limits, self.scheduler, self.cache)
 
     @classmethod
     @torch.inference_mode()
@@ -123,6 +123,7 @@ class Engine:
             weight_bytes=loaded.weight_bytes,
             lockstep=lockstep,
             world_size=comm.world_size,
+            grammars=compiler_for(files, spec),
         )
         progress(1.0, "ready")
         return engine
@@ -133,7 +134,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to deliver."""
-        return self.scheduler.has_work or bool(self._outbox)
+        return self.scheduler.has_work or bool(self._outbox) or self._constraints.has_waiting
 
     def submit(self, owner: str, submit: Submit) -> None:
         """Queue one sequence. Raises: InvalidValue, ContextLengthExceeded, Overloaded."""
@@ -143,9 +144,13 @@ class Engine:
                 f"sequence {submit.sequence_id} of {owner} is running already; use a new id"
             )
         sequence = make_sequence(owner, submit, self.spec, self.limits)
-        self.scheduler.submit(sequence)
+        if submit.grammar:
+            self.scheduler.check_queue()
+            self._constraints.add(sequence)
+        else:
+            self.scheduler.submit(sequence)
         self._sequences[key] = sequence
-        self._num_prompt_tokens += sequence.num_prompt_tokens
+        self.figures.num_prompt_tokens += sequence.num_prompt_tokens
 
     def cancel(self, owner: str, sequence_id: int) -> None:
         """Free the sequence now; the next step says "cancelled". An unknown id is ignored."""
@@ -166,6 +171,7 @@ class Engine:
 
         Raises: what cannot be survived; the engine is then unusable.
         """
+        self._begin_constrained()
         if self.scheduler.has_work:
             started = time.perf_counter()
             plan = self.scheduler.plan()
@@ -176,33 +182,35 @@ class Engine:
                 self.scheduler.complete(plan)
                 for row, result in zip(plan.rows, results, strict=True):
                     self._deliver(row, result)
-                self._count(plan, time.perf_counter() - started)
+                self.figures.count_step(plan, time.perf_counter() - started)
         return self._outbox.take()
 
     def report(self, model_id: str) -> LoadReport:
         """Return the load figures."""
-        pool = self.scheduler.pool
-        return LoadReport(
-            model_id=model_id,
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            kv_blocks_used=pool.num_used,
-            kv_blocks_total=pool.num_usable,
-            tok_s_prefill=self._prefill_rate.tokens_per_s,
-            tok_s_decode=self._decode_rate.tokens_per_s,
-            num_preemptions=self.scheduler.num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
-            steps=self._steps,
-            num_cached_tokens=self.scheduler.prefix_cache.num_hit_tokens,
-            kv_blocks_cached=pool.num_cached,
-        )
+        return self.figures.report(model_id)
 
     def close(self) -> None:
         """Drop all sequences; the process's end frees the memory."""
         for sequence in list(self._sequences.values()):
             self._finish(sequence)
+        self._constraints.close()
         self._outbox.take()
+
+    def _begin_constrained(self) -> None:
+        """Queue the sequences whose grammars are compiled; wait a moment if all work waits so."""
+        if not self._constraints.has_waiting:
+            return
+        if not self.scheduler.has_work and not self._outbox:
+            self._constraints.wait()
+        for sequence in self._constraints.ready():
+            try:
+                self.scheduler.check_queue()
+                self._constraints.begin(sequence)
+            except errors.CortexError as error:
+                self._fail(sequence, error)
+                continue
+            self.scheduler.submit(sequence)
+            self.sampler.constrain(sequence, self._constraints.mask)
 
     def _execute(self, plan: StepPlan) -> list[RowResult] | None:
         """Return each row's result; None when the step failed, which has been dealt with.
@@ -284,11 +292,17 @@ class Engine:
 
     def _add_token(self, sequence: Sequence, token: SampledToken, token_id: int) -> None:
         sequence.token_ids.append(token_id)
-        self._num_generated_tokens += 1
-        is_last = sequence.num_output_tokens >= sequence.max_tokens
-        if is_last:
+        self.figures.num_generated_tokens += 1
+        reason = "length" if sequence.num_output_tokens >= sequence.max_tokens else None
+        try:
+            if self._constraints.advance(sequence):
+                reason = "stop"
+        except errors.InvalidValue as error:
+            self._fail(sequence, error)
+            return
+        if reason is not None:
             self._finish(sequence)
-        self._outbox.add_token(sequence, token, "length" if is_last else None)
+        self._outbox.add_token(sequence, token, reason)
 
     def _fail(
         self, sequence: Sequence, error: errors.CortexError, *, is_tainted: bool = False
@@ -297,11 +311,7 @@ class Engine:
         self._outbox.add_end(sequence, "error", error)
 
     def _finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
-        self.scheduler.finish(sequence, is_tainted=is_tainted)
+        if not self._constraints.release(sequence):
+            self.scheduler.finish(sequence, is_tainted=is_tainted)
         self.sampler.release(sequence)
         del self._sequences[sequence.owner, sequence.sequence_id]
-
-    def _count(self, plan: StepPlan, elapsed_s: float) -> None:
-        self._steps += 1
-        self._decode_rate.add(plan.num_decodes, elapsed_s)
-        self._prefill_rate.add(plan.num_tokens - plan.num_decodes, elapsed_s)

@@ -55,7 +55,7 @@ def nothing_allowed(sequence: Sequence) -> errors.CortexError:
     """Return the error of a sequence whose own conditions exclude each other."""
     return errors.InvalidValue(
         f"request {sequence.submit.request_id}: allowed_token_ids, bad_words, min_tokens and the "
-        f"wanted structure leave no token for place {len(sequence.token_ids)}; allow more"
+        f"wanted grammar leave no token for place {len(sequence.token_ids)}; allow more"
     )
 
 

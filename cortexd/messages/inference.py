@@ -35,6 +35,7 @@ class Submit(Message, frozen=True, tag="Submit"):
     stop_token_ids: bytes = b""
     logit_bias: dict[int, float] = {}
     bad_words: list[bytes] = []
+    grammar: str = ""  # what the output must be, in the words of engine.grammar.source
     cache_salt: str = ""  # only sequences with equal salts share cached prefixes
     num_prompt_logprobs: int = -1  # as num_logprobs, of the prompt's tokens
     allowed_token_ids: bytes = b""
