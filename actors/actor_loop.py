@@ -14,8 +14,10 @@ from collections import deque
 from collections.abc import Awaitable, Coroutine
 from typing import Any, Final
 
-from actors.actor import ActorContext, AsyncActor, Handler, handlers_of
+from actors.actor import ActorContext, AsyncActor, Handler
 from actors.asks import AsyncAsks
+from actors.dispatch import HandlerTable
+from actors.event_pump import EventPump
 from actors.link import Link
 from actors.mailbox import MAX_RUNNING_HANDLERS, DeadLetters
 from actors.registry import Registry, RegistryEvent
@@ -65,12 +67,11 @@ class ActorLoop:
         self._asks = AsyncAsks(self._link.next_id)
         self._actor_class = actor_class
         self._actor: AsyncActor
-        self._handlers: dict[type[Message], Handler] = {}
+        self._handlers: HandlerTable
         self._tasks: set[asyncio.Task[None]] = set()
         self._early: deque[Envelope] = deque()
-        self._events: deque[RegistryEvent] = deque()
+        self._events = EventPump(context.log)
         self._is_started = False
-        self._is_pumping = False
         self._welcomed = asyncio.Event()
         self._stop = asyncio.Event()
         self._up = asyncio.Event()
@@ -126,6 +127,7 @@ class ActorLoop:
             return await self._live()
         finally:
             beating.cancel()
+            self._events.close()
             for task in self._tasks:
                 task.cancel()
             loop.remove_reader(self._link.control.fd)
@@ -138,14 +140,14 @@ class ActorLoop:
                 await self._welcomed.wait()
             self._actor = self._actor_class(self._context)
             self._actor.attach(self)
-            self._handlers = handlers_of(self._actor)
+            self._handlers = HandlerTable(self._actor, self._context.name, self._log)
             await self._until_stopped(self._actor.on_start())
         except Exception as error:
             return await self._die(error)
         if not self._stop.is_set():
             self._is_started = True
             self._link.tell_root(Ready())
-            self._pump_events()
+            self._events.open(self._actor)
             while self._early:
                 self._dispatch(self._early.popleft())
             await self._stop.wait()
@@ -251,7 +253,7 @@ class ActorLoop:
             case Stop():
                 self._stop.set()
             case Drain():
-                self._start_task(self._answer_drain, body, envelope)
+                self._spawn(self._run_handler(self._answer_drain, envelope))
             case SetLogLevel():
                 self._log.root.setLevel(body.level.upper())
             case _:
@@ -271,40 +273,7 @@ class ActorLoop:
         elif isinstance(registry_event, ActorUp):
             self._up.set()  # wakes all waiters; later ones wait for the next
             self._up = asyncio.Event()
-        self._events.append(registry_event)
-        if self._is_started:
-            self._pump_events()
-
-    def _pump_events(self) -> None:
-        """Hand events to the actor in order; an async callback delays those after it."""
-        while self._events and not self._is_pumping:
-            registry_event = self._events.popleft()
-            try:
-                result = self._event_callback(registry_event)
-            except Exception as error:
-                event(self._log, "actor.callback_failed", 40, exc_info=True, error=repr(error))
-                continue
-            if inspect.isawaitable(result):
-                self._is_pumping = True
-                self._spawn(self._finish_callback(result))
-
-    def _event_callback(self, registry_event: RegistryEvent) -> Awaitable[None] | None:
-        match registry_event:
-            case ActorUp():
-                return self._actor.on_actor_up(registry_event)
-            case ActorDown():
-                return self._actor.on_actor_down(registry_event)
-            case GroupUp():
-                return self._actor.on_group_up(registry_event)
-            case GroupDown():
-                return self._actor.on_group_down(registry_event)
-
-    async def _finish_callback(self, awaitable: Awaitable[None]) -> None:
-        try:
-            await self._call("callback", awaitable)
-        finally:
-            self._is_pumping = False
-            self._pump_events()
+        self._events.push(registry_event)
 
     def _on_message(self, envelope: Envelope) -> None:
         if envelope.re:
@@ -320,13 +289,12 @@ class ActorLoop:
             self._link.refuse(envelope, MailboxFull(f'actor "{self._context.name}" is starting'))
 
     def _dispatch(self, envelope: Envelope) -> None:
-        body = envelope.body
-        handler = self._handlers.get(type(body))  # type: ignore[arg-type]
-        if handler is None:
-            name = f'actor "{self._context.name}" has no handler for {type(body).__name__}'
-            event(self._log, "actor.no_handler", 40, message=type(body).__name__)
-            self._link.refuse(envelope, Internal(name))
-        elif not inspect.iscoroutinefunction(handler):
+        try:
+            handler = self._handlers.find(envelope)
+        except Internal as unknown:
+            self._link.refuse(envelope, unknown)
+            return
+        if not inspect.iscoroutinefunction(handler):
             self._run_inline(handler, envelope)
         elif len(self._tasks) >= MAX_RUNNING_HANDLERS:
             error = MailboxFull(
@@ -334,41 +302,21 @@ class ActorLoop:
             )
             self._link.refuse(envelope, error)
         else:
-            self._start_task(handler, body, envelope)
+            self._spawn(self._run_handler(handler, envelope))
 
-    def _run_inline(self, handler: Any, envelope: Envelope) -> None:
+    def _run_inline(self, handler: Handler, envelope: Envelope) -> None:
         try:
             answer = handler(envelope.body, envelope)
         except Exception as error:
-            answer = self._handler_error(error, envelope)
+            answer = self._handlers.failure(error, envelope)
         self._reply(envelope, answer)
 
-    def _start_task(self, handler: Any, body: object, envelope: Envelope) -> None:
-        self._spawn(self._run_handler(handler, body, envelope))
-
-    async def _run_handler(self, handler: Any, body: object, envelope: Envelope) -> None:
+    async def _run_handler(self, handler: Handler, envelope: Envelope) -> None:
         try:
-            answer = await handler(body, envelope)
+            answer = await handler(envelope.body, envelope)
         except Exception as error:
-            answer = self._handler_error(error, envelope)
+            answer = self._handlers.failure(error, envelope)
         self._reply(envelope, answer)
-
-    def _handler_error(self, error: Exception, envelope: Envelope) -> ErrorInfo:
-        """Return what the asker is told; the log has the traceback of what was not foreseen."""
-        if isinstance(error, CortexError) and envelope.wants_reply:
-            return error.to_info()
-        event(
-            self._log,
-            "actor.handler_failed",
-            40,
-            exc_info=True,
-            message=type(envelope.body).__name__,
-            src=str(envelope.src),
-            error=repr(error),
-        )
-        if isinstance(error, CortexError):
-            return error.to_info()
-        return Internal(f'actor "{self._context.name}" failed: {type(error).__name__}').to_info()
 
     def _reply(self, envelope: Envelope, answer: Message | ErrorInfo | None) -> None:
         if not envelope.wants_reply:

@@ -46,7 +46,7 @@ from actors.operations import (
 )
 from actors.status import DaemonInfo, Status
 from actors.supervisor import Supervisor
-from actors.transport import AdminSocket
+from actors.transport.sockets import AdminSocket
 from cortexd import __version__
 from cortexd.errors import (
     ActorDown,
@@ -73,6 +73,8 @@ _FORWARDED: Final = {
     "model.retry": "router",
     "model.pull": "store",
     "host": "poller",
+    "reload": "reloader",
+    "keys": "budgets",
 }
 _LONG: Final = frozenset({"model.load", "model.unload", "model.retry", "model.pull"})
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Protocol
 
 from actors.asks import AsyncAsks
+from actors.beat_thread import BEAT_SUFFIX
 from actors.mailbox import DeadLetters, Intake
 from actors.registry import RegistryEvent
-from actors.sync_actor import BEAT_SUFFIX
-from actors.transport import ControlHub, Sent, Transport, encode_message
+from actors.transport.codec import encode_message
+from actors.transport.sockets import ControlHub, Sent, Transport
 from cortexd.errors import ErrorInfo, MailboxFull
 from cortexd.messages.control import ActorInfo, Message, Welcome
 from cortexd.messages.envelope import ROOT, Address, Envelope, Header

@@ -16,6 +16,7 @@ from cortexd.errors import CortexError
 from cortexd.eviction import choose_victims, idle_models
 from cortexd.log import event
 from cortexd.messages import (
+    CatalogueChanged,
     EvictionProposal,
     ListModels,
     ModelList,
@@ -42,6 +43,11 @@ class Evictor(AsyncActor):
         """Stop watching."""
         if self._idle_task:
             self._idle_task.cancel()
+
+    @handles(CatalogueChanged)
+    def on_catalogue_changed(self, message: CatalogueChanged, envelope: Envelope) -> None:
+        """Go by the new residency classes."""
+        self._priorities = message.catalogue.priorities()
 
     @handles(ProposeEviction)
     async def on_propose(self, message: ProposeEviction, envelope: Envelope) -> EvictionProposal:

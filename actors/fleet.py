@@ -64,6 +64,11 @@ class Fleet:
         self._started_at = time.monotonic()
         self._changed = asyncio.Event()
 
+    def use_catalogue(self, catalogue: Catalogue) -> None:
+        """Place by another catalogue from now on."""
+        self._catalogue = {model.id: model for model in catalogue.models}
+        self._wake()
+
     # Requests
 
     async def place(self, message: Place, envelope: Envelope) -> RoutedHere | RoutedRemote:

@@ -21,12 +21,13 @@ import msgspec
 
 from actors.bootstrap import ActorStart, PassedFd
 from actors.host import Host
-from actors.liveness import Hung, Liveness
+from actors.liveness import Liveness
 from actors.logs import LogPipe
 from actors.member import Member
 from actors.process import UNKNOWN_EXIT, ChildProcess
 from actors.spec import Exit
-from actors.transport import inbox_endpoint
+from actors.transport.sockets import inbox_endpoint
+from actors.watch import ROOT_LAG_S, Watch
 from cortexd.errors import CortexError, ErrorInfo
 from cortexd.messages.control import (
     ActorDown,
@@ -46,8 +47,6 @@ from cortexd.messages.envelope import Address, Envelope
 # Time for a stack dump to be written before the kill.
 _DUMP_S: Final = 0.1
 _SIGTERM_GRACE_S: Final = 1.0
-# A root that was itself stopped or starved must not blame its children for the silence.
-_ROOT_LAG_S: Final = 0.5
 
 
 class Incarnation:
@@ -79,9 +78,7 @@ class Incarnation:
         self._endpoint = inbox_endpoint(host.runtime_dir, self.address)
         self._inbox_path = Path(self._endpoint.removeprefix("ipc://"))
         self._ready_at_s: float | None = None
-        self._liveness: Liveness | None = None
-        self._check: asyncio.TimerHandle | None = None
-        self._check_due_s = 0.0
+        self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -103,6 +100,7 @@ class Incarnation:
         self._is_commanded |= commanded
         self._is_condemned = True
         self.reason = self.reason or reason
+        self._stop_watching()
         self._kill_wanted.set()
         if self._process is not None:
             self._process.kill()
@@ -130,7 +128,7 @@ class Incarnation:
         self._is_commanded = True
         self._move("draining", reason)
         with contextlib.suppress(CortexError):  # gone, or out of time: the stop follows anyway
-            await self._host.bus.ask(self.address, Drain(drain_s), deadline_s=drain_s + _ROOT_LAG_S)
+            await self._host.bus.ask(self.address, Drain(drain_s), deadline_s=drain_s + ROOT_LAG_S)
 
     async def _stop_now(self, reason: str) -> None:
         self._move("stopping", reason)
@@ -180,14 +178,7 @@ class Incarnation:
             )
         finally:
             os.close(write_fd)
-        now_s = time.monotonic()
-        self._liveness = Liveness(
-            self._host.settings.supervision,
-            start_timeout_s=member.start_timeout_s(self._host.settings),
-            beats_while_starting=not member.group,
-            now_s=now_s,
-        )
-        self._schedule_check(now_s)
+        self._watch = self._begin_watch()
         self._pipe.pid = member.pid = self._process.pid
         self._host.events.add(
             "actor.started",
@@ -196,8 +187,28 @@ class Incarnation:
             pid=self._process.pid,
         )
         if self._is_condemned:
+            self._stop_watching()
             self._process.kill()
         return True
+
+    def _begin_watch(self) -> Watch:
+        member, host = self._member, self._host
+        liveness = Liveness(
+            host.settings.supervision,
+            start_timeout_s=member.start_timeout_s(host.settings),
+            beats_while_starting=not member.group,
+            now_s=time.monotonic(),
+        )
+        return Watch(
+            liveness,
+            read_waiting=host.bus.drain,
+            on_silent=self._suspect,
+            on_hung=self._condemn,
+        )
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
 
     async def _launcher_is_ready(self) -> bool:
         """Wait for the fork server's imports (seconds, for the engine's), unless killed first."""
@@ -237,11 +248,13 @@ class Incarnation:
                 self._on_beat(body)
             case Hello():
                 self._host.bus.welcome(self, self._host.ready_actors())
-                self._on_health(lambda liveness, now_s: liveness.hello(now_s))
+                if self._watch is not None:
+                    self._watch.hello()
             case Ready():
                 self._on_ready_message()
             case Progress():
-                self._on_health(lambda liveness, now_s: liveness.progress(body, now_s))
+                if self._watch is not None:
+                    self._watch.progress(body)
             case ErrorInfo():
                 self.error = body
                 self._host.bus.tell(self.address, Stop())  # tells it that we have read this
@@ -257,7 +270,8 @@ class Incarnation:
         started_s = self._member.lifecycle.since_s
         self._ready_at_s = now_s
         self._move("ready", "ready")
-        self._on_health(lambda liveness, at_s: liveness.ready(at_s))
+        if self._watch is not None:
+            self._watch.ready()
         info = self.info()
         self._host.events.add(
             "actor.ready",
@@ -277,44 +291,14 @@ class Incarnation:
         member = self._member
         member.rss_bytes, member.lag_ms = beat.rss_bytes, beat.lag_ms
         member.mailbox_depth, member.dead_letters = beat.mailbox_depth, beat.dead_letters
-        if self._liveness is not None:
-            self._liveness.beat(beat, time.monotonic())
+        if self._watch is not None:
+            self._watch.beat(beat)
         if member.lifecycle.state == "suspect" and not self._is_condemned:
             self._move("ready", "beats again")
 
-    def _on_health(self, take_in: Callable[[Liveness, float], None]) -> None:
-        """Take in a sign of life, and look again when that says so."""
-        if self._liveness is not None:
-            now_s = time.monotonic()
-            take_in(self._liveness, now_s)
-            self._schedule_check(now_s)
-
-    def _check_health(self) -> None:
-        """Suspect or condemn, and come back when the verdict may be another."""
-        assert self._liveness is not None
-        self._host.bus.drain()  # nobody is blamed for what only waits to be read
-        now_s = time.monotonic()
-        if self.exited.done() or self._is_condemned:
-            return
-        if now_s - self._check_due_s > _ROOT_LAG_S:
-            self._liveness.forgive_silence(now_s)
-        health = self._liveness.health(now_s)
-        if isinstance(health, Hung):
-            self._condemn(health.reason)
-            return
-        if health == "silent" and self._member.lifecycle.state == "ready":
-            self._suspect()
-        self._schedule_check(now_s)
-
-    def _schedule_check(self, now_s: float) -> None:
-        assert self._liveness is not None
-        if self._check is not None:
-            self._check.cancel()
-        delay_s = self._liveness.next_check_s(now_s)
-        self._check_due_s = now_s + delay_s
-        self._check = asyncio.get_running_loop().call_later(delay_s, self._check_health)
-
     def _suspect(self) -> None:
+        if self._member.lifecycle.state != "ready":
+            return
         self._move("suspect", "silent")
         self._host.events.add(
             "actor.suspect", logging.WARNING, actor=self.address.name, pid=self._member.pid
@@ -344,8 +328,7 @@ class Incarnation:
 
     def _finish(self, code: int, text: str) -> None:
         """It is dead: tell everybody."""
-        if self._check is not None:
-            self._check.cancel()
+        self._stop_watching()
         if self._pipe is not None:
             self._pipe.close_soon()
         self._inbox_path.unlink(missing_ok=True)

@@ -13,15 +13,8 @@ from typing import Final
 from actors.actor import ActorContext
 from actors.mailbox import DeadLetters, Intake
 from actors.registry import Registry, RegistryEvent
-from actors.transport import (
-    ControlLink,
-    Frames,
-    Inbox,
-    Outbox,
-    Transport,
-    encode_message,
-    inbox_endpoint,
-)
+from actors.transport.codec import encode_message
+from actors.transport.sockets import ControlLink, Frames, Inbox, Outbox, Transport, inbox_endpoint
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import CortexError, ErrorInfo, InvalidRequest
 from cortexd.messages.control import ActorDown, Beat, Hello, Message

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from actors.transport import decode_body, decode_header
+from actors.transport.codec import decode_body, decode_header
 from cortexd.errors import ActorDown, CortexError, DeadlineExceeded, ErrorInfo, Internal
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import HEADER_VERSION, Address, Envelope, Header

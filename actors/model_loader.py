@@ -8,16 +8,19 @@ half-running.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from actors.device_room import DeviceRoom
 from actors.managed_model import ManagedModel
 from cortexd.errors import (
     ActorDown,
     CortexError,
     DeadlineExceeded,
-    InsufficientMemory,
     Internal,
     InvalidValue,
     ModelLoadFailed,
@@ -35,6 +38,7 @@ from cortexd.messages import (
     StartGroup,
     StopGroup,
 )
+from cortexd.metrics import EVICTIONS, LOAD_SECONDS, LOADS, UNKNOWN_MODEL
 from cortexd.models import LoadOptions, RankArgs
 
 if TYPE_CHECKING:
@@ -42,9 +46,6 @@ if TYPE_CHECKING:
 
 _LEADER_TARGET = "actors.leader:Leader"
 _WORKER_TARGET = "actors.worker:Worker"
-# Weights are copied once into the engine's own memory; the rest is KV cache and scratch.
-_MEMORY_FACTOR = 1.15
-_MEMORY_FLOOR_BYTES = 256 * 2**20
 _SLOWEST_READ_BYTES_PER_S = 50e6
 _CONTROL_DEADLINE_S = 10.0
 
@@ -72,15 +73,17 @@ class ModelLoader:
     def begin_load(self, model: ManagedModel) -> None:
         """Start loading unless it already runs."""
         model.become("loading", stage="resolving")
-        self._router.save_desired_with(model)
+        self._router.local.remember_with(model)
         model.load_task = self._router.spawn(self._load(model))
 
     async def _load(self, model: ManagedModel) -> None:
         event(self._router.log, "model.loading", model=model.options.model_id, group=model.group)
         try:
-            resolved = await self._resolve(model)
-            await self._check_split(model.options, resolved)
-            await self._make_room(model, resolved)
+            with self._measured(model, "resolve"):
+                resolved = await self._resolve(model)
+                await self._check_split(model.options, resolved)
+            with self._measured(model, "room"):
+                await self._make_room(model, resolved)
             await self._start_group(model, resolved)
         except CortexError as error:
             self._fail(model, error)
@@ -96,7 +99,8 @@ class ModelLoader:
         if model.state != "loading":
             return  # the group's own end has been told already
         model.become("failed", error=error)
-        self._router.save_desired_without(model)
+        self.measure_failed(model)
+        self._router.local.remember_without(model)
         event(
             self._router.log,
             "model.load_failed",
@@ -107,7 +111,7 @@ class ModelLoader:
         )
         # An id that somebody got wrong is not a model of this host that failed.
         if error.http_status < 500:
-            self._router.forget(model)
+            self._router.local.forget(model)
 
     async def _resolve(self, model: ManagedModel) -> ResolvedFiles:
         settings = self._router.context.settings.store
@@ -154,17 +158,17 @@ class ModelLoader:
 
     async def _make_room(self, model: ManagedModel, resolved: ResolvedFiles) -> None:
         """Unload what the evictor proposes until the model fits; InsufficientMemory otherwise."""
-        needed = int(resolved.files.size_bytes * _MEMORY_FACTOR) + _MEMORY_FLOOR_BYTES
-        free = await self._free_bytes(model.options)
-        if free is None or free >= needed:
+        report = await self._host_report(fresh=False)
+        room = None if report is None else self._room(model.options, resolved, report)
+        if room is None or not room.missing:
             return
         model.stage = "making room"
         answer = await self._router.ask(
             "evictor",
             ProposeEviction(
                 model.options.model_id,
-                needed,
-                free,
+                room.needed_bytes,
+                room.needed_bytes - sum(room.missing.values()),
                 [other.status() for other in self._router.models.values() if other is not model],
             ),
             deadline_s=_CONTROL_DEADLINE_S,
@@ -180,28 +184,17 @@ class ModelLoader:
                     reason=answer.reason,
                     incoming=model.options.model_id,
                 )
-                await self.unload(victim, force=False)
-        free = await self._free_bytes(model.options, fresh=True)
-        if free is not None and free < needed:
-            raise InsufficientMemory(
-                f'model "{model.options.model_id}" needs about {needed / 2**30:.1f} GiB and '
-                f"{free / 2**30:.1f} GiB are free; unload a model or choose a smaller quant",
-                retry_after_s=30,
-                needed_bytes=needed,
-                available_bytes=free,
-            )
+                await self.unload(victim, force=False, reason=answer.reason)
+        report = await self._host_report(fresh=True)
+        room = None if report is None else self._room(model.options, resolved, report)
+        if room is not None and room.missing:
+            raise room.refusal(model.options, resolved, self._router.context.settings.engine)
 
-    async def _free_bytes(self, options: LoadOptions, *, fresh: bool = False) -> int | None:
-        """Return free memory of the devices the model may use, or None while unknown."""
-        report = await self._host_report(fresh=fresh)
-        if report is None:
-            return None
-        wanted = wanted_devices(options)
-        return sum(
-            device.memory_total_bytes - device.memory_used_bytes
-            for device in report.devices
-            if device.index in wanted
-        )
+    def _room(
+        self, options: LoadOptions, resolved: ResolvedFiles, report: HostReport
+    ) -> DeviceRoom:
+        settings = self._router.context.settings.engine
+        return DeviceRoom.of(wanted_devices(options), resolved, settings, report.devices)
 
     async def _host_report(self, *, fresh: bool) -> HostReport | None:
         """Return what the poller saw last, or None when it does not answer."""
@@ -242,8 +235,11 @@ class ModelLoader:
         model.epoch = answer.epoch
         # From here GroupUp and GroupDown tell how it goes on.
 
-    async def unload(self, model: ManagedModel, *, force: bool) -> None:
-        """Wait for running requests (unless forced), end the group, forget the model."""
+    async def unload(self, model: ManagedModel, *, force: bool, reason: str) -> None:
+        """Wait for running requests (unless forced), end the group, forget the model.
+
+        `reason` is what metrics count it under.
+        """
         if model.is_in("draining"):
             while model.is_in("draining"):
                 await model.wait_changed()
@@ -252,12 +248,12 @@ class ModelLoader:
             model.load_task.cancel()
             model.load_task = None
         drain_s = 0.0 if force else self._router.context.settings.gateway.drain_s
-        self._router.save_desired_without(model)
+        self._router.local.remember_without(model)
         model.become("draining")
         if not await self._drained(model, drain_s) and not force:
             num_requests = len(model.leases)
             model.become("loaded")
-            self._router.save_desired_with(model)
+            self._router.local.remember_with(model)
             raise Overloaded(
                 f'model "{model.options.model_id}" still serves {num_requests} requests after '
                 f"{drain_s:g} s; retry later or force the unload",
@@ -274,8 +270,40 @@ class ModelLoader:
             raise
         if model.is_in("draining"):
             model.become("unloaded")
-        self._router.forget(model)
-        event(self._router.log, "model.unloaded", model=model.options.model_id, forced=force)
+        self._router.local.forget(model)
+        event(
+            self._router.log,
+            "model.unloaded",
+            model=model.options.model_id,
+            forced=force,
+            reason=reason,
+        )
+        self._router.measure(EVICTIONS.sample(1, reason=reason, **self._labels(model)))
+
+    # For metrics
+
+    def measure_loaded(self, model: ManagedModel, load_s: float) -> None:
+        """Count a load that succeeded; `load_s` is what its engine took."""
+        labels = self._labels(model)
+        self._router.measure(LOADS.sample(1, result="loaded", **labels))
+        self._router.measure(LOAD_SECONDS.sample(load_s, stage="start", **labels))
+
+    def measure_failed(self, model: ManagedModel) -> None:
+        """Count a load that failed."""
+        self._router.measure(LOADS.sample(1, result="failed", **self._labels(model)))
+
+    @contextlib.contextmanager
+    def _measured(self, model: ManagedModel, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        self._router.measure(LOAD_SECONDS.sample(seconds, stage=stage, **self._labels(model)))
+
+    def _labels(self, model: ManagedModel) -> dict[str, str]:
+        # An id that nobody configured and that has no files may be anybody's invention.
+        exists = model.is_known or model.files is not None
+        model_id = model.options.model_id if exists else UNKNOWN_MODEL
+        return {"model": model_id, "node": self._router.node_name}
 
     async def _drained(self, model: ManagedModel, drain_s: float) -> bool:
         """Return whether all leases closed within the time."""

@@ -17,10 +17,11 @@ from actors.router import RouterArgs
 from actors.runtime_dir import RuntimeDir
 from actors.spec import GROUP_STOP_ORDER, ChildSpec
 from cortexd.address import parse_host_port
-from cortexd.catalogue import Catalogue, load_catalogue
-from cortexd.demo import DEMO_ALIAS, DEMO_MODEL
+from cortexd.catalogue import Catalogue
+from cortexd.demo import served_catalogue
 from cortexd.desired import forget_desired
 from cortexd.errors import ConfigError
+from cortexd.keys import check_secrets
 from cortexd.models import LoadOptions
 from cortexd.paths import runtime_dir
 from cortexd.settings import Settings
@@ -37,7 +38,8 @@ def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> in
     `on_ready` is called once, with the bound addresses ("api", "metrics", "neuron" → "host:port"),
     when every light actor serves; models may still be loading. Raises: ConfigError.
     """
-    catalogue = _catalogue(settings)
+    catalogue = served_catalogue(settings)
+    check_secrets(settings)
     # The lock first: a second daemon must learn who runs, not that a port is taken.
     locked = RuntimeDir(runtime_dir(settings))
     listeners: dict[str, socket.socket] = {}
@@ -87,6 +89,8 @@ def child_specs(
         ChildSpec(name="store", target="actors.store:Store"),
         ChildSpec(name="poller", target="actors.poller:Poller"),
         ChildSpec(name="evictor", target="actors.evictor:Evictor", args=catalogue_args),
+        ChildSpec(name="reloader", target="actors.reloader:Reloader"),
+        *_budgets(settings),
         ChildSpec(name="metrics", target="actors.metrics:Metrics", listeners=("metrics",)),
         *(
             ChildSpec(
@@ -99,6 +103,13 @@ def child_specs(
             for index in range(settings.gateway.fronts)
         ),
     ]
+
+
+def _budgets(settings: Settings) -> list[ChildSpec]:
+    """Return the owner of the budgets, where there are keys that could have one."""
+    if settings.entitlements.keys_file is None:
+        return []
+    return [ChildSpec(name="budgets", target="actors.budgets:Budgets")]
 
 
 def bind_listeners(settings: Settings) -> dict[str, socket.socket]:
@@ -144,12 +155,3 @@ def _bind(key: str, address: str) -> socket.socket:
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _catalogue(settings: Settings) -> Catalogue:
-    """Return the catalogue, with the demo model's short name when the demo model is served."""
-    catalogue = load_catalogue(settings.models_config)
-    if any(entry.model_id == DEMO_MODEL for entry in settings.default_models):
-        aliases = {DEMO_ALIAS: DEMO_MODEL, **catalogue.aliases}
-        catalogue = msgspec.structs.replace(catalogue, aliases=aliases)
-    return catalogue

@@ -32,12 +32,13 @@ from actors.runtime_dir import RuntimeDir
 from actors.spec import GROUP_STOP_ORDER, ChildSpec
 from actors.status import DaemonInfo
 from actors.supervisor import Supervisor
-from actors.transport import AdminSocket, Transport
+from actors.transport.sockets import AdminSocket, Transport
 from cortexd.errors import ConfigError, CortexError, Internal
 from cortexd.log import JsonFormatter, configure_logging, event
 from cortexd.messages.admin import AdminProgress
 from cortexd.messages.control import ActorInfo, Ok, Ping, Pong, StartGroup, StopGroup
 from cortexd.messages.envelope import Envelope
+from cortexd.messages.reload import ReloadFiles
 from cortexd.paths import runtime_dir, state_dir
 from cortexd.settings import Settings
 
@@ -321,7 +322,12 @@ class Root:
         self._command_stop(f"signal {signal.Signals(signum).name}", False)
 
     def _on_hangup(self) -> None:
-        self._events.add("root.hangup_ignored", hint="the configuration is read at start only")
+        """Let the reloader look at its files; it logs what became of each."""
+        reloader = self._supervisor.find("reloader")
+        if reloader is None or not reloader.is_ready:
+            self._events.add("root.hangup_ignored", reason="the reloader is not running")
+        else:
+            self._bus.tell(reloader.address, ReloadFiles())
 
     def _dump_all_stacks(self) -> None:
         for incarnation in self._supervisor.incarnations + self._groups.incarnations:

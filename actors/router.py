@@ -10,8 +10,7 @@ registry, the leaders and the desired-state file. Loading itself (files, room, g
 from __future__ import annotations
 
 import asyncio
-import difflib
-import math
+import contextlib
 import platform
 import time
 from collections.abc import Awaitable
@@ -20,19 +19,20 @@ import msgspec
 
 from actors.actor import ActorContext, AsyncActor, handles
 from actors.fleet import Fleet
+from actors.load_errors import load_failed, loading_error, may_retry
+from actors.local_models import LocalModels, check_devices, quoted
 from actors.managed_model import ManagedModel
 from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
 from cortexd.catalogue import Catalogue
-from cortexd.desired import DesiredModel, group_name, read_desired, write_desired
+from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import (
     Cancelled,
-    ConfigError,
     CortexError,
     DeadlineExceeded,
+    MailboxFull,
     ModelAlreadyLoaded,
     ModelLoadFailed,
-    ModelLoading,
     ModelNotFound,
 )
 from cortexd.log import event
@@ -40,6 +40,7 @@ from cortexd.messages import (
     ActorDown,
     AdminCommand,
     AdminReply,
+    CatalogueChanged,
     DescribeModel,
     EndRequest,
     GroupDown,
@@ -48,6 +49,7 @@ from cortexd.messages import (
     ListModels,
     LoadModel,
     LoadProgress,
+    Measured,
     ModelList,
     ModelLoaded,
     NeuronReport,
@@ -59,6 +61,7 @@ from cortexd.messages import (
     Routed,
     RoutedHere,
     RoutedRemote,
+    Sample,
     UnloadIdle,
     UnloadModelNow,
 )
@@ -67,8 +70,6 @@ from cortexd.models import LoadOptions
 from cortexd.neuron_list import local_node_name, remote_neurons
 
 _DESCRIBE_DEADLINE_S = 10.0
-_DEFAULT_RETRY_AFTER_S = 2.0
-_MAX_RETRY_AFTER_S = 60.0  # client SDKs ignore longer hints
 
 
 class RouterArgs(msgspec.Struct, frozen=True):
@@ -87,45 +88,40 @@ class Router(AsyncActor):
         # A gateway runs no engine: its models are those of its neurons.
         self._serves_here = context.settings.role != "gateway"
         self.default_models = args.default_models if self._serves_here else []
-        self.aliases = args.catalogue.aliases
-        self.models: dict[str, ManagedModel] = {}
+        self.local = LocalModels(context.runtime_dir)
         self.host: HostReport | None = None
         self._waiting: set[str] = set()  # requests that wait for a model
         self._ended: set[str] = set()  # those of them that ended meanwhile
         self._loader = ModelLoader(self)
         self._admin = RouterAdmin(self)
-        self._runtime_dir = context.runtime_dir
         self._background: set[asyncio.Task[None]] = set()
-        self.fleet = Fleet(
-            self,
-            remote_neurons(context.settings),
-            args.catalogue,
-            local_node_name(context.settings, platform.node()),
-        )
-        for entry in args.catalogue.models if self._serves_here else []:
-            self.add_model(
-                LoadOptions(
-                    model_id=entry.id,
-                    harness=entry.harness,
-                    quant=entry.quant,
-                    tensor_parallel=max(1, entry.min_devices),
-                ),
-                is_known=True,
-            )
+        self.node_name = local_node_name(context.settings, platform.node())
+        self.fleet = Fleet(self, remote_neurons(context.settings), args.catalogue, self.node_name)
+        self.local.use_catalogue(args.catalogue, serves_here=self._serves_here)
         for options in self.default_models:
-            self.add_model(options, is_known=True)
+            self.local.add(options, is_known=True)
+
+    @property
+    def models(self) -> dict[str, ManagedModel]:
+        """Return the models of this host by id."""
+        return self.local.by_id
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Return what each alias means."""
+        return self.local.aliases
 
     # Life cycle
 
     async def on_start(self) -> None:
         """Adopt what already runs, then load what should run and does not."""
-        desired = read_desired(self._runtime_dir)
+        desired = self.local.remembered()
         to_load = self.default_models
         if desired is not None:
-            to_load = [entry.options for entry in desired]
+            to_load = desired
             for options in to_load:
-                self.add_model(options, is_known=options.model_id in self.models)
-        self._save_desired(to_load)
+                self.local.add(options, is_known=options.model_id in self.models)
+        self.local.remember(to_load)
         running = {peer.group: peer for peer in self.peers.all() if peer.group and peer.rank == 0}
         missing = []
         for options in to_load:
@@ -150,6 +146,11 @@ class Router(AsyncActor):
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+    def measure(self, sample: Sample) -> None:
+        """Tell metrics what happened; a metrics actor that is not there misses it."""
+        with contextlib.suppress(ActorDownError, MailboxFull):
+            self.tell("metrics", Measured([sample]))
 
     async def _guard(self, work: Awaitable[None]) -> None:
         try:
@@ -178,20 +179,20 @@ class Router(AsyncActor):
     @handles(Route)
     async def on_route(self, message: Route, envelope: Envelope) -> Routed:
         """Lease a loaded model, loading it first when it is cold."""
-        model = self.find(message.model)
+        model = self.local.find(message.model)
         was_cold = model.state != "loaded"
         while model.state != "loaded":
             if model.state == "failed" and (
-                model.cooldown_left_s > 0 or not _may_retry(model.error)
+                model.cooldown_left_s > 0 or not may_retry(model.error)
             ):
-                raise self._load_failed(model)
+                raise load_failed(model)
             if model.state in {"unloaded", "failed"}:
                 self._loader.begin_load(model)
             if not message.wait:
                 raise loading_error(model)
             await self._wait(model, message, envelope)
             if model.options.model_id not in self.models and not model.error:
-                raise self._not_found(message.model)
+                raise self.local.not_found(message.model)
         model.leases[message.request_id] = f"{envelope.src.name}.{envelope.src.incarnation}"
         model.last_used = time.monotonic()
         assert model.files is not None, "a loaded model is described"
@@ -273,19 +274,30 @@ class Router(AsyncActor):
         model = self.models.get(message.model_id)
         if model and model.state == "loaded" and not model.leases:
             event(self.log, "model.idle", model=message.model_id, idle_s=message.idle_s)
-            await self._loader.unload(model, force=False)
+            await self._loader.unload(model, force=False, reason="idle")
 
     @handles(AdminCommand)
     async def on_admin(self, message: AdminCommand, envelope: Envelope) -> AdminReply:
         """Run an operator's command."""
         return await self._admin.run(message)
 
+    @handles(CatalogueChanged)
+    def on_catalogue_changed(self, message: CatalogueChanged, envelope: Envelope) -> None:
+        """Go by another catalogue from now on; what runs goes on running as it is."""
+        kept = {options.model_id for options in self.default_models}
+        self.local.use_catalogue(message.catalogue, kept=kept, serves_here=self._serves_here)
+        self.fleet.use_catalogue(message.catalogue)
+
     # What others report
 
     @handles(HostReport)
     def on_host_report(self, message: HostReport, envelope: Envelope) -> None:
-        """Keep the last look at the devices."""
+        """Keep the last look at the devices, and what the engines now offer."""
         self.host = message
+        for load in message.loads:
+            model = self.models.get(load.model_id)
+            if model is not None and model.state == "loaded":
+                model.offer(load.context)
 
     @handles(NeuronReport)
     def on_neuron_report(self, message: NeuronReport, envelope: Envelope) -> None:
@@ -327,7 +339,7 @@ class Router(AsyncActor):
 
     async def on_group_up(self, up: GroupUp) -> None:
         """Ask a new leader what it runs, then route to it."""
-        model = self._by_group(up.group)
+        model = self.local.by_group(up.group)
         peer = self.peers.get(up.leader)
         if model is None or peer is None:
             return
@@ -335,7 +347,7 @@ class Router(AsyncActor):
 
     def on_group_down(self, down: GroupDown) -> None:
         """Recover, fail, or finish an unload."""
-        model = self._by_group(down.group)
+        model = self.local.by_group(down.group)
         if model is None or (model.epoch and down.epoch < model.epoch):
             return
         if down.commanded:
@@ -345,7 +357,8 @@ class Router(AsyncActor):
         else:
             error = down.error.to_exception() if down.error else ModelLoadFailed(down.reason)
             model.become("failed", error=error)
-            self._save_desired()
+            self._loader.measure_failed(model)
+            self.local.remember()
             event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
 
     async def _adopt(self, model: ManagedModel, leader: str, incarnation: int, epoch: int) -> None:
@@ -361,15 +374,14 @@ class Router(AsyncActor):
         assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
         if model.is_in("loading", "recovering", "failed"):
             model.set_loaded(loaded, leader, incarnation, epoch)
+            self._loader.measure_loaded(model, loaded.load_s)
 
     # For the loader and the admin commands
 
     async def load(self, options: LoadOptions) -> None:
         """Load with these options, or raise ModelAlreadyLoaded when others are in force."""
-        options = msgspec.structs.replace(
-            options, model_id=self.aliases.get(options.model_id, options.model_id)
-        )
-        _check_devices(options)
+        options = msgspec.structs.replace(options, model_id=self.local.resolve(options.model_id))
+        check_devices(options)
         if not self._serves_here:
             await self.fleet.load(options)
             return
@@ -386,121 +398,18 @@ class Router(AsyncActor):
             model.options = options
             model.failures = 0
         else:
-            model = self.add_model(options, is_known=False)
+            model = self.local.add(options, is_known=False)
         await self._loader.ensure_loaded(model)
 
     async def unload(self, model_id: str, *, force: bool) -> None:
         """Unload by id or alias, a gateway at its neurons; ModelNotFound when it is not loaded."""
         if not self._serves_here and await self.fleet.unload(
-            self.aliases.get(model_id, model_id), force=force
+            self.local.resolve(model_id), force=force
         ):
             return
-        model = self.models.get(self.aliases.get(model_id, model_id))
+        model = self.models.get(self.local.resolve(model_id))
         if model is None or model.state in {"unloaded", "failed"}:
             raise ModelNotFound(
-                f'model "{model_id}" is not loaded; loaded: {_names(self._in_state("loaded"))}'
+                f'model "{model_id}" is not loaded; loaded: {quoted(self.local.ids_in("loaded"))}'
             )
-        await self._loader.unload(model, force=force)
-
-    def find(self, name: str) -> ManagedModel:
-        """Return the model of an id or alias. Raises: ModelNotFound with close names."""
-        model = self.models.get(self.aliases.get(name, name))
-        if model is None:
-            raise self._not_found(name)
-        return model
-
-    def add_model(self, options: LoadOptions, *, is_known: bool) -> ManagedModel:
-        """Add or update an entry that is not running."""
-        _check_devices(options)
-        model = self.models.get(options.model_id)
-        if model is None:
-            model = ManagedModel(options, group_name(options.model_id), is_known)
-            self.models[options.model_id] = model
-        else:
-            model.options = options
-            model.is_known = model.is_known or is_known
-        return model
-
-    def forget(self, model: ManagedModel) -> None:
-        """Drop a model that does not run and that only an explicit load had brought here."""
-        if not model.is_known and model.state in {"unloaded", "failed"}:
-            self.models.pop(model.options.model_id, None)
-            model.wake()
-
-    def save_desired_with(self, model: ManagedModel) -> None:
-        """Write the desired state before this model is loaded."""
-        self._save_desired([*self._desired_options(exclude=model), model.options])
-
-    def save_desired_without(self, model: ManagedModel) -> None:
-        """Write the desired state before this model is unloaded."""
-        self._save_desired(self._desired_options(exclude=model))
-
-    def _desired_options(self, exclude: ManagedModel | None = None) -> list[LoadOptions]:
-        return [
-            model.options
-            for model in self.models.values()
-            if model is not exclude and model.state in {"loading", "loaded", "recovering"}
-        ]
-
-    def _save_desired(self, options: list[LoadOptions] | None = None) -> None:
-        wanted = self._desired_options() if options is None else options
-        write_desired(
-            self._runtime_dir, [DesiredModel(entry, group_name(entry.model_id)) for entry in wanted]
-        )
-
-    def _by_group(self, group: str) -> ManagedModel | None:
-        return next((model for model in self.models.values() if model.group == group), None)
-
-    def _in_state(self, state: str) -> list[str]:
-        return [name for name, model in self.models.items() if model.state == state]
-
-    def _not_found(self, name: str) -> ModelNotFound:
-        known = [*self.aliases, *(id for id, model in self.models.items() if model.is_known)]
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {_names(close)}?" if close else f"known models: {_names(known)}"
-        return ModelNotFound(
-            f'model "{name}" is not known here; {hint} (load others with: cortexd load ID)',
-            param="model",
-        )
-
-    def _load_failed(self, model: ManagedModel) -> CortexError:
-        assert model.error is not None, "a failed model has an error"
-        cause = model.error
-        if not _may_retry(cause):
-            return cause
-        return ModelLoadFailed(
-            f'model "{model.options.model_id}" could not be loaded: {cause.message}',
-            retry_after_s=min(math.ceil(model.cooldown_left_s), _MAX_RETRY_AFTER_S),
-        )
-
-
-def loading_error(model: ManagedModel) -> ModelLoading:
-    """Return the answer for a request that does not wait for a loading model."""
-    eta_s = model.eta_s
-    retry_after_s = min(max(eta_s or _DEFAULT_RETRY_AFTER_S, 1.0), _MAX_RETRY_AFTER_S)
-    return ModelLoading(
-        f'model "{model.options.model_id}" is {model.state} ({model.stage or "starting"}); '
-        "retry later or stream to wait",
-        retry_after_s=retry_after_s,
-        progress=round(model.progress or 0.0, 3),
-        eta_s=None if eta_s is None else round(eta_s, 1),
-    )
-
-
-def _check_devices(options: LoadOptions) -> None:
-    """Raise ConfigError unless there is one device for each rank, or no choice at all."""
-    devices = options.devices
-    if devices is not None and not len(devices) == len(set(devices)) == options.tensor_parallel:
-        raise ConfigError(
-            f'model "{options.model_id}": devices {list(devices)} for tensor_parallel = '
-            f"{options.tensor_parallel}; allowed: exactly one device of its own for each rank"
-        )
-
-
-def _may_retry(error: CortexError | None) -> bool:
-    """Tell whether loading again can help: a structural fault of the files cannot heal."""
-    return error is None or error.http_status >= 500
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names) or "none"
+        await self._loader.unload(model, force=force, reason="operator")

@@ -110,7 +110,7 @@ class RouterAdmin:
 
     async def _retry(self, command: AdminCommand) -> object:
         args = _decode(command, ModelArgs)
-        model = self._router.find(args.model_id)
+        model = self._router.local.find(args.model_id)
         return self._accept(command, args.model_id, self._router.load(model.options))
 
     def _accept(self, command: AdminCommand, model_id: str, work: Awaitable[None]) -> object:
@@ -123,7 +123,7 @@ class RouterAdmin:
         except CortexError as error:
             report_operation(self._router, operation_id, "failed", error.to_info())
             return
-        model = self._router.models.get(self._router.aliases.get(model_id, model_id))
+        model = self._router.models.get(self._router.local.resolve(model_id))
         report_operation(
             self._router, operation_id, "done", model.status() if model else {"model_id": model_id}
         )

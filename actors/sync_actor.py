@@ -1,30 +1,29 @@
 """The actor that owns a device: a plain loop of work and messages, without asyncio.
 
 Subclass `SyncActor` for the ranks of an engine group. The loop takes in all waiting messages, then
-runs one unit of work (`poll`), and blocks only when there is neither. A helper thread beats for the
-process and carries the step counter that shows the work; it has its own socket and shares nothing
-else.
+runs one unit of work (`poll`), and blocks only when there is neither. A thread beats for the
+process and carries the step counter that shows the work (`actors.beat_thread`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
-from actors.actor import ActorContext, Handler, handlers_of
+from actors.actor import ActorContext
 from actors.actor_loop import FATAL_ACK_S, fatal_info
+from actors.beat_thread import start_beating
+from actors.dispatch import HandlerTable, call_listener
 from actors.link import Link, resident_bytes
 from actors.mailbox import Outcome
 from actors.registry import Registry, RegistryEvent
 from actors.sync_asks import SyncAsk, SyncAsks
-from actors.transport import ControlLink, LinkPoller, Transport, encode_message
-from cortexd.errors import CortexError, ErrorInfo, Internal, MailboxFull
+from actors.transport.sockets import LinkPoller
+from cortexd.errors import ErrorInfo, Internal, MailboxFull
 from cortexd.log import event
 from cortexd.messages.control import (
     ActorDown,
@@ -44,13 +43,14 @@ from cortexd.messages.control import (
     Stop,
     Welcome,
 )
-from cortexd.messages.envelope import ROOT, Address, Envelope, Header
+from cortexd.messages.envelope import Address, Envelope
 
-# A process whose device is in an undefined state; EX_SOFTWARE of sysexits.
+# A rank whose state cannot be trusted: an error that recurs, a lost or late rank; EX_SOFTWARE.
 POISONED_EXIT_CODE: Final = 70
+# A rank whose device fails every call from now on; EX_OSERR of sysexits.
+DEVICE_FAULT_EXIT_CODE: Final = 71
 _IDLE_WAIT_S: Final = 0.5  # bounds how late a SIGTERM is seen
 _WELCOME_TIMEOUT_S: Final = 10.0
-BEAT_SUFFIX: Final = ".beat"
 _MAX_EARLY: Final = 1000
 # An answer may still arrive just after its deadline; one more look costs nothing.
 _DEADLINE_SLACK_S: Final = 0.001
@@ -79,7 +79,7 @@ class SyncActor:
         self._is_deferring = False  # messages wait: the actor is in the middle of something
         self._drain_until_s: float | None = None
         self._drain_request: Envelope | None = None
-        self._handlers: dict[type[Message], Handler] = {}
+        self._handlers = HandlerTable(self, context.name, context.log)
         self._early: list[Envelope | RegistryEvent] = []
 
     def __repr__(self) -> str:
@@ -152,11 +152,12 @@ class SyncActor:
         if self._is_stopping:
             raise _Stopped
 
-    def exit_poisoned(self, reason: str) -> NoReturn:
+    def exit_poisoned(self, reason: str, *, is_device_lost: bool = False) -> NoReturn:
         """End the process at once: the device, or the engine's state, cannot be trusted."""
-        event(self.log, "actor.poisoned", 50, reason=reason)
+        exit_code = DEVICE_FAULT_EXIT_CODE if is_device_lost else POISONED_EXIT_CODE
+        event(self.log, "actor.poisoned", 50, reason=reason, exit_code=exit_code)
         self._report_fatal(Internal(reason).to_info())
-        os._exit(POISONED_EXIT_CODE)
+        os._exit(exit_code)
 
     def on_start(self) -> None:
         """Get ready to serve (load the model); the root hears READY after it returns."""
@@ -185,12 +186,11 @@ class SyncActor:
 
     def run(self) -> int:
         """Live: connect, start, serve, stop; return the exit code."""
-        self._handlers = handlers_of(self)
         self._link = Link(self.context)
         self._asks = SyncAsks(self._link)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._link.hello(os.getpid())
-        threading.Thread(target=self._beat_forever, name="beat", daemon=True).start()
+        start_beating(self.context, self._take_beat)
         self._poller = LinkPoller(self._link.inbox, self._link.control)
         try:
             self._wait_for_welcome()
@@ -303,15 +303,7 @@ class SyncActor:
         if not self._is_started or self._is_deferring:
             self._early.append(registry_event)
             return
-        match registry_event:
-            case ActorUp():
-                self.on_actor_up(registry_event)
-            case ActorDown():
-                self.on_actor_down(registry_event)
-            case GroupUp():
-                self.on_group_up(registry_event)
-            case GroupDown():
-                self.on_group_down(registry_event)
+        call_listener(self, registry_event)
 
     def _replay_early(self) -> None:
         early, self._early = self._early, []
@@ -335,50 +327,26 @@ class SyncActor:
             self._link.refuse(envelope, MailboxFull(f'actor "{self.context.name}" is busy'))
 
     def _dispatch(self, envelope: Envelope) -> None:
-        handler = self._handlers.get(type(envelope.body))  # type: ignore[arg-type]
-        message = type(envelope.body).__name__
-        if handler is None:
-            event(self.log, "actor.no_handler", 40, message=message)
-            text = f'actor "{self.context.name}" has no handler for {message}'
-            self._link.refuse(envelope, Internal(text))
+        try:
+            handler = self._handlers.find(envelope)
+        except Internal as error:
+            self._link.refuse(envelope, error)
             return
-        answer: Any
+        answer: Message | ErrorInfo | None
         try:
             answer = handler(envelope.body, envelope)
-        except CortexError as error:
-            answer = error.to_info()
         except Exception as error:
-            event(
-                self.log,
-                "actor.handler_failed",
-                40,
-                exc_info=True,
-                message=message,
-                src=str(envelope.src),
-                error=repr(error),
-            )
-            text = f'actor "{self.context.name}" failed: {type(error).__name__}'
-            answer = Internal(text).to_info()
+            answer = self._handlers.failure(error, envelope)
         if envelope.wants_reply:
             self._link.reply(envelope, answer if answer is not None else Ok())
 
-    def _beat_forever(self) -> None:
-        """Beat from a thread: a step or a load may take longer than a beat."""
-        own = self.context.address
-        transport = Transport()
-        control = ControlLink(transport, self.context.runtime_dir, f"{own}{BEAT_SUFFIX}")
-        period_s = self.context.settings.supervision.heartbeat_ms / 1000
-        beat_id = 0
-        while True:
-            beat_id += 1
-            beat = Beat(
-                0.0,
-                len(self._early),
-                resident_bytes(),
-                self._num_steps,
-                self._is_busy,
-                self._link.dead_letters.snapshot(),
-            )
-            with contextlib.suppress(MailboxFull):  # the root is busy: the next beat will do
-                control.send(encode_message(Header(beat_id, 0, own, ROOT), beat))
-            time.sleep(period_s)
+    def _take_beat(self) -> Beat:
+        """Return what the root hears; called on the beat's thread, so it only reads."""
+        return Beat(
+            0.0,
+            len(self._early),
+            resident_bytes(),
+            self._num_steps,
+            self._is_busy,
+            self._link.dead_letters.snapshot(),
+        )

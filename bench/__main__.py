@@ -1,31 +1,36 @@
-"""`python -m bench [daemon | cpu]`: what a client sees (default), or the engine against others."""
+"""`python -m bench [NAME] [ARGS]`: run one benchmark; without a name, `demo`.
+
+Each benchmark is a module (or package) of this folder with `main(arguments) -> exit code`. It puts
+what it compares into one run and prints the machine's load: a busy machine's numbers mean little.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import argparse
+import importlib
+from typing import Final
+
+BENCHMARKS: Final = {
+    "demo": "start-up, prefill and decode of the demo model, as an HTTP client sees them",
+    "exactness": "logits against transformers, architectures x formats x ways (needs [test])",
+    "cpu": "the engine against llama.cpp and transformers on this CPU, file by file",
+}
 
 
 def main() -> int:
-    """Run the benchmark that the first argument names; return the exit code."""
-    name, *rest = [*sys.argv[1:], "daemon"] if len(sys.argv) < 2 else sys.argv[1:]
-    runners: dict[str, Callable[[list[str]], int]] = {"daemon": _daemon, "cpu": _cpu}
-    if name not in runners:
-        print(f'benchmark "{name}" does not exist; choose one of: {", ".join(runners)}')
-        return 2
-    return runners[name](rest)
-
-
-def _daemon(arguments: list[str]) -> int:
-    from bench import daemon
-
-    return daemon.main(arguments)
-
-
-def _cpu(arguments: list[str]) -> int:
-    from bench import cpu
-
-    return cpu.main(arguments)
+    """Run the benchmark named on the command line; return its exit code."""
+    listing = "\n".join(f"  {name:12} {text}" for name, text in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=f"Benchmarks:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", default="demo", choices=tuple(BENCHMARKS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the benchmark")
+    chosen = parser.parse_args()
+    module = importlib.import_module(f"bench.{chosen.name}")
+    code: int = module.main(chosen.arguments)
+    return code
 
 
 if __name__ == "__main__":

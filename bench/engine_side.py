@@ -11,7 +11,7 @@ import sys
 import torch
 
 from bench.runner import Timed, serve
-from cortexd.messages.inference import Submit
+from cortexd.messages.inference import SequenceDelta, Submit
 from cortexd.models import ModelFiles
 from cortexd.settings import Engine as EngineSettings
 from engine.engine import Engine
@@ -58,7 +58,7 @@ class EngineSide:
         while self._engine.has_work:
             self._step()
 
-    def _step(self) -> list[object]:
+    def _step(self) -> list[SequenceDelta]:
         return list(self._engine.step().get(OWNER, []))
 
     def _submit(self, num_prompt: int, num_tokens: int) -> None:

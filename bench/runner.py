@@ -84,23 +84,22 @@ class Side(Protocol):
     def decode(self, batch: int, num_prompt: int, num_tokens: int, timed: Timed) -> None: ...
 
 
-Timed = Callable[[Callable[[], None]], None]
+Timed = Callable[[Callable[[], object]], None]
 
 
 def serve(side: Side) -> int:
     """Answer commands until stdin ends; return the exit code."""
     print('{"ready": true}', flush=True)
     for line in sys.stdin:
-        command, *numbers = line.split()
-        sizes = [int(number) for number in numbers]
+        command, first, *rest = line.split()
         if command == "prefill":
-            side.prefill(*sizes, _timed)
+            side.prefill(int(first), _timed)
         else:
-            side.decode(*sizes, _timed)
+            side.decode(int(first), int(rest[0]), int(rest[1]), _timed)
     return 0
 
 
-def _timed(run: Callable[[], None]) -> None:
+def _timed(run: Callable[[], object]) -> None:
     cpu, wall = _cpu_seconds(), time.perf_counter()
     run()
     wall = time.perf_counter() - wall

@@ -30,7 +30,8 @@ class TransformersSide:
             head_dim=shape.head_dim,
             tie_word_embeddings=True,
         )
-        self._model = Qwen3ForCausalLM(config).eval()
+        self._model = Qwen3ForCausalLM(config)
+        self._model.requires_grad_(False)
         self._vocab_size = shape.vocab
 
     def prefill(self, num_tokens: int, timed: Timed) -> None:

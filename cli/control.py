@@ -26,7 +26,7 @@ Document = dict[str, object]
 
 
 class Channel(Protocol):
-    """What `actors.transport.AdminChannel` offers."""
+    """What `actors.transport.admin_channel.AdminChannel` offers."""
 
     def request(self, op: str, args: Mapping[str, object]) -> Document:
         """Run one operation. Raises: the CortexError it ended in, DeadlineExceeded."""
@@ -56,7 +56,8 @@ def connected(settings: Settings) -> Iterator[Channel]:
 
 def open_channel(path: Path) -> AbstractContextManager[Channel]:
     """Return a channel to the admin socket at `path`."""
-    from actors.transport import AdminChannel  # zmq, only once there is somebody to talk to
+    # Lazy: zmq is worth importing only once there is somebody to talk to.
+    from actors.transport.admin_channel import AdminChannel
 
     return AdminChannel(path, timeout_s=REPLY_TIMEOUT_S)
 

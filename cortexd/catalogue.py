@@ -1,8 +1,8 @@
 """The model catalogue, `models.toml`: what each model needs, where it may run, what it is called.
 
-Loaded once by the router (and by `cortexd config check`). Rules here are pure: priorities,
-feasibility inputs and aliases; live state is not known. A catalogue that cannot be read is an
-error, never an empty catalogue: that would silently switch off pinning and aliases.
+Read at start and by the reloader actor (and by `cortexd config check`). Rules here are pure:
+priorities, feasibility inputs and aliases; live state is not known. A catalogue that cannot be read
+is an error, never an empty catalogue: that would silently switch off pinning and aliases.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cortexd.model_id import absolute_model_id, check_model_id
 from cortexd.paths import home_dir
 from cortexd.problem import Locations, Problem, dotted, raise_problems
 from cortexd.schema import read_struct
-from cortexd.settings import Harness, NonNegativeInt, PositiveInt, Section
+from cortexd.settings import Harness, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 from cortexd.toml_file import read_toml
 from cortexd.toml_lines import Path
 
@@ -48,6 +48,19 @@ class Cost(Section, frozen=True):
     cache_write: Price | None = None
 
 
+class RequestDefaults(Section, frozen=True):
+    """What a request to the model that does not say otherwise asks for; ranges are the API's."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    max_tokens: PositiveInt | None = None
+
+
 class CatalogueModel(Section, frozen=True):
     """One `[[models]]` table."""
 
@@ -63,6 +76,8 @@ class CatalogueModel(Section, frozen=True):
     limit: CatalogueLimit | None = None
     cost: Cost | None = None
     capabilities: list[NonEmpty] = []
+    idle_ttl_s: NonNegativeFloat | None = None  # unloaded when unused so long; 0: never
+    defaults: RequestDefaults | None = None
 
     @property
     def priority(self) -> int:

@@ -48,6 +48,13 @@ class Eviction(Section, frozen=True):
     idle_ttl_s: NonNegativeFloat = 0.0
 
 
+class Entitlements(Section, frozen=True):
+    """Who may use the API; without a keys file everybody who reaches it."""
+
+    keys_file: str | None = None
+    require_auth: bool = True
+
+
 class NeuronEntry(Section, frozen=True):
     """One `[[neurons]]` table: a host whose models the gateway offers.
 
@@ -57,6 +64,7 @@ class NeuronEntry(Section, frozen=True):
     name: str
     endpoint: str
     kind: NeuronKind = "cortex"
+    key_file: str | None = None
 
 
 class Neuron(Section, frozen=True):
@@ -87,9 +95,11 @@ class Engine(Section, frozen=True):
     max_num_batched_tokens: Annotated[int, Meta(ge=16, le=65536)] = 2048
     max_prefill_chunk: Annotated[int, Meta(ge=16, le=65536)] = 512
     max_model_len: NonNegativeInt = 0
+    target_prefill_s: NonNegativeFloat = 120.0
+    bootstrap_prefill_tok_s: PositiveFloat = 800.0
     max_queue_depth: PositiveInt = 256
     prefix_cache: bool = True
-    backend: Literal["auto", "exact", "reference"] = "auto"
+    backend: Literal["auto", "triton", "exact", "reference"] = "auto"
 
 
 class Store(Section, frozen=True):
@@ -140,6 +150,7 @@ class Settings(Section, frozen=True):
     role: Role = "all"
     models_config: str | None = None
     gateway: Gateway = Gateway()
+    entitlements: Entitlements = Entitlements()
     eviction: Eviction = Eviction()
     neuron: Neuron = Neuron()
     engine: Engine = Engine()

@@ -20,12 +20,17 @@ ALLOWED_PARTS = {
 }
 # Files that may import a library; everything else must go through them.
 ONLY_IN = {
-    "zmq": ("actors/transport.py",),
+    "zmq": ("actors/transport/",),
     "aiohttp": ("actors/front/", "actors/metrics.py", "actors/neuron_client.py"),
-    "prometheus_client": ("actors/metrics.py", "actors/node_gauges.py"),
+    "prometheus_client": (
+        "actors/metrics.py",
+        "actors/metric_registry.py",
+        "actors/node_gauges.py",
+    ),
     "rich": ("cli/",),
     "tomli_w": ("cli/",),
     "torch": ("engine/",),
+    "llguidance": ("engine/grammar/matcher.py",),
     "transformers": (),
     "jinja2": ("engine/text/",),
     "tokenizers": ("engine/text/",),
@@ -34,6 +39,7 @@ ONLY_IN = {
 }
 TORCH_FREE_ENGINE = (
     "engine.text",
+    "engine.grammar",
     "engine.sources",
     "engine.formats",
     "engine.preflight",
@@ -42,6 +48,7 @@ TORCH_FREE_ENGINE = (
     "engine.scheduler",
     "engine.tp.sharding",
     "engine.tp.step_codec",
+    "engine.token_ids",
 )
 STDLIB_AND_MSGSPEC = sys.stdlib_module_names | {"msgspec", "cortexd"}
 

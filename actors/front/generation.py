@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from types import TracebackType
 
 from actors.front.choice import Choice, ChoiceOutput
@@ -70,6 +71,7 @@ class Generation:
         self._holds_lease = False
 
     def __enter__(self) -> Generation:
+        self._record.progress = self._counts
         self._start()
         return self
 
@@ -82,6 +84,7 @@ class Generation:
         self._release()
         usage = self.usage()
         record = self._record
+        record.progress = None
         record.prompt_tokens = usage.prompt_tokens
         record.completion_tokens = usage.completion_tokens
         record.cached_tokens = usage.prompt_tokens_details.cached_tokens
@@ -119,6 +122,10 @@ class Generation:
                 CompletionTokensDetails(reasoning_tokens) if reasoning_tokens else None
             ),
         )
+
+    def _counts(self) -> tuple[int, int]:
+        usage = self.usage()
+        return usage.prompt_tokens, usage.completion_tokens
 
     async def next(self, timeout_s: float) -> list[ChoiceOutput]:
         """Return new outputs, [] when there are none within `timeout_s`.
@@ -189,6 +196,7 @@ class Generation:
         self._leader = routed.leader
         answers = self._request.choices_per_prompt
         stop = self._request.stop
+        parts = [prepared.prompt_part(self._request, n) for n in range(len(prepared.prompts))]
         for index in range(len(prepared.prompts) * answers):
             answer_format = prepared.answer_format(self._request, index)
             choice = Choice(
@@ -200,6 +208,8 @@ class Generation:
                 is_first_answer=index % answers == 0,
                 continues_text=self._request.continues_text,
                 ends_at_tool_call=self._request.is_single_tool_call,
+                min_tokens=self._request.fields.min_tokens or 0,
+                prompt_part=parts[index // answers],
             )
             self._choices.append(choice)
             sequence_id = self._services.sequences.open(
@@ -229,6 +239,10 @@ class Generation:
             if choice.finish_reason is not None:
                 self._end_choice(choice)
             touched[index] = choice
+            if delta.prompt_scores is not None:
+                # The other answers to this prompt may have waited for it.
+                for sibling in range(index, index + self._request.choices_per_prompt):
+                    touched.setdefault(sibling, self._choices[sibling])
         if num_tokens:
             now = time.monotonic()
             self._record.first_token = self._record.first_token or now
@@ -240,9 +254,10 @@ class Generation:
         sequence_id = self._running.pop(choice.index, None)
         if sequence_id is None:
             return
-        self._services.sequences.close(sequence_id)
         if choice.was_stopped_here:
             self._cancel(sequence_id)
+        else:
+            self._services.sequences.close(sequence_id)
 
     # Ending
 
@@ -261,12 +276,13 @@ class Generation:
 
     def _cancel_running(self) -> None:
         for sequence_id in self._running.values():
-            self._services.sequences.close(sequence_id)
             self._cancel(sequence_id)
         self._running.clear()
 
     def _cancel(self, sequence_id: int) -> None:
-        self._services.tell_quietly(self._leader, Cancel(sequence_id))
+        services = self._services
+        services.sequences.cancel(sequence_id, partial(services.note_cancelled, self._record.model))
+        services.tell_quietly(self._leader, Cancel(sequence_id))
 
     def _new_queue(self) -> DeltaQueue:
         answers = self._request.choices_per_prompt * max(1, len(self._request.prompts))

@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from actors.front.auth import KeyRing
 from actors.front.bus import Bus
 from actors.front.sequences import SequenceTable
+from actors.front.spending import Spending
 from actors.front.text_models import TextModels
 from actors.front.upstream import Upstream
 from cortexd.errors import CortexError
+from cortexd.keys import node_keys
+from cortexd.messages import Measured
 from cortexd.messages.control import Message
+from cortexd.metrics import CANCEL_LATENCY
 from cortexd.neuron_list import local_node_name, remote_neurons
 from cortexd.settings import Settings
 
@@ -31,6 +36,9 @@ class Services:
     sequences: SequenceTable
     text_models: TextModels
     upstream: Upstream = field(default_factory=Upstream)
+    keys: KeyRing = field(init=False)
+    spending: Spending = field(init=False)
+    node_keys: dict[str, str] = field(init=False, repr=False)
     node: str = field(init=False)
     num_neurons: int = field(init=False)
     serves_here: bool = field(init=False)
@@ -47,6 +55,9 @@ class Services:
         self.node = local_node_name(self.settings, platform.node())
         self.num_neurons = len(remote_neurons(self.settings))
         self.serves_here = self.settings.role != "gateway"
+        self.keys = KeyRing(self.settings.entitlements)
+        self.spending = Spending(self.bus)
+        self.node_keys = node_keys(remote_neurons(self.settings))
 
     @property
     def has_neurons(self) -> bool:
@@ -64,6 +75,11 @@ class Services:
             self.bus.tell(name, message)
         except CortexError:
             self.num_lost_messages += 1  # /health shows the count
+
+    def note_cancelled(self, model: str, seconds: float) -> None:
+        """Tell metrics how long the engine took to free a cancelled sequence."""
+        sample = CANCEL_LATENCY.sample(seconds, model=model, node=self.node)
+        self.tell_quietly("metrics", Measured([sample]))
 
     def enter(self) -> None:
         """Count an inference request in."""

@@ -46,7 +46,7 @@ async def stream_answer(
     await response.prepare(request)
     if request.transport is None:
         raise ConnectionResetError("the client went away")
-    writer = EventWriter(response, request.transport, gateway, encoder)
+    writer = EventWriter(response, request.transport, gateway, encoder, record)
     record.status = response.status
     try:
         while True:
@@ -88,7 +88,9 @@ class EventWriter:
         transport: asyncio.WriteTransport,
         gateway: Gateway,
         encoder: ChunkEncoder,
+        record: RequestRecord,
     ) -> None:
+        self._record = record
         self._response = response
         self._transport = transport
         self._event_period_s = gateway.event_keepalive_s
@@ -104,8 +106,10 @@ class EventWriter:
     async def write_keepalive(self) -> None:
         """Write a comment, or an event when the last one is too long ago."""
         if self._clock() - self._last_event >= self._event_period_s:
+            self._record.num_keepalive_events += 1
             await self.write_event(self._encoder.keepalive())
         else:
+            self._record.num_comments += 1
             await self._write(self._encoder.comment())
 
     async def write_error(self, error: CortexError) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cortexd.errors import ErrorInfo
 from cortexd.messages.admin import AdminCommand, AdminProgress, AdminReply
+from cortexd.messages.budgets import KeysChanged, ReportUsage, Reserve, UsageEntry
 from cortexd.messages.control import (
     ActorDown,
     ActorInfo,
@@ -54,6 +55,7 @@ from cortexd.messages.fleet import (
     UnloadModelNow,
 )
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
+from cortexd.messages.metrics import Gauges, Measured, Sample
 from cortexd.messages.neurons import (
     LoadOnNode,
     NeuronReport,
@@ -63,6 +65,7 @@ from cortexd.messages.neurons import (
     RoutedRemote,
     UnloadOnNode,
 )
+from cortexd.messages.reload import CatalogueChanged, ReloadFiles
 from cortexd.messages.rpc import Reply, Request
 
 Body = (
@@ -90,6 +93,11 @@ Body = (
     | Stop
     | StopGroup
     | Welcome
+    | Gauges
+    | KeysChanged
+    | Measured
+    | ReportUsage
+    | Reserve
     | LoadOnNode
     | NeuronReport
     | NodeFailed
@@ -118,6 +126,8 @@ Body = (
     | Routed
     | UnloadIdle
     | UnloadModelNow
+    | CatalogueChanged
+    | ReloadFiles
     | Cancel
     | Submit
     | TokenBatch
@@ -136,21 +146,25 @@ __all__ = [
     "Body",
     "Bye",
     "Cancel",
+    "CatalogueChanged",
     "DescribeModel",
     "Drain",
     "EndRequest",
     "ErrorInfo",
     "EvictionProposal",
+    "Gauges",
     "GroupDown",
     "GroupStarting",
     "GroupUp",
     "Hello",
     "HostReport",
+    "KeysChanged",
     "ListModels",
     "LoadModel",
     "LoadOnNode",
     "LoadProgress",
     "LoadReport",
+    "Measured",
     "ModelList",
     "ModelLoaded",
     "NeuronReport",
@@ -164,7 +178,10 @@ __all__ = [
     "QueryHost",
     "QueryLoad",
     "Ready",
+    "ReloadFiles",
+    "ReportUsage",
     "RequestFinished",
+    "Reserve",
     "ResolveFiles",
     "ResolveProgress",
     "ResolvedFiles",
@@ -172,6 +189,7 @@ __all__ = [
     "Routed",
     "RoutedHere",
     "RoutedRemote",
+    "Sample",
     "SetLogLevel",
     "StartGroup",
     "Stop",
@@ -181,5 +199,6 @@ __all__ = [
     "UnloadIdle",
     "UnloadModelNow",
     "UnloadOnNode",
+    "UsageEntry",
     "Welcome",
 ]

@@ -6,7 +6,7 @@ import msgspec
 
 from cortexd.messages.control import Message
 from cortexd.messages.neurons import CatalogueCard, NodeStatus
-from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelStatus
+from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelStatus, WeightBytes
 
 
 class Route(Message, frozen=True, tag="Route"):
@@ -14,12 +14,14 @@ class Route(Message, frozen=True, tag="Route"):
 
     `request_id` opens a lease that `EndRequest` (or the front's death) closes; a leased model is
     never evicted. With `wait`, the answer comes when the model is loaded (within the deadline);
-    without, a cold model starts loading and the answer is `ModelLoading`.
+    without, a cold model starts loading and the answer is `ModelLoading`. `account` is whose
+    request it is, "" for anonymous ones: places are shared fairly between accounts.
     """
 
     model: str
     request_id: str
     wait: bool = False
+    account: str = ""
 
 
 class Routed(Message, frozen=True, tag="Routed"):
@@ -112,6 +114,7 @@ class ResolvedFiles(Message, frozen=True, tag="ResolvedFiles"):
 
     files: ModelFiles
     spec: ModelSpec
+    weights: WeightBytes
 
 
 class ResolveProgress(Message, frozen=True, tag="ResolveProgress"):
@@ -143,6 +146,11 @@ class LoadReport(Message, frozen=True, tag="LoadReport"):
     steps: int
     num_cached_tokens: int = 0  # of the prompt tokens, those that were not computed again
     kv_blocks_cached: int = 0  # free blocks whose content is kept for prompts to come
+    # Bytes on the leader's device, recurrent states included; waiting: what the queue will take.
+    kv_bytes_total: int = 0
+    kv_bytes_used: int = 0
+    kv_bytes_waiting: int = 0
+    context: int = 0  # the longest sequence to offer at the present speed; 0: as loaded
 
 
 class DeviceReport(msgspec.Struct, frozen=True, array_like=True):
@@ -215,3 +223,9 @@ class RequestFinished(Message, frozen=True, tag="RequestFinished"):
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    account: str = ""  # "": anonymous
+    key_id: str = ""
+    wait_s: float | None = None  # until it was handed to an engine or node; None: it never was
+    num_retries: int = 0
+    num_comments: int = 0  # keep-alives sent, of both kinds
+    num_keepalive_events: int = 0

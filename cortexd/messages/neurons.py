@@ -34,6 +34,9 @@ class NodeModel(msgspec.Struct, frozen=True, array_like=True):
     detail: str | None = None
     tok_s_prefill: float | None = None
     tok_s_decode: float | None = None
+    # Bounds of the two counts above; None where the node does not tell.
+    max_in_flight: int | None = None
+    max_queue_depth: int | None = None
 
 
 class NeuronReport(Message, frozen=True, tag="NeuronReport"):
@@ -80,13 +83,14 @@ class Place(Message, frozen=True, tag="Place"):
 
     `RoutedRemote` opens a lease that `EndRequest` (or the front's death) closes. With `wait`, the
     answer comes when a node has the model loaded (within the deadline). Nodes in `exclude` have
-    failed this request already.
+    failed this request already. `account`: as of `Route`.
     """
 
     model: str
     request_id: str
     wait: bool = False
     exclude: list[str] = []
+    account: str = ""
 
 
 class RoutedHere(Message, frozen=True, tag="RoutedHere"):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.mailbox import AskTable, DeadLetters, Intake, Outcome
-from actors.transport import encode_message
+from actors.transport.codec import encode_message
 from cortexd.errors import ActorDown, CortexError, DeadlineExceeded, ErrorInfo, ModelNotFound
 from cortexd.messages import Ok, Ping
 from cortexd.messages.envelope import Address, Envelope, Header

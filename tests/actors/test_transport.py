@@ -12,17 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.transport import (
-    MAX_MESSAGE_BYTES,
-    AdminChannel,
-    Inbox,
-    Outbox,
-    Transport,
-    decode_body,
-    decode_header,
-    encode_message,
-    inbox_endpoint,
-)
+from actors.transport.admin_channel import AdminChannel
+from actors.transport.codec import MAX_MESSAGE_BYTES, decode_body, decode_header, encode_message
+from actors.transport.sockets import Inbox, Outbox, Transport, inbox_endpoint
 from cortexd.errors import ConfigError, MailboxFull, NotRunning, RequestTooLarge
 from cortexd.messages import AdminReply, Ping
 from cortexd.messages.envelope import Address, Header

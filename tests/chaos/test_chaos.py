@@ -26,7 +26,7 @@ from tests.tree.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.chaos
 
-LIGHT_ACTORS = ("router", "store", "poller", "evictor", "metrics", "front.0")
+LIGHT_ACTORS = ("router", "store", "poller", "evictor", "reloader", "metrics", "front.0")
 NUM_PROMPTS = 8
 NUM_CLIENTS = 3
 # The leader costs a model load each time, so it is one victim among many.

@@ -100,7 +100,7 @@ def test_top_without_a_terminal_names_the_other_way(capsys: pytest.CaptureFixtur
 @pytest.mark.tree
 def test_look_reads_a_real_daemon(tmp_path: Path) -> None:
     """The three operations exist and have the fields that the screen shows."""
-    from actors.transport import AdminChannel
+    from actors.transport.admin_channel import AdminChannel
 
     with (
         Daemon(tmp_path) as daemon,

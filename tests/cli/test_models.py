@@ -102,3 +102,20 @@ def test_unload_of_unknown_model_exits_4(
     daemon.answers["model.unload"] = ModelNotFound('model "nope" is not known')
     assert main(["unload", "nope"]) == 4
     assert capsys.readouterr().err == 'cortexd: model "nope" is not known\n'
+
+
+def test_reload_shows_changes_and_refuses_errors(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What changed is printed; an error is one of the configuration."""
+    changed = {"file": "/m.toml", "status": "reloaded", "changes": ['+ model "a/b"'], "error": None}
+    daemon.answers["reload"] = {"files": [changed]}
+    assert main(["reload"]) == 0
+    assert capsys.readouterr().out == '/m.toml: reloaded\n  + model "a/b"\n'
+    bad = {"file": "/m.toml", "status": "rejected", "changes": [], "error": "/m.toml:3: no"}
+    daemon.answers["reload"] = {"files": [bad]}
+    assert main(["reload"]) == 2
+    assert "/m.toml:3: no" in capsys.readouterr().err
+    daemon.answers["reload"] = {"files": []}
+    assert main(["reload"]) == 0
+    assert "nothing to reload" in capsys.readouterr().out

@@ -19,14 +19,8 @@ from typing import TypeVar
 from actors.actor import ActorContext, AsyncActor
 from actors.actor_loop import ActorLoop
 from actors.mailbox import DeadLetters, Intake
-from actors.transport import (
-    ControlHub,
-    Inbox,
-    Outbox,
-    Transport,
-    encode_message,
-    inbox_endpoint,
-)
+from actors.transport.codec import encode_message
+from actors.transport.sockets import ControlHub, Inbox, Outbox, Transport, inbox_endpoint
 from cortexd.errors import ErrorInfo
 from cortexd.messages import ActorInfo, Hello, Ready, Stop, Welcome
 from cortexd.messages.control import Message

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import psutil
 
-from actors.transport import AdminChannel
+from actors.transport.admin_channel import AdminChannel
 
 READY_DEADLINE_S = 60.0
 LOAD_DEADLINE_S = 90.0

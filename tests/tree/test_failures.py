@@ -18,7 +18,7 @@ from tests.tree.daemon import Daemon, streamed_text, wait_for
 
 pytestmark = pytest.mark.tree
 
-LIGHT_ACTORS = ("router", "store", "poller", "evictor", "metrics", "front.0")
+LIGHT_ACTORS = ("router", "store", "poller", "evictor", "reloader", "metrics", "front.0")
 
 
 def _leader(daemon: Daemon) -> str:

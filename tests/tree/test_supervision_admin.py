@@ -8,7 +8,8 @@ import msgspec
 import pytest
 import zmq
 
-from actors.transport import AdminChannel, Transport
+from actors.transport.admin_channel import AdminChannel
+from actors.transport.sockets import Transport
 from cortexd.errors import CortexError, InvalidValue, NotFound
 from tests.tree.toy_daemon import ToyDaemon, toys
 

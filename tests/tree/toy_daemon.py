@@ -24,7 +24,7 @@ import psutil
 from actors.process import become_subreaper
 from actors.root import run_root
 from actors.spec import ChildSpec
-from actors.transport import AdminChannel
+from actors.transport.admin_channel import AdminChannel
 from cortexd.errors import CortexError
 from cortexd.settings import Settings
 

@@ -1,45 +1,29 @@
-"""ZeroMQ as this project uses it: our socket options, non-blocking sends, and the codec.
+"""ZeroMQ as this project uses it: our socket options and non-blocking sends.
 
-The only module that knows zmq. Every actor binds one `Inbox` and sends through an `Outbox`; a child
-speaks to the root over a `ControlLink`, which ends at the root's `ControlHub`; `AdminServer` and
-`AdminSocket` carry the operators' JSON. Nothing here blocks but `wait` and the admin client, and a
-message that cannot be sent at once is an error for its sender, never a queue in the dark.
+Every actor binds one `Inbox` and sends through an `Outbox`; a child speaks to the root over a
+`ControlLink`, which ends at the root's `ControlHub`; the root's `AdminSocket` carries the
+operators' JSON. Nothing here blocks but `LinkPoller.wait`, and a message that cannot be sent at
+once is an error for its sender, never a queue in the dark.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import socket
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping
 from hashlib import blake2s
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Final, Literal
 
-import msgspec
 import zmq
 
-from cortexd.errors import (
-    CortexError,
-    DeadlineExceeded,
-    ErrorInfo,
-    MailboxFull,
-    NotRunning,
-    RequestTooLarge,
-)
-from cortexd.messages import Body
-from cortexd.messages.control import Message
-from cortexd.messages.envelope import Address, Header
+from actors.transport.codec import MAX_MESSAGE_BYTES
+from cortexd.errors import MailboxFull
+from cortexd.messages.envelope import Address
 from cortexd.paths import ADMIN_SOCKET, ipc_path
 
 Frames = list[bytes]
 _Context = zmq.Context[zmq.Socket[bytes]]
 
-# A receiver drops the whole connection on a larger message and the sender sees nothing of it, so
-# the size is checked before the send as well.
-MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 _HIGH_WATER_MARK: Final = 1000
 # Registry events go to every child; one that has not read this many is hung and will be killed.
 _CONTROL_HIGH_WATER_MARK: Final = 10_000
@@ -52,11 +36,7 @@ _SHORT_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,22}")
 
 CONTROL_SOCKET: Final = "control.s"
 
-_encode = msgspec.msgpack.Encoder().encode
-_T = TypeVar("_T")
 Sent = Literal["sent", "full", "gone"]
-_header_decoder = msgspec.msgpack.Decoder(Header)
-_body_decoder = msgspec.msgpack.Decoder(Body)
 
 
 def inbox_endpoint(runtime_dir: Path, address: Address) -> str:
@@ -69,35 +49,6 @@ def inbox_endpoint(runtime_dir: Path, address: Address) -> str:
         digest = blake2s(name.encode(), digest_size=4).hexdigest()
         name = f"{re.sub('[^a-z0-9.-]', '-', name.lower())[:14]}-{digest}"
     return f"ipc://{ipc_path(runtime_dir, f'{name}.{address.incarnation}.s')}"
-
-
-def encode_message(header: Header, body: Message | ErrorInfo) -> tuple[bytes, bytes]:
-    """Return the two frames of a message. Raises: RequestTooLarge."""
-    frames = (_encode(header), _encode(body))
-    size = len(frames[0]) + len(frames[1])
-    if size > MAX_MESSAGE_BYTES:
-        raise RequestTooLarge(
-            f"{type(body).__name__} for {header.dst} has {size} bytes; allowed: {MAX_MESSAGE_BYTES}"
-        )
-    return frames
-
-
-def decode_header(frame: bytes) -> Header:
-    """Return the header. Raises: msgspec.MsgspecError."""
-    return _decoded(_header_decoder, frame)
-
-
-def decode_body(frame: bytes) -> Message | ErrorInfo:
-    """Return the body. Raises: msgspec.MsgspecError for anything but a known, valid message."""
-    body: Message | ErrorInfo = _decoded(_body_decoder, frame)
-    return body
-
-
-def _decoded(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
-    try:
-        return decoder.decode(frame)
-    except UnicodeDecodeError as error:  # the one fault that msgspec lets out under another name
-        raise msgspec.DecodeError(f"text is not UTF-8: {error}") from error
 
 
 class Transport:
@@ -277,105 +228,3 @@ class LinkPoller:
     def wait(self, timeout_s: float) -> None:
         """Return when a message waits, or after the timeout."""
         self._poller.poll(int(timeout_s * 1000))
-
-
-class AdminChannel:
-    """A synchronous client of the admin socket: one request at a time.
-
-    Nothing listening is an error at once: ZeroMQ itself would retry in silence.
-    """
-
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        """Connect. Raises: NotRunning."""
-        self._path = path
-        self._timeout_s = timeout_s
-        self._num_requests = 0
-        self._events: deque[dict[str, Any]] = deque()
-        self._probe()
-        self._transport = Transport()
-        self._socket = self._transport.socket(zmq.DEALER)
-        self._socket.connect(f"ipc://{path}")
-
-    def __enter__(self) -> AdminChannel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def request(self, op: str, args: Mapping[str, object] | None = None) -> dict[str, Any]:
-        """Return an operation's first answer; of a long one it holds "accepted" and "op_id".
-
-        Raises: the daemon's CortexError, NotRunning, DeadlineExceeded.
-        """
-        self._num_requests += 1
-        request_id = str(self._num_requests)
-        document = {"v": 1, "id": request_id, "op": op, "args": args or {}}
-        self._socket.send(msgspec.json.encode(document))
-        deadline_s = time.monotonic() + self._timeout_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            answer = self._receive(left_s)
-            if answer is None:
-                continue
-            if "event" in answer:
-                self._events.append(answer)
-            elif answer["id"] == request_id:
-                if not answer["ok"]:
-                    raise _to_error(answer["error"])
-                result: dict[str, Any] = answer["result"]
-                return result
-        self._probe()
-        raise DeadlineExceeded(f"no answer to {op} within {self._timeout_s} s")
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Yield the events of the operations and streams this channel began.
-
-        Each is `{"id", "event", "data"}`, operations' with their "op_id". Ends with the daemon.
-        """
-        while True:
-            while self._events:
-                event = self._events.popleft()
-                if event["event"] == "end":
-                    return
-                yield event
-            document = self._receive(self._timeout_s)
-            if document is not None and "event" in document:
-                self._events.append(document)
-            elif document is None:
-                try:
-                    self._probe()  # silence is fine while the daemon lives
-                except NotRunning:
-                    return
-
-    def close(self) -> None:
-        """Disconnect; streams of this channel end."""
-        self._socket.close()
-        self._transport.close()
-
-    def _receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """Return the next document; None at the timeout."""
-        if not self._socket.poll(int(timeout_s * 1000) + 1):
-            return None
-        document: dict[str, Any] = msgspec.json.decode(self._socket.recv())
-        return document
-
-    def _probe(self) -> None:
-        """Raises: NotRunning when nothing listens on the socket."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(self._path))
-            except OSError as error:
-                raise NotRunning(
-                    f"cortexd is not running: {self._path}: {os.strerror(error.errno or 0)}; "
-                    'start it with "cortexd start"'
-                ) from error
-
-
-def _to_error(document: dict[str, Any]) -> CortexError:
-    details = document.get("details") or {}
-    return ErrorInfo(
-        code=document["code"],
-        message=document["message"],
-        param=document.get("param"),
-        retry_after_s=document.get("retry_after_s"),
-        details=details,
-    ).to_exception()

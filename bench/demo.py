@@ -1,4 +1,4 @@
-"""`make bench`: start the daemon with the demo model and measure what a client sees.
+"""`python -m bench demo`: start the daemon with the demo model and measure what a client sees.
 
 Prints start-up times, prefill and decode speed at batch 1 and 8 over HTTP, and the machine's load
 before and after, because numbers from a busy machine mean nothing.
@@ -6,6 +6,7 @@ before and after, because numbers from a busy machine mean nothing.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 MODEL = "smollm2-135m-instruct"
@@ -26,11 +27,9 @@ NUM_ROUNDS = 3
 PROMPT_WORDS = 400
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run all measurements; return the exit code."""
-    if arguments:
-        print(f"unknown arguments {arguments}; this benchmark takes none")
-        return 2
+    argparse.ArgumentParser(prog="python -m bench demo").parse_args(arguments)
     print(f"load before: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(prefix="cx-bench-") as directory:
         base, process = _start(Path(directory))
@@ -144,7 +143,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
