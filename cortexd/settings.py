@@ -48,6 +48,13 @@ class Eviction(Section, frozen=True):
     idle_ttl_s: NonNegativeFloat = 0.0
 
 
+class Entitlements(Section, frozen=True):
+    """Who may use the API; without a keys file everybody who reaches it."""
+
+    keys_file: str | None = None
+    require_auth: bool = True
+
+
 class NeuronEntry(Section, frozen=True):
     """One `[[neurons]]` table: a host whose models the gateway offers.
 
@@ -57,6 +64,7 @@ class NeuronEntry(Section, frozen=True):
     name: str
     endpoint: str
     kind: NeuronKind = "cortex"
+    key_file: str | None = None
 
 
 class Neuron(Section, frozen=True):
@@ -91,7 +99,7 @@ class Engine(Section, frozen=True):
     bootstrap_prefill_tok_s: PositiveFloat = 800.0
     max_queue_depth: PositiveInt = 256
     prefix_cache: bool = True
-    backend: Literal["auto", "reference"] = "auto"
+    backend: Literal["auto", "triton", "reference"] = "auto"
 
 
 class Store(Section, frozen=True):
@@ -142,6 +150,7 @@ class Settings(Section, frozen=True):
     role: Role = "all"
     models_config: str | None = None
     gateway: Gateway = Gateway()
+    entitlements: Entitlements = Entitlements()
     eviction: Eviction = Eviction()
     neuron: Neuron = Neuron()
     engine: Engine = Engine()
