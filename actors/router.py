@@ -44,14 +44,18 @@ from cortexd.messages import (
     GroupUp,
     HostReport,
     ListModels,
+    Loading,
     LoadModel,
     LoadProgress,
     ModelList,
     ModelLoaded,
     NeuronReport,
     NodeFailed,
+    NodeView,
     Ok,
     Place,
+    QueryLoading,
+    QueryNode,
     ResolveProgress,
     Route,
     Routed,
@@ -85,6 +89,7 @@ class Router(AsyncActor):
         self.default_models = args.default_models if self._serves_here else []
         self.local = LocalModels(context.runtime_dir)
         self.host: HostReport | None = None
+        self.is_draining = False
         self._waiting: set[str] = set()  # requests that wait for a model
         self._ended: set[str] = set()  # those of them that ended meanwhile
         self._loader = ModelLoader(self)
@@ -231,7 +236,7 @@ class Router(AsyncActor):
     @handles(EndRequest)
     def on_end_request(self, message: EndRequest, envelope: Envelope) -> None:
         """Close a lease, or the wait for one."""
-        self.fleet.end_request(message.request_id)
+        self.fleet.end_request(message.request_id, is_answered=message.is_answered)
         if message.request_id in self._waiting:
             self._ended.add(message.request_id)
         for model in self.models.values():
@@ -249,6 +254,20 @@ class Router(AsyncActor):
             nodes=self.fleet.statuses(),
             catalogue=self.fleet.catalogue_cards(),
         )
+
+    @handles(QueryNode)
+    def on_query_node(self, message: QueryNode, envelope: Envelope) -> NodeView:
+        """Answer how a node is that a front waits for."""
+        return self.fleet.node_view(message.node, message.model_id)
+
+    @handles(QueryLoading)
+    def on_query_loading(self, message: QueryLoading, envelope: Envelope) -> Loading:
+        """Answer how far a load is, here or at a neuron."""
+        model_id = self.local.resolve(message.model)
+        model = self.models.get(model_id)
+        if model is not None and model.is_in("loading", "recovering"):
+            return Loading(model.stage, model.progress, model.eta_s)
+        return self.fleet.loading(model_id)
 
     @handles(LoadModel)
     async def on_load_model(self, message: LoadModel, envelope: Envelope) -> Ok:

@@ -283,6 +283,14 @@ class Overloaded(CortexError):
     retriable = True
 
 
+class QueueTimeout(CortexError):
+    """A request waited for a free seat as long as it may."""
+
+    code = "queue_timeout"
+    http_status = 503
+    retriable = True
+
+
 class DeadlineExceeded(CortexError):
     """No answer came before the deadline."""
 

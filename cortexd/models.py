@@ -159,6 +159,17 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
         return rank if self.devices is None else self.devices[rank]
 
 
+class ModelPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How long a model stays once it is loaded: what its catalogue entry says of that.
+
+    `residency_priority`: its class; `idle_ttl_s`: unloaded when unused so long, 0: never. None: by
+    the rules of the host that runs it.
+    """
+
+    residency_priority: int | None = None
+    idle_ttl_s: float | None = None
+
+
 class RankArgs(msgspec.Struct, frozen=True):
     """What every rank process of a model's group is started with."""
 

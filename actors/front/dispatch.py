@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+import time
+from collections.abc import Coroutine
+from typing import Any, Final
 
 import aiohttp
 from aiohttp import web
@@ -13,11 +15,24 @@ from actors.front.record import RequestRecord
 from actors.front.routing import place
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.upstream import HEAD_TIMEOUT_S, ConnectFailed, request_headers
+from cortexd.affinity import prefix_chain
 from cortexd.errors import CortexError, InvalidRequest, UpstreamUnavailable
-from cortexd.messages import EndRequest, NodeFailed, RoutedHere, RoutedRemote
+from cortexd.messages import (
+    EndRequest,
+    NodeFailed,
+    NodeView,
+    Place,
+    QueryNode,
+    RoutedHere,
+    RoutedRemote,
+)
 from cortexd.settings import NeuronKind
 
 _MESSAGES: Final = "/v1/messages"
+# How often a node that takes its time is looked after.
+_NODE_CHECK_S: Final = 5.0
+# Statuses by which a node says that it is at fault, not the request and not its load.
+_NODE_FAULTS: Final = frozenset({500, 502})
 
 
 class Dispatch:
@@ -38,7 +53,10 @@ class Dispatch:
         self._body = body
         self._model = model
         self._is_stream = is_stream
+        self._prefix = prefix_chain(body)
+        self._since = time.monotonic()
         self._routed: RoutedRemote | None = None
+        self._is_answered = False
         self._upstream: aiohttp.ClientResponse | None = None
         self.lease_id = self._services.new_lease_id()
         gateway = self._services.settings.gateway
@@ -59,7 +77,13 @@ class Dispatch:
         """Close the node's socket at once and end the lease; nothing here waits."""
         if self._upstream is not None:
             self._upstream.close()
-        self._services.tell_quietly("router", EndRequest(self.lease_id))
+        self._services.tell_quietly("router", EndRequest(self.lease_id, self._is_answered))
+
+    def failed(self, reason: str, *, is_refusing: bool = False) -> None:
+        """Tell the router that the node failed at this request."""
+        self._is_answered = False
+        failure = NodeFailed(self.node, reason, self.lease_id, is_refusing)
+        self._services.tell_quietly("router", failure)
 
     async def open(self) -> aiohttp.ClientResponse | None:
         """Return the head of a node's answer, None when this host is to serve the request.
@@ -77,13 +101,15 @@ class Dispatch:
         return await self._post(retry)
 
     async def _place(self, exclude: list[str]) -> RoutedHere | RoutedRemote:
-        routed = await place(
-            self._services.bus,
+        wanted = Place(
             self._model,
             self.lease_id,
-            wait_s=max(self._patience_until - asyncio.get_running_loop().time(), 0.0),
             exclude=exclude,
+            prefix=self._prefix,
+            since=self._since,
         )
+        wait_s = max(self._patience_until - asyncio.get_running_loop().time(), 0.0)
+        routed = await place(self._services.bus, wanted, wait_s=wait_s)
         if isinstance(routed, RoutedRemote):
             self._routed = routed
             record = self._record
@@ -94,11 +120,8 @@ class Dispatch:
 
     async def _place_again(self, failed: RoutedRemote, error: UpstreamUnavailable) -> RoutedRemote:
         """Return another replica, or the same node when it had merely closed the connection."""
-        tell = self._services.tell_quietly
-        tell("router", EndRequest(self.lease_id))
+        self._services.tell_quietly("router", EndRequest(self.lease_id))
         self.lease_id = self._services.new_lease_id()
-        if isinstance(error, ConnectFailed):
-            tell("router", NodeFailed(failed.node, error.message))
         try:
             routed = await self._place([failed.node])
         except CortexError as refusal:
@@ -118,14 +141,54 @@ class Dispatch:
                 param="model",
             )
         is_alias = routed.model_id != self._model
-        head_timeout_s = self._services.settings.gateway.request_timeout_s
-        if self._is_stream and routed.kind == "cortex":
-            head_timeout_s = HEAD_TIMEOUT_S
-        self._upstream = await self._services.upstream.post(
+        is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
+        post = self._services.upstream.post(
             routed.node,
             routed.base_url + path,
             request_headers(self._request.headers, self._request[REQUEST_ID]),
             with_model(self._body, routed.model_id) if is_alias else self._body,
-            head_timeout_s,
+            HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
         )
+        try:
+            self._upstream = await (post if is_prompt else self._watched(post, routed))
+        except UpstreamUnavailable as error:
+            self.failed(error.message, is_refusing=isinstance(error, ConnectFailed))
+            raise
+        if self._upstream.status in _NODE_FAULTS:
+            self.failed(f"HTTP {self._upstream.status}")
+        else:
+            self._is_answered = True
         return self._upstream
+
+    async def _watched(
+        self, post: Coroutine[Any, Any, aiohttp.ClientResponse], routed: RoutedRemote
+    ) -> aiohttp.ClientResponse:
+        """Return the head of an answer that may take long, as long as its node works on it.
+
+        Raises: UpstreamUnavailable when the node is gone, or knows of no request.
+        """
+        posting = asyncio.ensure_future(post)
+        started = time.monotonic()
+        try:
+            while True:
+                await asyncio.wait({posting}, timeout=_NODE_CHECK_S)
+                if posting.done():
+                    return posting.result()
+                await self._check_node(routed, time.monotonic() - started)
+        finally:
+            posting.cancel()
+
+    async def _check_node(self, routed: RoutedRemote, waited_s: float) -> None:
+        query = QueryNode(routed.node, routed.model_id)
+        try:
+            view = await self._services.bus.ask("router", query, deadline_s=_NODE_CHECK_S)
+        except CortexError:
+            return  # a router that restarts says nothing of the node
+        assert isinstance(view, NodeView), "the router answers QueryNode with NodeView"
+        if not view.is_healthy:
+            what = "does not answer its polls any more"
+        elif view.in_flight == 0 and waited_s > HEAD_TIMEOUT_S:
+            what = f"accepted the request {waited_s:.0f} s ago and does not work on it"
+        else:
+            return
+        raise UpstreamUnavailable(f'node "{routed.node}" {what}', retry_after_s=2)

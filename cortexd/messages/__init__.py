@@ -55,10 +55,14 @@ from cortexd.messages.fleet import (
 )
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
 from cortexd.messages.neurons import (
+    Loading,
     LoadOnNode,
     NeuronReport,
     NodeFailed,
+    NodeView,
     Place,
+    QueryLoading,
+    QueryNode,
     RoutedHere,
     RoutedRemote,
     UnloadOnNode,
@@ -91,10 +95,14 @@ Body = (
     | Stop
     | StopGroup
     | Welcome
+    | Loading
     | LoadOnNode
     | NeuronReport
     | NodeFailed
+    | NodeView
     | Place
+    | QueryLoading
+    | QueryNode
     | RoutedHere
     | RoutedRemote
     | UnloadOnNode
@@ -155,10 +163,12 @@ __all__ = [
     "LoadOnNode",
     "LoadProgress",
     "LoadReport",
+    "Loading",
     "ModelList",
     "ModelLoaded",
     "NeuronReport",
     "NodeFailed",
+    "NodeView",
     "Ok",
     "Ping",
     "Place",
@@ -167,6 +177,8 @@ __all__ = [
     "ProposeEviction",
     "QueryHost",
     "QueryLoad",
+    "QueryLoading",
+    "QueryNode",
     "Ready",
     "ReloadFiles",
     "RequestFinished",

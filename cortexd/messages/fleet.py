@@ -36,9 +36,13 @@ class Routed(Message, frozen=True, tag="Routed"):
 
 
 class EndRequest(Message, frozen=True, tag="EndRequest"):
-    """Front → router: the lease is over, whatever the ending."""
+    """Front → router: the lease is over, whatever the ending.
+
+    `is_answered`: the node that served it began a proper answer.
+    """
 
     request_id: str
+    is_answered: bool = False
 
 
 class ListModels(Message, frozen=True, tag="ListModels"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from cortexd.breaker import BreakerState
 from cortexd.messages.control import Message
-from cortexd.models import LoadOptions, ModelLimits, ModelState
+from cortexd.models import LoadOptions, ModelLimits, ModelPolicy, ModelState
 from cortexd.settings import NeuronKind
 
 
@@ -34,6 +35,10 @@ class NodeModel(msgspec.Struct, frozen=True, array_like=True):
     detail: str | None = None
     tok_s_prefill: float | None = None
     tok_s_decode: float | None = None
+    max_in_flight: int | None = None  # how many requests it runs at once
+    progress: float | None = None  # 0..1 while it loads
+    eta_s: float | None = None
+    priority: int | None = None  # its residency class there
 
 
 class NeuronReport(Message, frozen=True, tag="NeuronReport"):
@@ -52,6 +57,7 @@ class NeuronReport(Message, frozen=True, tag="NeuronReport"):
     devices: list[NodeDevice] = []
     models: list[NodeModel] = []
     error: str | None = None
+    is_draining: bool = False  # it finishes what runs and takes nothing new
 
 
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +71,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     dispatched: int  # requests this gateway has running there
     models: list[NodeModel] = []
     error: str | None = None
+    is_draining: bool = False
+    breaker: BreakerState = "closed"
 
 
 class CatalogueCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,14 +87,18 @@ class Place(Message, frozen=True, tag="Place"):
     """Front → router: which node serves this model? Answer `RoutedHere`, `RoutedRemote`, an error.
 
     `RoutedRemote` opens a lease that `EndRequest` (or the front's death) closes. With `wait`, the
-    answer comes when a node has the model loaded (within the deadline). Nodes in `exclude` have
-    failed this request already.
+    answer comes when a node has the model loaded and a free seat (within the deadline). Nodes in
+    `exclude` have failed this request already. `prefix` are the links of `cortexd.affinity`,
+    `principal` whose request it is, `since` when it first asked (monotonic seconds).
     """
 
     model: str
     request_id: str
     wait: bool = False
     exclude: list[str] = []
+    prefix: list[int] = []
+    principal: str = ""
+    since: float = 0.0
 
 
 class RoutedHere(Message, frozen=True, tag="RoutedHere"):
@@ -107,10 +119,43 @@ class RoutedRemote(Message, frozen=True, tag="RoutedRemote"):
 
 
 class NodeFailed(Message, frozen=True, tag="NodeFailed"):
-    """Front → router: a node refused a connection; it is not used until it answers a poll."""
+    """Front → router: a node did not answer a request, or failed at it.
+
+    With `is_refusing` no connection came about: it is not used until it answers a poll.
+    """
 
     node: str
     reason: str
+    request_id: str = ""
+    is_refusing: bool = True
+
+
+class QueryNode(Message, frozen=True, tag="QueryNode"):
+    """Front → router: how is the node that I wait for? Answer `NodeView`."""
+
+    node: str
+    model_id: str
+
+
+class NodeView(Message, frozen=True, tag="NodeView"):
+    """Answer to QueryNode, from the last poll; `in_flight` None: the node does not tell."""
+
+    is_healthy: bool
+    in_flight: int | None = None
+
+
+class QueryLoading(Message, frozen=True, tag="QueryLoading"):
+    """Front → router: how far is the load of this model, here or elsewhere? Answer `Loading`."""
+
+    model: str
+
+
+class Loading(Message, frozen=True, tag="Loading"):
+    """Answer to QueryLoading; all None: nothing is known to load."""
+
+    stage: str | None = None
+    progress: float | None = None
+    eta_s: float | None = None
 
 
 class LoadOnNode(Message, frozen=True, tag="LoadOnNode"):
@@ -118,6 +163,7 @@ class LoadOnNode(Message, frozen=True, tag="LoadOnNode"):
 
     node: str
     options: LoadOptions
+    policy: ModelPolicy | None = None
 
 
 class UnloadOnNode(Message, frozen=True, tag="UnloadOnNode"):

@@ -25,12 +25,16 @@ from cortexd.messages import (
     EndRequest,
     HostReport,
     ListModels,
+    Loading,
     LoadModel,
     LoadReport,
     ModelList,
+    NodeView,
     Ok,
     Place,
     QueryHost,
+    QueryLoading,
+    QueryNode,
     RequestFinished,
     Route,
     Routed,
@@ -91,6 +95,8 @@ class Fleet:
         self.paused = asyncio.Event()
         self.load_error: CortexError | None = None
         self.replicas: list[RoutedRemote] = []  # remote ones, in the order of choice
+        self.loading = Loading()
+        self.node_view = NodeView(True)
         self.placing = asyncio.Event()  # cleared: the model loads at its node
         self.placing.set()
         self.host_answers = True
@@ -133,6 +139,10 @@ class Fleet:
         if isinstance(body, Place):
             await self.placing.wait()
             return self._place(body)
+        if isinstance(body, QueryLoading):
+            return self.loading
+        if isinstance(body, QueryNode):
+            return self.node_view
         if isinstance(body, QueryHost) and not self.host_answers:
             raise ActorDown("poller did not answer")
         return self._answer(body)
