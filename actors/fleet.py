@@ -152,7 +152,7 @@ class Fleet:
             return RoutedHere(model_id)
         report = node.report
         assert report is not None, "a node that serves has been heard of"
-        node.leases[message.request_id] = Lease(model_id, front, message.principal)
+        node.leases[message.request_id] = Lease(model_id, front, message.account)
         node.breaker.sent(message.request_id, time.monotonic())
         node.prefixes.remember(model_id, message.prefix)
         return RoutedRemote(
@@ -269,6 +269,7 @@ class Fleet:
                 node=node.entry.name,
                 hold_s=round(node.breaker.left_s(now), 1),
             )
+            self._router.show_gauges()
 
     # Loads
 

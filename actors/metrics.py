@@ -1,35 +1,36 @@
 """The metrics actor: one Prometheus registry for the whole daemon, rendered on its own listener.
 
-Fronts tell it one `RequestFinished` per request, the poller one `HostReport` a second; nothing here
-is on a request's path. Its death loses counts (Prometheus sees a counter reset) and no request.
-Names and labels are the reference system's where those exist.
+Fronts tell it one `RequestFinished` per request, the poller one `HostReport` a second, everyone
+`Measured` and `Gauges`; nothing here is on a request's path. Its death loses counts (Prometheus
+sees a counter reset) and no request. `cortexd.metrics` says what there is and how to add to it.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from actors.actor import AsyncActor, handles
+from actors.metric_registry import MetricRegistry
 from actors.node_gauges import NodeGauges
+from cortexd import metrics
 from cortexd.messages import (
     ActorDown,
+    Gauges,
     HostReport,
+    Measured,
     NeuronReport,
     RequestFinished,
+    Sample,
 )
 from cortexd.messages.envelope import Envelope
 from cortexd.neuron_list import local_node_name
 
-_DURATION_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
-_FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_TOKENS_PER_S = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 400)
 # Below this the decode window is too short to divide by; the whole duration is used instead.
 _MIN_DECODE_WINDOW_S = 0.1
-_BY_MODEL = ("model", "node")
 
 
 class Metrics(AsyncActor):
@@ -37,33 +38,9 @@ class Metrics(AsyncActor):
 
     async def on_start(self) -> None:
         """Register all families and serve `/metrics` on the listener the root bound."""
-        self._registry = CollectorRegistry()
-        self._requests = self._counter("cortex_requests", "Requests ended", _BY_MODEL)
-        self._errors = self._counter(
-            "cortex_request_errors", "Requests that ended in an error", (*_BY_MODEL, "code")
-        )
-        self._cold_starts = self._counter(
-            "cortex_cold_starts", "Requests that waited for a model to load", _BY_MODEL
-        )
-        self._duration = self._histogram(
-            "cortex_request_duration_seconds", "Request duration", _DURATION_S
-        )
-        self._first_token = self._histogram(
-            "cortex_time_to_first_token_seconds", "Time to the first token", _FIRST_TOKEN_S
-        )
-        self._speed = self._histogram(
-            "cortex_tokens_per_second", "Decode speed of one request", _TOKENS_PER_S
-        )
-        self._prompt = self._counter("cortex_prompt_tokens", "Prompt tokens", _BY_MODEL)
-        self._cached = self._counter(
-            "cortex_cached_prompt_tokens", "Prompt tokens served from the prefix cache", _BY_MODEL
-        )
-        self._completion = self._counter("cortex_completion_tokens", "Generated tokens", _BY_MODEL)
-        self._nodes = NodeGauges(self._registry)
+        self._metrics = MetricRegistry()
+        self._nodes = NodeGauges(self._metrics.registry)
         self._local_name = local_node_name(self.context.settings, platform.node())
-        self._actor_downs = self._counter(
-            "cortexd_actor_downs", "Actor processes that ended", ("actor",)
-        )
         app = web.Application()
         app.router.add_get("/metrics", self._render)
         self._runner = web.AppRunner(app, access_log=None)
@@ -79,29 +56,22 @@ class Metrics(AsyncActor):
     @handles(RequestFinished)
     def on_request_finished(self, message: RequestFinished, envelope: Envelope) -> None:
         """Count one ended request."""
-        labels = (message.model, message.node)
-        self._requests.labels(*labels).inc()
-        if message.error_code is not None:
-            self._errors.labels(*labels, message.error_code).inc()
-        if message.cold_start:
-            self._cold_starts.labels(*labels).inc()
-        self._duration.labels(*labels).observe(message.duration_s)
-        self._prompt.labels(*labels).inc(message.prompt_tokens)
-        self._cached.labels(*labels).inc(message.cached_tokens)
-        self._completion.labels(*labels).inc(message.completion_tokens)
-        if message.ttft_s is not None:
-            self._first_token.labels(*labels).observe(message.ttft_s)
-        if message.completion_tokens > 0:
-            window_s = message.decode_s or 0.0
-            if window_s < _MIN_DECODE_WINDOW_S:
-                window_s = message.duration_s
-            if window_s > 0:
-                self._speed.labels(*labels).observe(message.completion_tokens / window_s)
+        self._metrics.add(request_samples(message))
+
+    @handles(Measured)
+    def on_measured(self, message: Measured, envelope: Envelope) -> None:
+        """Count and observe what an actor saw."""
+        self._metrics.add(message.samples)
+
+    @handles(Gauges)
+    def on_gauges(self, message: Gauges, envelope: Envelope) -> None:
+        """Show an actor's gauges in place of those it told before."""
+        self._metrics.show(envelope.src.name, message.samples)
 
     @handles(HostReport)
     def on_host_report(self, message: HostReport, envelope: Envelope) -> None:
         """Show this host's devices and engines."""
-        self._nodes.show_host(self._local_name, message)
+        self._nodes.show_host(self._local_name, message, self.context.settings.engine)
 
     @handles(NeuronReport)
     def on_neuron_report(self, message: NeuronReport, envelope: Envelope) -> None:
@@ -109,15 +79,41 @@ class Metrics(AsyncActor):
         self._nodes.show_neuron(message)
 
     def on_actor_down(self, down: ActorDown) -> None:
-        """Count ended processes."""
-        self._actor_downs.labels(down.name).inc()
-
-    def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
-        return Counter(name, text, labels, registry=self._registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, _BY_MODEL, registry=self._registry, buckets=buckets)
+        """Count ended processes; what they showed is no longer so."""
+        self._metrics.add([metrics.ACTOR_DOWNS.sample(1, actor=down.name)])
+        self._metrics.forget(down.name)
 
     async def _render(self, request: web.Request) -> web.Response:
-        body = generate_latest(self._registry)
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(
+            body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+
+def request_samples(request: RequestFinished) -> Iterator[Sample]:
+    """Yield all that one ended request adds."""
+    where = {"model": request.model, "node": request.node}
+    yield metrics.REQUESTS.sample(1, **where)
+    if request.error_code is not None:
+        yield metrics.REQUEST_ERRORS.sample(1, code=request.error_code, **where)
+        reason = metrics.REJECTION_REASONS.get(request.error_code)
+        if reason is not None:
+            yield metrics.REJECTIONS.sample(1, reason=reason, **where)
+    if request.cold_start:
+        yield metrics.COLD_STARTS.sample(1, **where)
+    yield metrics.DURATION.sample(request.duration_s, **where)
+    yield metrics.PROMPT_TOKENS.sample(request.prompt_tokens, **where)
+    yield metrics.CACHED_TOKENS.sample(request.cached_tokens, **where)
+    yield metrics.COMPLETION_TOKENS.sample(request.completion_tokens, **where)
+    yield metrics.RETRIES.sample(request.num_retries, **where)
+    yield metrics.KEEPALIVES.sample(request.num_comments, kind="comment", **where)
+    yield metrics.KEEPALIVES.sample(request.num_keepalive_events, kind="event", **where)
+    if request.wait_s is not None and not request.cold_start:
+        yield metrics.QUEUE_WAIT.sample(request.wait_s, **where)
+    if request.ttft_s is not None:
+        yield metrics.FIRST_TOKEN.sample(request.ttft_s, **where)
+    if request.completion_tokens > 0:
+        window_s = request.decode_s or 0.0
+        if window_s < _MIN_DECODE_WINDOW_S:
+            window_s = request.duration_s
+        if window_s > 0:
+            yield metrics.SPEED.sample(request.completion_tokens / window_s, **where)

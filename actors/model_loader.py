@@ -8,6 +8,9 @@ half-running.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -35,6 +38,7 @@ from cortexd.messages import (
     StartGroup,
     StopGroup,
 )
+from cortexd.metrics import EVICTIONS, LOAD_SECONDS, LOADS, UNKNOWN_MODEL
 from cortexd.models import LoadOptions, RankArgs
 
 if TYPE_CHECKING:
@@ -78,9 +82,11 @@ class ModelLoader:
     async def _load(self, model: ManagedModel) -> None:
         event(self._router.log, "model.loading", model=model.options.model_id, group=model.group)
         try:
-            resolved = await self._resolve(model)
-            await self._check_split(model.options, resolved)
-            await self._make_room(model, resolved)
+            with self._measured(model, "resolve"):
+                resolved = await self._resolve(model)
+                await self._check_split(model.options, resolved)
+            with self._measured(model, "room"):
+                await self._make_room(model, resolved)
             await self._start_group(model, resolved)
         except CortexError as error:
             self._fail(model, error)
@@ -96,6 +102,7 @@ class ModelLoader:
         if model.state != "loading":
             return  # the group's own end has been told already
         model.become("failed", error=error)
+        self.measure_failed(model)
         self._router.local.remember_without(model)
         event(
             self._router.log,
@@ -180,7 +187,7 @@ class ModelLoader:
                     reason=answer.reason,
                     incoming=model.options.model_id,
                 )
-                await self.unload(victim, force=False)
+                await self.unload(victim, force=False, reason=answer.reason)
         free = await self._free_bytes(model.options, fresh=True)
         if free is not None and free < needed:
             raise InsufficientMemory(
@@ -242,8 +249,11 @@ class ModelLoader:
         model.epoch = answer.epoch
         # From here GroupUp and GroupDown tell how it goes on.
 
-    async def unload(self, model: ManagedModel, *, force: bool) -> None:
-        """Wait for running requests (unless forced), end the group, forget the model."""
+    async def unload(self, model: ManagedModel, *, force: bool, reason: str) -> None:
+        """Wait for running requests (unless forced), end the group, forget the model.
+
+        `reason` is what metrics count it under.
+        """
         if model.is_in("draining"):
             while model.is_in("draining"):
                 await model.wait_changed()
@@ -275,7 +285,39 @@ class ModelLoader:
         if model.is_in("draining"):
             model.become("unloaded")
         self._router.local.forget(model)
-        event(self._router.log, "model.unloaded", model=model.options.model_id, forced=force)
+        event(
+            self._router.log,
+            "model.unloaded",
+            model=model.options.model_id,
+            forced=force,
+            reason=reason,
+        )
+        self._router.measure(EVICTIONS.sample(1, reason=reason, **self._labels(model)))
+
+    # For metrics
+
+    def measure_loaded(self, model: ManagedModel, load_s: float) -> None:
+        """Count a load that succeeded; `load_s` is what its engine took."""
+        labels = self._labels(model)
+        self._router.measure(LOADS.sample(1, result="loaded", **labels))
+        self._router.measure(LOAD_SECONDS.sample(load_s, stage="start", **labels))
+
+    def measure_failed(self, model: ManagedModel) -> None:
+        """Count a load that failed."""
+        self._router.measure(LOADS.sample(1, result="failed", **self._labels(model)))
+
+    @contextlib.contextmanager
+    def _measured(self, model: ManagedModel, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        self._router.measure(LOAD_SECONDS.sample(seconds, stage=stage, **self._labels(model)))
+
+    def _labels(self, model: ManagedModel) -> dict[str, str]:
+        # An id that nobody configured and that has no files may be anybody's invention.
+        exists = model.is_known or model.files is not None
+        model_id = model.options.model_id if exists else UNKNOWN_MODEL
+        return {"model": model_id, "node": self._router.node_name}
 
     async def _drained(self, model: ManagedModel, drain_s: float) -> bool:
         """Return whether all leases closed within the time."""

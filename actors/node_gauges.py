@@ -11,10 +11,13 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from cortexd.messages import HostReport, LoadReport, NeuronReport
 from cortexd.messages.neurons import NodeDevice, NodeModel
+from cortexd.settings import Engine
 
 _MODEL_GAUGES = {
     "cortex_model_in_flight": "Sequences that run",
     "cortex_model_queue_depth": "Sequences that wait",
+    "cortex_model_max_in_flight": "Most sequences that run at the same time",
+    "cortex_model_max_queue_depth": "Most sequences that wait",
     "cortex_model_tok_s_prefill": "Prefill speed, tokens/s",
     "cortex_model_tok_s_decode": "Decode speed, tokens/s",
     "cortex_model_kv_blocks_used": "KV blocks in use",
@@ -48,9 +51,9 @@ class NodeGauges:
         )
         self._shown: dict[str, list[_Series]] = {}
 
-    def show_host(self, node: str, report: HostReport) -> None:
-        """Show this host."""
-        series = [item for load in report.loads for item in _of_engine(load)]
+    def show_host(self, node: str, report: HostReport, engine: Engine) -> None:
+        """Show this host; `engine` holds the bounds of its models."""
+        series = [item for load in report.loads for item in _of_engine(load, engine)]
         for device in report.devices:
             used_mib = device.memory_used_bytes / 2**20
             free_mib = device.memory_total_bytes / 2**20 - used_mib
@@ -82,9 +85,11 @@ class NodeGauges:
                 self._gauges[name].labels(node, label).set(value)
 
 
-def _of_engine(load: LoadReport) -> Iterator[_Series]:
+def _of_engine(load: LoadReport, engine: Engine) -> Iterator[_Series]:
     yield "cortex_model_in_flight", load.model_id, load.num_running
     yield "cortex_model_queue_depth", load.model_id, load.num_waiting
+    yield "cortex_model_max_in_flight", load.model_id, engine.max_num_seqs
+    yield "cortex_model_max_queue_depth", load.model_id, engine.max_queue_depth
     yield "cortex_model_tok_s_prefill", load.model_id, load.tok_s_prefill
     yield "cortex_model_tok_s_decode", load.model_id, load.tok_s_decode
     yield "cortex_model_kv_blocks_used", load.model_id, load.kv_blocks_used
@@ -97,6 +102,8 @@ def _of_model(model: NodeModel) -> Iterator[_Series]:
     if model.state == "loaded":
         yield "cortex_model_in_flight", model.model_id, model.in_flight
         yield "cortex_model_queue_depth", model.model_id, model.queue_depth
+        yield "cortex_model_max_in_flight", model.model_id, model.max_in_flight
+        yield "cortex_model_max_queue_depth", model.model_id, model.max_queue_depth
         yield "cortex_model_tok_s_prefill", model.model_id, model.tok_s_prefill
         yield "cortex_model_tok_s_decode", model.model_id, model.tok_s_decode
 

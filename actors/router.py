@@ -10,9 +10,11 @@ registry, the leaders and the desired-state file. Loading itself (files, room, g
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
 import time
 from collections.abc import Awaitable
+from typing import Final
 
 import msgspec
 
@@ -23,11 +25,14 @@ from actors.local_models import LocalModels, check_devices, quoted
 from actors.managed_model import ManagedModel
 from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
+from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue
+from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import (
     Cancelled,
     CortexError,
     DeadlineExceeded,
+    MailboxFull,
     ModelAlreadyLoaded,
     ModelLoadFailed,
     ModelNotFound,
@@ -40,6 +45,7 @@ from cortexd.messages import (
     CatalogueChanged,
     DescribeModel,
     EndRequest,
+    Gauges,
     GroupDown,
     GroupUp,
     HostReport,
@@ -47,6 +53,7 @@ from cortexd.messages import (
     Loading,
     LoadModel,
     LoadProgress,
+    Measured,
     ModelList,
     ModelLoaded,
     NeuronReport,
@@ -61,14 +68,18 @@ from cortexd.messages import (
     Routed,
     RoutedHere,
     RoutedRemote,
+    Sample,
     UnloadIdle,
     UnloadModelNow,
 )
 from cortexd.messages.envelope import Envelope
+from cortexd.metrics import BREAKER_STATE, QUEUE_DEPTH
 from cortexd.models import LoadOptions
 from cortexd.neuron_list import local_node_name, remote_neurons
 
 _DESCRIBE_DEADLINE_S = 10.0
+_GAUGE_PERIOD_S = 2.0
+_BREAKER_VALUES: Final[dict[BreakerState, int]] = {"closed": 0, "half_open": 1, "open": 2}
 
 
 class RouterArgs(msgspec.Struct, frozen=True):
@@ -95,12 +106,8 @@ class Router(AsyncActor):
         self._loader = ModelLoader(self)
         self._admin = RouterAdmin(self)
         self._background: set[asyncio.Task[None]] = set()
-        self.fleet = Fleet(
-            self,
-            remote_neurons(context.settings),
-            args.catalogue,
-            local_node_name(context.settings, platform.node()),
-        )
+        self.node_name = local_node_name(context.settings, platform.node())
+        self.fleet = Fleet(self, remote_neurons(context.settings), args.catalogue, self.node_name)
         self.local.use_catalogue(args.catalogue, serves_here=self._serves_here)
         for options in self.default_models:
             self.local.add(options, is_known=True)
@@ -138,6 +145,7 @@ class Router(AsyncActor):
             if peer.state == "ready":
                 self.spawn(self._adopt(model, peer.name, peer.incarnation, peer.epoch))
         self.spawn(self._load_in_order(missing))
+        self.spawn(self._show_forever())
 
     async def on_stop(self) -> None:
         """Stop background work; groups are stopped by the root."""
@@ -150,6 +158,29 @@ class Router(AsyncActor):
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+    async def _show_forever(self) -> None:
+        while True:
+            self.show_gauges()
+            await asyncio.sleep(_GAUGE_PERIOD_S)
+
+    def show_gauges(self) -> None:
+        """Tell metrics who waits, and which nodes are left alone."""
+        samples = [
+            QUEUE_DEPTH.sample(depth, model=model_id)
+            for model_id, depth in self.fleet.queue_depths().items()
+        ]
+        samples += [
+            BREAKER_STATE.sample(_BREAKER_VALUES[node.breaker], node=node.name)
+            for node in self.fleet.statuses()
+        ]
+        with contextlib.suppress(ActorDownError, MailboxFull):  # it is told again soon
+            self.tell("metrics", Gauges(samples))
+
+    def measure(self, sample: Sample) -> None:
+        """Tell metrics what happened; a metrics actor that is not there misses it."""
+        with contextlib.suppress(ActorDownError, MailboxFull):
+            self.tell("metrics", Measured([sample]))
 
     async def _guard(self, work: Awaitable[None]) -> None:
         try:
@@ -287,7 +318,7 @@ class Router(AsyncActor):
         model = self.models.get(message.model_id)
         if model and model.state == "loaded" and not model.leases:
             event(self.log, "model.idle", model=message.model_id, idle_s=message.idle_s)
-            await self._loader.unload(model, force=False)
+            await self._loader.unload(model, force=False, reason="idle")
 
     @handles(AdminCommand)
     async def on_admin(self, message: AdminCommand, envelope: Envelope) -> AdminReply:
@@ -366,6 +397,7 @@ class Router(AsyncActor):
         else:
             error = down.error.to_exception() if down.error else ModelLoadFailed(down.reason)
             model.become("failed", error=error)
+            self._loader.measure_failed(model)
             self.local.remember()
             event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
 
@@ -382,6 +414,7 @@ class Router(AsyncActor):
         assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
         if model.is_in("loading", "recovering", "failed"):
             model.set_loaded(loaded, leader, incarnation, epoch)
+            self._loader.measure_loaded(model, loaded.load_s)
 
     # For the loader and the admin commands
 
@@ -419,4 +452,4 @@ class Router(AsyncActor):
             raise ModelNotFound(
                 f'model "{model_id}" is not loaded; loaded: {quoted(self.local.ids_in("loaded"))}'
             )
-        await self._loader.unload(model, force=force)
+        await self._loader.unload(model, force=force, reason="operator")

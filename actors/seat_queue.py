@@ -51,7 +51,7 @@ class SeatQueue:
             raise self._timeout(model_id)
         queue = self._queues.setdefault(model_id, FairQueue(self._max_depth))
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(message.request_id, message.principal, since, (message, front, future))
+        ticket = Ticket(message.request_id, message.account, since, (message, front, future))
         loser = queue.join(ticket)
         if loser is not None:
             loser.waiter[2].set_exception(self._full(model_id))

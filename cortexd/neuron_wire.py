@@ -59,6 +59,8 @@ class _ModelLoad(msgspec.Struct):
     queue_depth: int = 0
     tok_s_prefill: float | None = None
     tok_s_decode: float | None = None
+    max_in_flight: int | None = None
+    max_queue_depth: int | None = None
 
 
 class _DeviceLoad(msgspec.Struct):
@@ -134,6 +136,9 @@ def _loaded_model(model: NodeModel, load: _ModelLoad | None) -> NodeModel:
         queue_depth=max(load.queue_depth, 0),
         tok_s_prefill=load.tok_s_prefill,
         tok_s_decode=load.tok_s_decode,
+        # Older nodes say 0 for "unknown".
+        max_in_flight=load.max_in_flight or None,
+        max_queue_depth=load.max_queue_depth or None,
     )
 
 

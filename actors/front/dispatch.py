@@ -142,6 +142,7 @@ class Dispatch:
             )
         is_alias = routed.model_id != self._model
         is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
+        self._record.submitted = self._record.submitted or time.monotonic()
         post = self._services.upstream.post(
             routed.node,
             routed.base_url + path,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from types import TracebackType
 
 from actors.front.choice import Choice, ChoiceOutput
@@ -240,9 +241,10 @@ class Generation:
         sequence_id = self._running.pop(choice.index, None)
         if sequence_id is None:
             return
-        self._services.sequences.close(sequence_id)
         if choice.was_stopped_here:
             self._cancel(sequence_id)
+        else:
+            self._services.sequences.close(sequence_id)
 
     # Ending
 
@@ -261,12 +263,13 @@ class Generation:
 
     def _cancel_running(self) -> None:
         for sequence_id in self._running.values():
-            self._services.sequences.close(sequence_id)
             self._cancel(sequence_id)
         self._running.clear()
 
     def _cancel(self, sequence_id: int) -> None:
-        self._services.tell_quietly(self._leader, Cancel(sequence_id))
+        services = self._services
+        services.sequences.cancel(sequence_id, partial(services.note_cancelled, self._record.model))
+        services.tell_quietly(self._leader, Cancel(sequence_id))
 
     def _new_queue(self) -> DeltaQueue:
         answers = self._request.choices_per_prompt * max(1, len(self._request.prompts))

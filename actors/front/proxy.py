@@ -207,7 +207,9 @@ class _Forwarding:
         self._record.status = response.status
         if self._request.transport is None:
             raise ConnectionResetError("the client went away")
-        writer = EventWriter(response, self._request.transport, self._gateway, self._encoder)
+        writer = EventWriter(
+            response, self._request.transport, self._gateway, self._encoder, self._record
+        )
         return response, writer
 
     async def _guarded(

@@ -10,9 +10,8 @@ from actors.front.services import Services
 from cortexd.errors import CortexError
 from cortexd.log import event
 from cortexd.messages import RequestFinished
+from cortexd.metrics import UNKNOWN_MODEL
 
-# Names a client invents would each become a time series.
-UNKNOWN_MODEL = "unknown"
 CLIENT_GONE_STATUS = 499
 
 
@@ -35,6 +34,8 @@ class RequestRecord:
     cached_tokens: int = 0
     completion_tokens: int = 0
     num_resubmits: int = 0
+    num_comments: int = 0
+    num_keepalive_events: int = 0
     started: float = field(default_factory=time.monotonic)
     submitted: float | None = None
     first_token: float | None = None
@@ -63,11 +64,12 @@ class RequestRecord:
     def close(self, services: Services) -> None:
         """Tell metrics and write the log line."""
         duration_s = time.monotonic() - self.started
+        wait_s = None if self.submitted is None else self.submitted - self.started
         ttft_s = None if self.first_token is None else self.first_token - self.started
         decode_s = None
         if self.first_token is not None and self.last_token is not None:
             decode_s = self.last_token - self.first_token
-        self._tell(services, duration_s, ttft_s, decode_s)
+        self._tell(services, duration_s, wait_s, ttft_s, decode_s)
         event(
             services.log,
             "request.finished",
@@ -82,7 +84,7 @@ class RequestRecord:
             message=self.error_message,
             finish=self.finish_reason,
             cold=self.cold_start,
-            wait_ms=_milliseconds(self.submitted and self.submitted - self.started),
+            wait_ms=_milliseconds(wait_s),
             ttft_ms=_milliseconds(ttft_s),
             total_ms=_milliseconds(duration_s),
             prompt_tokens=self.prompt_tokens,
@@ -92,7 +94,12 @@ class RequestRecord:
         )
 
     def _tell(
-        self, services: Services, duration_s: float, ttft_s: float | None, decode_s: float | None
+        self,
+        services: Services,
+        duration_s: float,
+        wait_s: float | None,
+        ttft_s: float | None,
+        decode_s: float | None,
     ) -> None:
         finished = RequestFinished(
             request_id=self.request_id,
@@ -110,6 +117,10 @@ class RequestRecord:
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             completion_tokens=self.completion_tokens,
+            wait_s=wait_s,
+            num_retries=self.num_resubmits,
+            num_comments=self.num_comments,
+            num_keepalive_events=self.num_keepalive_events,
         )
         services.tell_quietly("metrics", finished)
 

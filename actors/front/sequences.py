@@ -7,6 +7,7 @@ their order. A leader's death, or the front's own end, fails the queues it conce
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from cortexd.errors import Cancelled, CortexError
@@ -14,6 +15,8 @@ from cortexd.messages import TokenBatch
 from cortexd.messages.inference import SequenceDelta
 
 MAX_PENDING_TOKENS = 4096
+# An engine answers each cancellation at its next step; of more than this only the latest are timed.
+_MAX_CANCELLED = 4096
 
 
 class DeltaQueue:
@@ -98,6 +101,7 @@ class SequenceTable:
 
     def __init__(self) -> None:
         self._running: dict[int, RunningSequence] = {}
+        self._cancelled: dict[int, tuple[float, Callable[[float], None]]] = {}
         self._last_id = 0
 
     def __len__(self) -> int:
@@ -113,12 +117,22 @@ class SequenceTable:
         """Forget a sequence; later deltas for it are dropped."""
         self._running.pop(sequence_id, None)
 
+    def cancel(self, sequence_id: int, on_freed: Callable[[float], None]) -> None:
+        """Forget a sequence; `on_freed` gets the seconds until the engine says that it ended."""
+        self.close(sequence_id)
+        if len(self._cancelled) >= _MAX_CANCELLED:
+            del self._cancelled[next(iter(self._cancelled))]
+        self._cancelled[sequence_id] = (time.monotonic(), on_freed)
+
     def dispatch(self, batch: TokenBatch) -> None:
         """Hand each delta to its request; deltas of cancelled sequences find nobody."""
         for delta in batch.deltas:
             sequence = self._running.get(delta.sequence_id)
             if sequence is not None:
                 sequence.queue.put(sequence.choice_index, delta)
+            elif delta.finish_reason is not None and delta.sequence_id in self._cancelled:
+                cancelled_at, on_freed = self._cancelled.pop(delta.sequence_id)
+                on_freed(time.monotonic() - cancelled_at)
 
     def fail_leader(self, name: str, incarnation: int, error: CortexError) -> None:
         """Fail what ran on this incarnation of a leader."""

@@ -16,7 +16,9 @@ from actors.front.sequences import SequenceTable
 from actors.front.text_models import TextModels
 from actors.front.upstream import Upstream
 from cortexd.errors import CortexError
+from cortexd.messages import Measured
 from cortexd.messages.control import Message
+from cortexd.metrics import CANCEL_LATENCY
 from cortexd.neuron_list import local_node_name, remote_neurons
 from cortexd.settings import Settings
 
@@ -64,6 +66,11 @@ class Services:
             self.bus.tell(name, message)
         except CortexError:
             self.num_lost_messages += 1  # /health shows the count
+
+    def note_cancelled(self, model: str, seconds: float) -> None:
+        """Tell metrics how long the engine took to free a cancelled sequence."""
+        sample = CANCEL_LATENCY.sample(seconds, model=model, node=self.node)
+        self.tell_quietly("metrics", Measured([sample]))
 
     def enter(self) -> None:
         """Count an inference request in."""

@@ -47,7 +47,7 @@ async def stream_answer(
     await response.prepare(request)
     if request.transport is None:
         raise ConnectionResetError("the client went away")
-    writer = EventWriter(response, request.transport, gateway, encoder)
+    writer = EventWriter(response, request.transport, gateway, encoder, record)
     record.status = response.status
     try:
         while True:
@@ -93,7 +93,9 @@ class EventWriter:
         transport: asyncio.WriteTransport,
         gateway: Gateway,
         encoder: ChunkEncoder,
+        record: RequestRecord,
     ) -> None:
+        self._record = record
         self._response = response
         self._transport = transport
         self._event_period_s = gateway.event_keepalive_s
@@ -112,8 +114,10 @@ class EventWriter:
         `note` is a comment line that says what the silence is for, in either case.
         """
         if self._clock() - self._last_event >= self._event_period_s:
+            self._record.num_keepalive_events += 1
             await self.write_event(note + self._encoder.keepalive())
         else:
+            self._record.num_comments += 1
             await self._write(note or self._encoder.comment())
 
     async def write_error(self, error: CortexError) -> None:

@@ -54,6 +54,7 @@ from cortexd.messages.fleet import (
     UnloadModelNow,
 )
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
+from cortexd.messages.metrics import Gauges, Measured, Sample
 from cortexd.messages.neurons import (
     Loading,
     LoadOnNode,
@@ -95,6 +96,8 @@ Body = (
     | Stop
     | StopGroup
     | Welcome
+    | Gauges
+    | Measured
     | Loading
     | LoadOnNode
     | NeuronReport
@@ -153,6 +156,7 @@ __all__ = [
     "EndRequest",
     "ErrorInfo",
     "EvictionProposal",
+    "Gauges",
     "GroupDown",
     "GroupStarting",
     "GroupUp",
@@ -164,6 +168,7 @@ __all__ = [
     "LoadProgress",
     "LoadReport",
     "Loading",
+    "Measured",
     "ModelList",
     "ModelLoaded",
     "NeuronReport",
@@ -189,6 +194,7 @@ __all__ = [
     "Routed",
     "RoutedHere",
     "RoutedRemote",
+    "Sample",
     "SetLogLevel",
     "StartGroup",
     "Stop",

@@ -14,12 +14,14 @@ class Route(Message, frozen=True, tag="Route"):
 
     `request_id` opens a lease that `EndRequest` (or the front's death) closes; a leased model is
     never evicted. With `wait`, the answer comes when the model is loaded (within the deadline);
-    without, a cold model starts loading and the answer is `ModelLoading`.
+    without, a cold model starts loading and the answer is `ModelLoading`. `account` is whose
+    request it is, "" for anonymous ones: places are shared fairly between accounts.
     """
 
     model: str
     request_id: str
     wait: bool = False
+    account: str = ""
 
 
 class Routed(Message, frozen=True, tag="Routed"):
@@ -219,3 +221,9 @@ class RequestFinished(Message, frozen=True, tag="RequestFinished"):
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    account: str = ""  # "": anonymous
+    key_id: str = ""
+    wait_s: float | None = None  # until it was handed to an engine or node; None: it never was
+    num_retries: int = 0
+    num_comments: int = 0  # keep-alives sent, of both kinds
+    num_keepalive_events: int = 0

@@ -35,7 +35,9 @@ class NodeModel(msgspec.Struct, frozen=True, array_like=True):
     detail: str | None = None
     tok_s_prefill: float | None = None
     tok_s_decode: float | None = None
-    max_in_flight: int | None = None  # how many requests it runs at once
+    # Bounds of the two counts above; None where the node does not tell.
+    max_in_flight: int | None = None
+    max_queue_depth: int | None = None
     progress: float | None = None  # 0..1 while it loads
     eta_s: float | None = None
     priority: int | None = None  # its residency class there
@@ -88,16 +90,16 @@ class Place(Message, frozen=True, tag="Place"):
 
     `RoutedRemote` opens a lease that `EndRequest` (or the front's death) closes. With `wait`, the
     answer comes when a node has the model loaded and a free seat (within the deadline). Nodes in
-    `exclude` have failed this request already. `prefix` are the links of `cortexd.affinity`,
-    `principal` whose request it is, `since` when it first asked (monotonic seconds).
+    `exclude` have failed this request already. `account`: as of `Route`. `prefix` are the links of
+    `cortexd.affinity`, `since` is when it first asked (monotonic seconds).
     """
 
     model: str
     request_id: str
     wait: bool = False
     exclude: list[str] = []
+    account: str = ""
     prefix: list[int] = []
-    principal: str = ""
     since: float = 0.0
 
 

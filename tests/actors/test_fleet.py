@@ -348,7 +348,7 @@ def test_requests_without_a_seat_wait_and_take_turns_by_principal(tmp_path: Path
         order: list[str] = []
 
         async def ask(name: str, principal: str) -> None:
-            await placed(router, name, principal=principal)
+            await placed(router, name, account=principal)
             order.append(name)
 
         await ask("g1", "greedy")

@@ -1,0 +1,71 @@
+"""The series of all metrics of `cortexd.metrics`, kept in one Prometheus registry.
+
+Owned by the metrics actor. Gauges belong to the actor that told them and go with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+
+from cortexd.messages.metrics import Sample
+from cortexd.metrics import FAMILIES, Family
+
+_Series = tuple[str, tuple[str, ...]]  # metric, label values
+
+
+class MetricRegistry:
+    """Add, show, forget, render."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._families = {family.name: self._register(family) for family in FAMILIES}
+        self._gauges_of: dict[str, set[_Series]] = {}
+
+    def add(self, samples: Iterable[Sample]) -> None:
+        """Count or observe each sample."""
+        for sample in samples:
+            family = self._families[sample.metric]
+            if isinstance(family, Histogram):
+                family.labels(*sample.labels).observe(sample.value)
+            elif isinstance(family, Counter):
+                family.labels(*sample.labels).inc(sample.value)
+
+    def show(self, actor: str, samples: Iterable[Sample]) -> None:
+        """Set an actor's gauges; those it told before and does not now disappear."""
+        shown: set[_Series] = set()
+        for sample in samples:
+            self._gauge(sample.metric).labels(*sample.labels).set(sample.value)
+            shown.add((sample.metric, tuple(sample.labels)))
+        for name, labels in self._gauges_of.get(actor, set()) - shown:
+            self._gauge(name).remove(*labels)
+        self._gauges_of[actor] = shown
+
+    def forget(self, actor: str) -> None:
+        """Drop the gauges of an actor that is gone."""
+        self.show(actor, ())
+        del self._gauges_of[actor]
+
+    def render(self) -> bytes:
+        """Return all series as Prometheus text."""
+        return generate_latest(self.registry)
+
+    def _gauge(self, name: str) -> Gauge:
+        gauge = self._families[name]
+        assert isinstance(gauge, Gauge), f"{name} is no gauge"
+        return gauge
+
+    def _register(self, family: Family) -> Counter | Gauge | Histogram:
+        if family.kind == "gauge":
+            return Gauge(family.name, family.text, family.labels, registry=self.registry)
+        if family.kind == "counter":
+            return Counter(family.name, family.text, family.labels, registry=self.registry)
+        return Histogram(
+            family.name,
+            family.text,
+            family.labels,
+            registry=self.registry,
+            buckets=family.buckets,
+        )

@@ -1,0 +1,87 @@
+"""What the metrics actor counts, shows and forgets."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from actors.metric_registry import MetricRegistry
+from actors.metrics import request_samples
+from cortexd import metrics
+from cortexd.messages import RequestFinished
+
+WHERE = {"model": "m", "node": "n"}
+
+
+def exported(registry: MetricRegistry) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return value by sorted label values, by exported name."""
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(registry.render().decode()):
+        for sample in family.samples:
+            labels = tuple(value for _, value in sorted(sample.labels.items()))
+            found.setdefault(sample.name, {})[labels] = sample.value
+    return found
+
+
+def finished(**fields: object) -> RequestFinished:
+    """Return a request's record."""
+    values: dict[str, object] = {
+        "request_id": "r", "model": "m", "node": "n", "route": "/x", "status": 200,
+        "error_code": None, "finish_reason": "stop", "stream": False, "cold_start": False,
+        "duration_s": 2.0, "ttft_s": 0.5, "decode_s": 1.0, "prompt_tokens": 10,
+        "cached_tokens": 4, "completion_tokens": 20,
+    }  # fmt: skip
+    return RequestFinished(**(values | fields))  # type: ignore[arg-type]
+
+
+def test_every_family_is_exported_under_its_own_name() -> None:
+    """What `cortexd.metrics` names is what a scrape holds, histograms with their buckets."""
+    registry = MetricRegistry()
+    for family in metrics.FAMILIES:
+        sample = family.sample(1, **dict.fromkeys(family.labels, "x"))
+        if family.kind == "gauge":
+            registry.show("owner", [sample])
+        else:
+            registry.add([sample])
+        name = family.name + ("_bucket" if family.kind == "histogram" else "")
+        assert name in exported(registry), family.name
+    buckets = exported(registry)["cortex_request_duration_seconds_bucket"]
+    assert len(buckets) == len(metrics.DURATION.buckets) + 1
+
+
+def test_request_is_counted_with_all_it_did() -> None:
+    """One record moves every family that concerns it."""
+    registry = MetricRegistry()
+    registry.add(request_samples(finished(wait_s=0.2, num_retries=1, num_comments=3)))
+    registry.add(request_samples(finished(error_code="queue_full", completion_tokens=0)))
+    found = exported(registry)
+    assert found["cortex_requests_total"] == {("m", "n"): 2}
+    assert found["cortex_request_errors_total"] == {("queue_full", "m", "n"): 1}
+    assert found["cortex_model_rejections_total"] == {("m", "n", "queue_full"): 1}
+    assert found["cortex_retries_total"] == {("m", "n"): 1}
+    assert found["cortex_keepalives_total"] == {("comment", "m", "n"): 3, ("event", "m", "n"): 0}
+    assert found["cortex_queue_wait_seconds_sum"] == {("m", "n"): 0.2}
+    assert found["cortex_tokens_per_second_sum"] == {("m", "n"): 20}
+    assert found["cortex_cached_prompt_tokens_total"] == {("m", "n"): 8}
+
+
+def test_wait_for_a_load_is_no_queue_wait() -> None:
+    """Cold starts have their own counter; they would drown the queue's figures."""
+    registry = MetricRegistry()
+    registry.add(request_samples(finished(wait_s=60.0, cold_start=True)))
+    found = exported(registry)
+    assert "cortex_queue_wait_seconds_sum" not in found
+    assert found["cortex_cold_starts_total"] == {("m", "n"): 1}
+
+
+def test_gauge_that_is_not_told_again_disappears() -> None:
+    """An actor's gauges are whole each time, and go with it; another's stay."""
+    registry = MetricRegistry()
+    registry.show("router", [metrics.BREAKER_STATE.sample(2, node=node) for node in "ab"])
+    registry.show("other", [metrics.QUEUE_DEPTH.sample(1, model="m")])
+    registry.show("router", [metrics.BREAKER_STATE.sample(0, node="a")])
+    assert exported(registry)["cortex_node_breaker_state"] == {("a",): 0}
+    registry.forget("router")
+    registry.forget("never heard of")
+    found = exported(registry)
+    assert "cortex_node_breaker_state" not in found
+    assert found["cortex_router_queue_depth"] == {("m",): 1}
