@@ -34,7 +34,7 @@ from cortexd.messages import (
 )
 from cortexd.messages.envelope import Envelope
 from cortexd.messages.neurons import CatalogueCard, NodeStatus
-from cortexd.models import LoadOptions, ModelPolicy
+from cortexd.models import LoadOptions
 from cortexd.placement import Node, Placement, load_options, place
 from cortexd.settings import NeuronEntry
 
@@ -285,7 +285,7 @@ class Fleet:
             placement = place(model_id, views, needs)
             if placement.action in {"run", "queue"}:
                 return
-            load = self._loads.begin(model_id, placement.node, options, _policy(needs))
+            load = self._loads.begin(model_id, placement.node, options, needs.policy)
         while not load.is_done:
             await self._changed.wait()
         if load.error is not None:
@@ -307,7 +307,7 @@ class Fleet:
     def _begin_load(self, model_id: str, name: str) -> None:
         needs = self._catalogue.get(model_id)
         options = load_options(model_id, needs, self._nodes[name].view())
-        self._loads.begin(model_id, name, options, None if needs is None else _policy(needs))
+        self._loads.begin(model_id, name, options, None if needs is None else needs.policy)
 
     def _loading_error(self, model_id: str, node: str) -> ModelLoading:
         loading = self.loading(model_id)
@@ -346,8 +346,6 @@ class Fleet:
 
     def catalogue_cards(self) -> list[CatalogueCard]:
         """Return where each catalogue model could run now."""
-        if not self._nodes:
-            return []
         return catalogue_cards(self._views(), self._catalogue.values())
 
     def _views(self, model_id: str = "", exclude: list[str] | None = None) -> list[Node]:
@@ -380,8 +378,3 @@ class Fleet:
         self._changed = asyncio.Event()
         for model_id in self._seats.models():
             self._serve_queue(model_id)
-
-
-def _policy(needs: CatalogueModel) -> ModelPolicy:
-    """Return how long a model is to stay at the neuron that loads it."""
-    return ModelPolicy(residency_priority=needs.priority, idle_ttl_s=needs.idle_ttl_s)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from actors.remote_loads import RemoteLoad
 from actors.remote_node import RemoteNode
-from cortexd.catalogue import CatalogueModel
+from cortexd.catalogue import CatalogueModel, Cost
 from cortexd.messages import Loading
 from cortexd.messages.neurons import CatalogueCard, NodeStatus
+from cortexd.openai import ModelCost
 from cortexd.placement import Node, may_hold
 
 if TYPE_CHECKING:
@@ -49,9 +50,19 @@ def catalogue_cards(
             model_id=model.id,
             feasible_on=[view.name for view in healthy if may_hold(view, model.id, model)],
             capabilities=model.capabilities,
+            cost=None if model.cost is None else _cost(model.cost),
         )
         for model in catalogue
     ]
+
+
+def _cost(cost: Cost) -> ModelCost:
+    return ModelCost(
+        input=cost.input,
+        output=cost.output,
+        cache_read=cost.cache_read,
+        cache_write=cost.cache_write,
+    )
 
 
 def loading_of(model_id: str, nodes: Iterable[RemoteNode], load: RemoteLoad | None) -> Loading:

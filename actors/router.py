@@ -27,6 +27,7 @@ from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
 from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue
+from cortexd.desired import is_draining, remember_draining
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import (
     Cancelled,
@@ -36,6 +37,8 @@ from cortexd.errors import (
     ModelAlreadyLoaded,
     ModelLoadFailed,
     ModelNotFound,
+    NodeDraining,
+    RegistryUnreachable,
 )
 from cortexd.log import event
 from cortexd.messages import (
@@ -63,6 +66,7 @@ from cortexd.messages import (
     Place,
     QueryLoading,
     QueryNode,
+    RecycleModel,
     ResolveProgress,
     Route,
     Routed,
@@ -74,11 +78,15 @@ from cortexd.messages import (
 )
 from cortexd.messages.envelope import Envelope
 from cortexd.metrics import BREAKER_STATE, QUEUE_DEPTH
-from cortexd.models import LoadOptions
+from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.neuron_list import local_node_name, remote_neurons
 
 _DESCRIBE_DEADLINE_S = 10.0
 _GAUGE_PERIOD_S = 2.0
+_REGISTRY_RETRIES = 6
+_REGISTRY_DELAY_S = 10.0
+_MAX_REGISTRY_DELAY_S = 300.0
+_DRAINING_RETRY_AFTER_S = 5.0
 _BREAKER_VALUES: Final[dict[BreakerState, int]] = {"closed": 0, "half_open": 1, "open": 2}
 
 
@@ -100,7 +108,7 @@ class Router(AsyncActor):
         self.default_models = args.default_models if self._serves_here else []
         self.local = LocalModels(context.runtime_dir)
         self.host: HostReport | None = None
-        self.is_draining = False
+        self.is_draining = is_draining(context.runtime_dir)
         self._waiting: set[str] = set()  # requests that wait for a model
         self._ended: set[str] = set()  # those of them that ended meanwhile
         self._loader = ModelLoader(self)
@@ -190,11 +198,31 @@ class Router(AsyncActor):
         except Exception:
             event(self.log, "router.background_failed", 40, exc_info=True)
 
+    def drain(self, *, is_on: bool) -> None:
+        """Take no new requests, or take them again; what runs goes on."""
+        remember_draining(self.context.runtime_dir, is_on=is_on)
+        self.is_draining = is_on
+        event(self.log, "node.draining" if is_on else "node.drained_no_more")
+
+    async def _retry_later(self, model: ManagedModel) -> None:
+        """Load a model whose registry did not answer, at growing intervals, unless it is loaded."""
+        for number in range(_REGISTRY_RETRIES):
+            delay_s = min(_REGISTRY_DELAY_S * 2.0**number, _MAX_REGISTRY_DELAY_S)
+            model.become("unloaded", stage=f"its registry did not answer; again in {delay_s:g} s")
+            await asyncio.sleep(delay_s)
+            try:
+                await self._loader.ensure_loaded(model)
+                return
+            except RegistryUnreachable:
+                continue
+
     async def _load_in_order(self, models: list[ManagedModel]) -> None:
         """Load default models one after another; one that fails does not stop the next."""
         for model in models:
             try:
                 await self._loader.ensure_loaded(model)
+            except RegistryUnreachable:
+                self.spawn(self._retry_later(model))
             except CortexError as error:
                 event(
                     self.log,
@@ -209,6 +237,11 @@ class Router(AsyncActor):
     @handles(Route)
     async def on_route(self, message: Route, envelope: Envelope) -> Routed:
         """Lease a loaded model, loading it first when it is cold."""
+        if self.is_draining:
+            raise NodeDraining(
+                "this host takes no new requests (cortexd drain on); try another",
+                retry_after_s=_DRAINING_RETRY_AFTER_S,
+            )
         model = self.local.find(message.model)
         was_cold = model.state != "loaded"
         while model.state != "loaded":
@@ -237,6 +270,7 @@ class Router(AsyncActor):
             model.spec,
             model.limits,
             was_cold,
+            model.policy.defaults,
         )
 
     async def _wait(self, model: ManagedModel, message: Route, envelope: Envelope) -> None:
@@ -284,6 +318,7 @@ class Router(AsyncActor):
             self.aliases,
             nodes=self.fleet.statuses(),
             catalogue=self.fleet.catalogue_cards(),
+            is_draining=self.is_draining,
         )
 
     @handles(QueryNode)
@@ -303,7 +338,7 @@ class Router(AsyncActor):
     @handles(LoadModel)
     async def on_load_model(self, message: LoadModel, envelope: Envelope) -> Ok:
         """Load and answer when loaded; joins a load that runs with the same options."""
-        await self.load(message.options)
+        await self.load(message.options, message.policy)
         return Ok()
 
     @handles(UnloadModelNow)
@@ -319,6 +354,14 @@ class Router(AsyncActor):
         if model and model.state == "loaded" and not model.leases:
             event(self.log, "model.idle", model=message.model_id, idle_s=message.idle_s)
             await self._loader.unload(model, force=False, reason="idle")
+
+    @handles(RecycleModel)
+    async def on_recycle(self, message: RecycleModel, envelope: Envelope) -> None:
+        """Start a model's engine anew unless it is in use."""
+        model = self.models.get(message.model_id)
+        if model and model.state == "loaded" and not model.leases:
+            event(self.log, "model.recycling", model=message.model_id, cycles=model.num_cycles)
+            await self._loader.recycle(model)
 
     @handles(AdminCommand)
     async def on_admin(self, message: AdminCommand, envelope: Envelope) -> AdminReply:
@@ -418,7 +461,7 @@ class Router(AsyncActor):
 
     # For the loader and the admin commands
 
-    async def load(self, options: LoadOptions) -> None:
+    async def load(self, options: LoadOptions, policy: ModelPolicy | None = None) -> None:
         """Load with these options, or raise ModelAlreadyLoaded when others are in force."""
         options = msgspec.structs.replace(options, model_id=self.local.resolve(options.model_id))
         check_devices(options)
@@ -439,6 +482,8 @@ class Router(AsyncActor):
             model.failures = 0
         else:
             model = self.local.add(options, is_known=False)
+        if policy is not None:
+            model.policy = policy
         await self._loader.ensure_loaded(model)
 
     async def unload(self, model_id: str, *, force: bool) -> None:

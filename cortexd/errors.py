@@ -230,6 +230,14 @@ class ModelSourceError(CortexError):
     http_status = 502
 
 
+class RegistryUnreachable(ModelSourceError):
+    """A model is not on disk and its registry did not answer: later it may."""
+
+    code = "registry_unreachable"
+    http_status = 503
+    retriable = True
+
+
 class InsufficientDisk(CortexError):
     """Not enough disk for a download; the message names the path and both sizes."""
 
@@ -311,6 +319,14 @@ class MailboxFull(CortexError):
     """The addressed actor does not keep up."""
 
     code = "mailbox_full"
+    http_status = 503
+    retriable = True
+
+
+class NodeDraining(CortexError):
+    """An operator lets this host finish what runs; it takes nothing new."""
+
+    code = "node_draining"
     http_status = 503
     retriable = True
 

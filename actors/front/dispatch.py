@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 import aiohttp
+import msgspec
 from aiohttp import web
 
 from actors.front.model_value import with_model
@@ -32,6 +33,8 @@ _MESSAGES: Final = "/v1/messages"
 # How often a node that takes its time is looked after.
 _NODE_CHECK_S: Final = 5.0
 # Statuses by which a node says that it is at fault, not the request and not its load.
+_UNAVAILABLE: Final = 503
+_LEAVING_CODES: Final = frozenset({"node_draining", "server_shutting_down"})
 _NODE_FAULTS: Final = frozenset({500, 502})
 
 
@@ -155,6 +158,11 @@ class Dispatch:
         except UpstreamUnavailable as error:
             self.failed(error.message, is_refusing=isinstance(error, ConnectFailed))
             raise
+        if self._upstream.status == _UNAVAILABLE and await _takes_nothing_new(self._upstream):
+            # It went on since the last poll; nothing of an answer was received.
+            raise UpstreamUnavailable(
+                f'node "{routed.node}" takes no new requests', retry_after_s=2
+            )
         if self._upstream.status in _NODE_FAULTS:
             self.failed(f"HTTP {self._upstream.status}")
         else:
@@ -193,3 +201,14 @@ class Dispatch:
         else:
             return
         raise UpstreamUnavailable(f'node "{routed.node}" {what}', retry_after_s=2)
+
+
+async def _takes_nothing_new(upstream: aiohttp.ClientResponse) -> bool:
+    """Tell whether a node refused because it is on its way out; the body can be read again."""
+    try:
+        async with asyncio.timeout(_NODE_CHECK_S):
+            document = msgspec.json.decode(await upstream.read(), type=dict[str, object])
+    except (TimeoutError, aiohttp.ClientError, OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    error = document.get("error")
+    return isinstance(error, dict) and error.get("code") in _LEAVING_CODES

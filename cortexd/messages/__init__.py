@@ -44,6 +44,7 @@ from cortexd.messages.fleet import (
     ProposeEviction,
     QueryHost,
     QueryLoad,
+    RecycleModel,
     RequestFinished,
     ResolvedFiles,
     ResolveFiles,
@@ -125,6 +126,7 @@ Body = (
     | ResolveFiles
     | ResolvedFiles
     | ResolveProgress
+    | RecycleModel
     | RequestFinished
     | Route
     | Routed
@@ -185,6 +187,7 @@ __all__ = [
     "QueryLoading",
     "QueryNode",
     "Ready",
+    "RecycleModel",
     "ReloadFiles",
     "RequestFinished",
     "ResolveFiles",

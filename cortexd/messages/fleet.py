@@ -6,7 +6,7 @@ import msgspec
 
 from cortexd.messages.control import Message
 from cortexd.messages.neurons import CatalogueCard, NodeStatus
-from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelStatus
+from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelPolicy, ModelSpec, ModelStatus
 
 
 class Route(Message, frozen=True, tag="Route"):
@@ -35,6 +35,7 @@ class Routed(Message, frozen=True, tag="Routed"):
     spec: ModelSpec
     limits: ModelLimits
     cold_start: bool = False
+    defaults: dict[str, float] = {}  # of the catalogue, for fields that the request lacks
 
 
 class EndRequest(Message, frozen=True, tag="EndRequest"):
@@ -62,12 +63,17 @@ class ModelList(Message, frozen=True, tag="ModelList"):
     aliases: dict[str, str] = {}
     nodes: list[NodeStatus] = []
     catalogue: list[CatalogueCard] = []
+    is_draining: bool = False
 
 
 class LoadModel(Message, frozen=True, tag="LoadModel"):
-    """Load (single flight); `Ok` when loaded. A second caller with the same options joins."""
+    """Load (single flight); `Ok` when loaded. A second caller with the same options joins.
+
+    `policy` replaces what this host's own catalogue says of the model.
+    """
 
     options: LoadOptions
+    policy: ModelPolicy | None = None
 
 
 class UnloadModelNow(Message, frozen=True, tag="UnloadModelNow"):
@@ -187,6 +193,7 @@ class ProposeEviction(Message, frozen=True, tag="ProposeEviction"):
     needed_bytes: int
     free_bytes: int
     models: list[ModelStatus]
+    priority: int = 100  # the residency class of `incoming`
 
 
 class EvictionProposal(Message, frozen=True, tag="EvictionProposal"):
@@ -201,6 +208,12 @@ class UnloadIdle(Message, frozen=True, tag="UnloadIdle"):
 
     model_id: str
     idle_s: float
+
+
+class RecycleModel(Message, frozen=True, tag="RecycleModel"):
+    """Evictor → router: start this model's engine anew, in memory that is not fragmented."""
+
+    model_id: str
 
 
 class RequestFinished(Message, frozen=True, tag="RequestFinished"):

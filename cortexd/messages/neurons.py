@@ -7,6 +7,7 @@ import msgspec
 from cortexd.breaker import BreakerState
 from cortexd.messages.control import Message
 from cortexd.models import LoadOptions, ModelLimits, ModelPolicy, ModelState
+from cortexd.openai import ModelCost
 from cortexd.settings import NeuronKind
 
 
@@ -83,6 +84,7 @@ class CatalogueCard(msgspec.Struct, frozen=True, kw_only=True):
     model_id: str
     feasible_on: list[str]
     capabilities: list[str] = []
+    cost: ModelCost | None = None
 
 
 class Place(Message, frozen=True, tag="Place"):

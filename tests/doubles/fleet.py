@@ -47,6 +47,7 @@ from cortexd.messages import (
 from cortexd.messages.control import Message
 from cortexd.messages.fleet import DeviceReport
 from cortexd.messages.inference import SequenceDelta
+from cortexd.messages.neurons import CatalogueCard
 from cortexd.models import (
     ModelFiles,
     ModelLimits,
@@ -96,6 +97,9 @@ class Fleet:
         self.load_error: CortexError | None = None
         self.replicas: list[RoutedRemote] = []  # remote ones, in the order of choice
         self.loading = Loading()
+        self.catalogue: list[CatalogueCard] = []
+        self.is_draining = False
+        self.defaults: dict[str, float] = {}
         self.node_view = NodeView(True)
         self.placing = asyncio.Event()  # cleared: the model loads at its node
         self.placing.set()
@@ -232,6 +236,7 @@ class Fleet:
             self.spec,
             ModelLimits(context=self.context, output=self.context),
             is_cold,
+            self.defaults,
         )
 
     def _place(self, body: Place) -> RoutedHere | RoutedRemote:
@@ -255,8 +260,11 @@ class Fleet:
                 limits=limits,
                 memory_bytes=5 * 2**20,
                 loaded_at=1.7e9,
+                progress=0.25 if state == "loading" else None,
             )
-            return ModelList([status], {ALIAS: MODEL})
+            return ModelList(
+                [status], {ALIAS: MODEL}, catalogue=self.catalogue, is_draining=self.is_draining
+            )
         if isinstance(body, QueryHost):
             device = DeviceReport(0, "test cpu", "cpu", 8 * 2**30, 2 * 2**30, 12.5)
             load = LoadReport(MODEL, 2, 1, 3, 10, 100.0, 20.0, 0, 5, 6, 7)
