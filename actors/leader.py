@@ -1,10 +1,12 @@
 """Rank 0 of a model's engine group: owns the engine, runs its steps, hands out tokens.
 
 Fronts send `Submit` and `Cancel`; every step's output goes to each front as one `TokenBatch`. The
-root starts it through `StartGroup`; `on_start` loads the model, so READY means "can generate". An
-unforeseen error in a step ends the process: the group restarts and clients get a retriable error,
-which is honest, where going on with unknown engine state is not. When the model is split over
-several ranks, this one decides and the workers get every step's plan through the `RankGroup`.
+root starts it through `StartGroup`; `on_start` loads the model, so READY means "can generate". The
+engine survives what it can (`engine.step_faults`). What it raises ends the process, with an exit
+code of its own when the device is lost: the group restarts and clients get a retriable error, which
+is honest, where going on with unknown engine state is not. When the model is split over several
+ranks, this one decides and the workers get every step's plan through the `RankGroup`; an error of
+any rank inside a step ends them all, since the others wait in a collective for it.
 """
 
 from __future__ import annotations
@@ -143,7 +145,7 @@ class Leader(SyncActor):
             self.args.options,
             self.args.files,
             self.args.spec,
-            self.engine.limits,
+            self.engine.figures.offered,
             self.engine.memory_bytes,
             self.engine.device_name,
             self.engine.dtype_name,
@@ -153,6 +155,8 @@ class Leader(SyncActor):
 
     def poll(self) -> bool:
         """Run one engine step and hand its tokens out; return whether more work waits."""
+        from engine.device import is_device_poisoned
+
         if not self.engine.has_work:
             return False
         try:
@@ -161,8 +165,10 @@ class Leader(SyncActor):
         except Exception as error:
             if self.is_stopping:
                 return False  # the other ranks were told to stop too, and were faster
-            event(self.log, "engine.step_failed", 40, exc_info=True, error=repr(error))
-            self.exit_poisoned(f"engine step failed: {error!r}")
+            event(self.log, "engine.failed", 40, exc_info=True, error=repr(error))
+            self.exit_poisoned(
+                f"engine step failed: {error!r}", is_device_lost=is_device_poisoned(error)
+            )
         self._step += 1
         for owner, deltas in outputs.items():
             self._send(owner, deltas)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from actors.device_room import DeviceRoom
 from actors.managed_model import ManagedModel
 from cortexd.errors import (
     ActorDown,
     CortexError,
     DeadlineExceeded,
-    InsufficientMemory,
     Internal,
     InvalidValue,
     ModelLoadFailed,
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
 
 _LEADER_TARGET = "actors.leader:Leader"
 _WORKER_TARGET = "actors.worker:Worker"
-# Weights are copied once into the engine's own memory; the rest is KV cache and scratch.
-_MEMORY_FACTOR = 1.15
-_MEMORY_FLOOR_BYTES = 256 * 2**20
 _SLOWEST_READ_BYTES_PER_S = 50e6
 _CONTROL_DEADLINE_S = 10.0
 
@@ -161,17 +158,17 @@ class ModelLoader:
 
     async def _make_room(self, model: ManagedModel, resolved: ResolvedFiles) -> None:
         """Unload what the evictor proposes until the model fits; InsufficientMemory otherwise."""
-        needed = int(resolved.files.size_bytes * _MEMORY_FACTOR) + _MEMORY_FLOOR_BYTES
-        free = await self._free_bytes(model.options)
-        if free is None or free >= needed:
+        report = await self._host_report(fresh=False)
+        room = None if report is None else self._room(model.options, resolved, report)
+        if room is None or not room.missing:
             return
         model.stage = "making room"
         answer = await self._router.ask(
             "evictor",
             ProposeEviction(
                 model.options.model_id,
-                needed,
-                free,
+                room.needed_bytes,
+                room.needed_bytes - sum(room.missing.values()),
                 [other.status() for other in self._router.models.values() if other is not model],
                 model.priority,
             ),
@@ -189,27 +186,16 @@ class ModelLoader:
                     incoming=model.options.model_id,
                 )
                 await self.unload(victim, force=False, reason=answer.reason)
-        free = await self._free_bytes(model.options, fresh=True)
-        if free is not None and free < needed:
-            raise InsufficientMemory(
-                f'model "{model.options.model_id}" needs about {needed / 2**30:.1f} GiB and '
-                f"{free / 2**30:.1f} GiB are free; unload a model or choose a smaller quant",
-                retry_after_s=30,
-                needed_bytes=needed,
-                available_bytes=free,
-            )
+        report = await self._host_report(fresh=True)
+        room = None if report is None else self._room(model.options, resolved, report)
+        if room is not None and room.missing:
+            raise room.refusal(model.options, resolved, self._router.context.settings.engine)
 
-    async def _free_bytes(self, options: LoadOptions, *, fresh: bool = False) -> int | None:
-        """Return free memory of the devices the model may use, or None while unknown."""
-        report = await self._host_report(fresh=fresh)
-        if report is None:
-            return None
-        wanted = wanted_devices(options)
-        return sum(
-            device.memory_total_bytes - device.memory_used_bytes
-            for device in report.devices
-            if device.index in wanted
-        )
+    def _room(
+        self, options: LoadOptions, resolved: ResolvedFiles, report: HostReport
+    ) -> DeviceRoom:
+        settings = self._router.context.settings.engine
+        return DeviceRoom.of(wanted_devices(options), resolved, settings, report.devices)
 
     async def _host_report(self, *, fresh: bool) -> HostReport | None:
         """Return what the poller saw last, or None when it does not answer."""

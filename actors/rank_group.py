@@ -21,6 +21,7 @@ from cortexd.messages.envelope import Address
 
 if TYPE_CHECKING:
     from engine.scheduler import StepPlan
+    from engine.tp.step_codec import CacheBounds
 
 _Reply = TypeVar("_Reply", bound=rpc.RpcMessage)
 _Joined = TypeVar("_Joined")
@@ -130,9 +131,9 @@ class RankGroup:
         self.read_bytes = [reply.read_bytes for reply in replies]
         return min([free_bytes, *(reply.free_bytes for reply in replies)])
 
-    def make_cache(self, num_blocks: int) -> int:
+    def make_cache(self, size: CacheBounds) -> int:
         """Let all workers make their cache; return the bytes they hold. Raises: CortexError."""
-        clear = rpc.ClearKvCache(self._model_id, num_blocks)
+        clear = rpc.ClearKvCache(self._model_id, size.num_blocks, size.num_state_slots)
         replies = self._ask(clear, rpc.KvCacheCleared, self._deadlines.load_s)
         return sum(reply.memory_bytes for reply in replies)
 
@@ -141,7 +142,7 @@ class RankGroup:
         from engine.tp.step_codec import encode_step
 
         self.step += 1
-        message = encode_step(self._model_id, self.step, plan.rows)
+        message = encode_step(self._model_id, self.step, plan)
         self._open = self._begin(message, self._deadlines.step_s)
 
     def end_step(self) -> None:

@@ -132,12 +132,12 @@ class Store(AsyncActor):
         return resolved
 
     def _resolve_blocking(self, key: Key, progress: Any, cancel: threading.Event) -> ResolvedFiles:
-        from engine.preflight import inspect
+        from engine.preflight import inspect_and_weigh
         from engine.sources import resolve
 
         settings = self.context.settings.store
         files = resolve(key[0], key[1], settings, cache_dir(settings), progress, cancel)
-        return ResolvedFiles(files, inspect(files))
+        return ResolvedFiles(files, *inspect_and_weigh(files))
 
     def _progress(self, key: Key, stage: str, done_bytes: int, total_bytes: int) -> None:
         resolution = self._resolutions.get(key)

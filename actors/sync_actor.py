@@ -45,8 +45,10 @@ from cortexd.messages.control import (
 )
 from cortexd.messages.envelope import Address, Envelope
 
-# A process whose device is in an undefined state; EX_SOFTWARE of sysexits.
+# A rank whose state cannot be trusted: an error that recurs, a lost or late rank; EX_SOFTWARE.
 POISONED_EXIT_CODE: Final = 70
+# A rank whose device fails every call from now on; EX_OSERR of sysexits.
+DEVICE_FAULT_EXIT_CODE: Final = 71
 _IDLE_WAIT_S: Final = 0.5  # bounds how late a SIGTERM is seen
 _WELCOME_TIMEOUT_S: Final = 10.0
 _MAX_EARLY: Final = 1000
@@ -150,11 +152,12 @@ class SyncActor:
         if self._is_stopping:
             raise _Stopped
 
-    def exit_poisoned(self, reason: str) -> NoReturn:
+    def exit_poisoned(self, reason: str, *, is_device_lost: bool = False) -> NoReturn:
         """End the process at once: the device, or the engine's state, cannot be trusted."""
-        event(self.log, "actor.poisoned", 50, reason=reason)
+        exit_code = DEVICE_FAULT_EXIT_CODE if is_device_lost else POISONED_EXIT_CODE
+        event(self.log, "actor.poisoned", 50, reason=reason, exit_code=exit_code)
         self._report_fatal(Internal(reason).to_info())
-        os._exit(POISONED_EXIT_CODE)
+        os._exit(exit_code)
 
     def on_start(self) -> None:
         """Get ready to serve (load the model); the root hears READY after it returns."""

@@ -127,7 +127,10 @@ class Worker(SyncActor):
             if message.num_blocks < 2:
                 raise RpcFailure("bad_request", f"{message.num_blocks} blocks; at least 2")
             runner = self._loaded(message.model_id)
-            runner.make_cache(message.num_blocks)
+            if (message.num_state_slots > 0) != bool(runner.loaded.spec.linear_layers):
+                text = f"{message.num_state_slots} state slots; a hybrid has some, others none"
+                raise RpcFailure("bad_request", text)
+            runner.make_cache(message.num_blocks, message.num_state_slots)
             self._is_serving = True
             answer.reply = rpc.KvCacheCleared(runner.memory_bytes)
         return answer.reply
@@ -135,6 +138,7 @@ class Worker(SyncActor):
     @handles(rpc.GenerateStep)
     def on_step(self, message: rpc.GenerateStep, envelope: Envelope) -> rpc.RpcMessage:
         """Run the leader's step, whose collectives complete only with this rank."""
+        from engine.device import is_device_poisoned
         from engine.tp.step_codec import decode_step
 
         with self._answers("bad_request") as answer:
@@ -142,14 +146,14 @@ class Worker(SyncActor):
             runner = self._loaded(message.model_id)
             if runner.cache is None:
                 raise RpcFailure("model_not_loaded", "there is no KV cache yet")
-            rows = decode_step(message, runner.cache.block_size, len(runner.cache.layer(0)))
+            step = decode_step(message, runner.cache.size, runner.cache.block_size)
             try:
-                runner.step(rows)
+                runner.step(step.rows, step.state_copies)
             except Exception as error:
                 event(self.log, "shard.step_failed", 40, exc_info=True, error=repr(error))
                 text = f"step {message.step} failed: {error!r}"
                 self.reply(envelope, rpc.Error("forward_failed", text))
-                self.exit_poisoned(text)
+                self.exit_poisoned(text, is_device_lost=is_device_poisoned(error))
             self.count_progress()
             answer.reply = rpc.GenerateStepOk(message.step)
         return answer.reply

@@ -145,6 +145,19 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.moe is not None and layer not in self.moe.dense_layers
 
 
+class WeightBytes(msgspec.Struct, frozen=True):
+    """Bytes of all weights once loaded, in each way they can be; from the tensor plan.
+
+    Dense numbers as they are stored, or in 16 or 32 bits, those quantised at load as blocks.
+    `if_quantised`: of dense safetensors, by the name of the type.
+    """
+
+    as_stored: int
+    in_16_bit: int
+    in_32_bit: int
+    if_quantised: dict[str, int] = {}
+
+
 class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How one model is to be loaded: what `/models/load` accepts."""
 

@@ -5,6 +5,7 @@ Called by the engine when it loads and when a step fails. Stateless.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Final
 
@@ -12,9 +13,14 @@ import psutil
 import torch
 
 from cortexd import errors
+from cortexd.log import event
 from cortexd.models import ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine.kernels import cpu as native
+from engine.kernels import triton as triton_kernels
+from engine.layers.linear import Backend
+
+_log = logging.getLogger("cortexd.engine")
 
 Device = torch.device  # for those who may not import torch
 
@@ -68,6 +74,24 @@ def choose_dtype(
     return torch.bfloat16 if is_bfloat16 and not is_native else torch.float32
 
 
+def choose_backend(settings: EngineSettings, device: torch.device) -> Backend:
+    """Return what computes on the device; "auto" stands for the native CPU kernels.
+
+    Raises: ConfigError when the settings demand Triton and it cannot run here.
+    """
+    if settings.backend == "reference" or (settings.backend == "auto" and device.type == "cpu"):
+        return settings.backend
+    reason = triton_kernels.why_unusable(device)
+    if not reason:
+        return "triton"
+    if settings.backend == "triton":
+        raise errors.ConfigError(
+            f'engine.backend = "triton", but {reason}; use "auto" or "reference"'
+        )
+    event(_log, "backend.reference", logging.WARNING, device=str(device), reason=reason)
+    return "reference"
+
+
 def set_num_threads(settings: EngineSettings, world_size: int = 1) -> None:
     """Let torch and the native kernels use as many threads as the settings say.
 
@@ -115,6 +139,20 @@ def is_device_poisoned(error: BaseException) -> bool:
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return any(mark in str(error) for mark in _FATAL_MARKS)
+
+
+def is_alive(device: torch.device) -> bool:
+    """Tell whether the device can go on, once it has done what it was asked for.
+
+    Kernels fail after their call has returned.
+    """
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def release_cached_memory(device: torch.device) -> None:

@@ -2,17 +2,21 @@
 
 Called by the leader actor from one thread. Owns the weights, the KV cache, the scheduler and the
 sampler. A row with non-finite logits fails alone; a step that runs out of memory is repeated with
-fewer tokens; every other fault of a step is raised, and the caller ends the process.
+fewer tokens; any other error fails the requests of its step. What cannot be survived (see
+`engine.step_faults`) is raised, and the caller ends the process: a lost device, an error that
+recurs, and with several ranks any error while they are inside a step.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from cortexd import errors
+from cortexd.log import event
 from cortexd.messages.fleet import LoadReport
 from cortexd.messages.inference import SequenceDelta, Submit
 from cortexd.models import ModelFiles, ModelLimits, ModelSpec
@@ -20,15 +24,19 @@ from cortexd.settings import Engine as EngineSettings
 from engine import device as devices
 from engine.batch import build_batch
 from engine.block_pool import BlockPool
+from engine.constraints import Constraints, compiler_for
+from engine.grammar.compiler import GrammarCompiler
 from engine.kv_cache import KVCache, choose_size
+from engine.load_figures import LoadFigures
 from engine.model_load import Model, load_model
 from engine.outbox import Outbox
+from engine.row_results import RowResult, not_finite, nothing_allowed, read_results
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import PlannedRow, Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.slot_pool import SlotPool
+from engine.step_faults import StepFaults
 from engine.submission import make_sequence
-from engine.throughput import MovingRate
 from engine.tp.comm import Comm
 from engine.tp.lockstep import Alone, Lockstep
 
@@ -47,10 +55,11 @@ class Engine:
         weight_bytes: int = 0,
         lockstep: Lockstep | None = None,
         world_size: int = 1,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """Size the cache from what memory is left; `model` is on `device` already.
 
-        `spec` has the sizes of this rank's layers.
+        `spec` has the sizes of this rank's layers; without `grammars` none can be followed.
         """
         self._lockstep = lockstep or Alone()
         self._is_split = world_size > 1
@@ -67,20 +76,18 @@ class Engine:
             SlotPool(size.num_state_slots) if size.num_state_slots else None,
         )
         self.sampler = Sampler()
+        self._constraints = Constraints(grammars, device, settings.max_queue_depth)
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
-        self.memory_bytes += self._lockstep.make_cache(size.num_blocks)
+        self.memory_bytes += self._lockstep.make_cache(size)
         self.device_name = devices.device_name(device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         self.backend_name = model.backend_name
         self._device = device
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
-        self._prefill_rate = MovingRate()
-        self._decode_rate = MovingRate()
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._steps = 0
+        self._faults = StepFaults(device)
+        self.figures = LoadFigures(settings, self.limits, self.scheduler, self.cache)
 
     @classmethod
     @torch.inference_mode()
@@ -116,6 +123,7 @@ class Engine:
             weight_bytes=loaded.weight_bytes,
             lockstep=lockstep,
             world_size=comm.world_size,
+            grammars=compiler_for(files, spec),
         )
         progress(1.0, "ready")
         return engine
@@ -126,7 +134,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to deliver."""
-        return self.scheduler.has_work or bool(self._outbox)
+        return self.scheduler.has_work or bool(self._outbox) or self._constraints.has_waiting
 
     def submit(self, owner: str, submit: Submit) -> None:
         """Queue one sequence. Raises: InvalidValue, ContextLengthExceeded, Overloaded."""
@@ -136,9 +144,13 @@ class Engine:
                 f"sequence {submit.sequence_id} of {owner} is running already; use a new id"
             )
         sequence = make_sequence(owner, submit, self.spec, self.limits)
-        self.scheduler.submit(sequence)
+        if submit.grammar:
+            self.scheduler.check_queue()
+            self._constraints.add(sequence)
+        else:
+            self.scheduler.submit(sequence)
         self._sequences[key] = sequence
-        self._num_prompt_tokens += sequence.num_prompt_tokens
+        self.figures.num_prompt_tokens += sequence.num_prompt_tokens
 
     def cancel(self, owner: str, sequence_id: int) -> None:
         """Free the sequence now; the next step says "cancelled". An unknown id is ignored."""
@@ -157,70 +169,92 @@ class Engine:
     def step(self) -> dict[str, list[SequenceDelta]]:
         """Run one step; return what it and cancellations before it have to tell, by owner.
 
-        Raises: RuntimeError when the device or the model's code fails; the engine is then unusable.
+        Raises: what cannot be survived; the engine is then unusable.
         """
+        self._begin_constrained()
         if self.scheduler.has_work:
             started = time.perf_counter()
             plan = self.scheduler.plan()
             assert plan.rows, f"{self.scheduler} has work and planned none of it"
-            sampled = self._execute(plan)
-            if sampled is None:
-                self._shrink(plan)
-            else:
+            results = self._execute(plan)
+            if results is not None:
+                self._faults.clear()
                 self.scheduler.complete(plan)
-                for row in plan.rows:
-                    self._deliver(row, sampled)
-                self._count(plan, time.perf_counter() - started)
+                for row, result in zip(plan.rows, results, strict=True):
+                    self._deliver(row, result)
+                self.figures.count_step(plan, time.perf_counter() - started)
         return self._outbox.take()
 
     def report(self, model_id: str) -> LoadReport:
         """Return the load figures."""
-        pool = self.scheduler.pool
-        return LoadReport(
-            model_id=model_id,
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            kv_blocks_used=pool.num_used,
-            kv_blocks_total=pool.num_usable,
-            tok_s_prefill=self._prefill_rate.tokens_per_s,
-            tok_s_decode=self._decode_rate.tokens_per_s,
-            num_preemptions=self.scheduler.num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
-            steps=self._steps,
-            num_cached_tokens=self.scheduler.prefix_cache.num_hit_tokens,
-            kv_blocks_cached=pool.num_cached,
-        )
+        return self.figures.report(model_id)
 
     def close(self) -> None:
         """Drop all sequences; the process's end frees the memory."""
         for sequence in list(self._sequences.values()):
             self._finish(sequence)
+        self._constraints.close()
         self._outbox.take()
 
-    def _execute(self, plan: StepPlan) -> Iterator[SampledToken] | None:
-        """Return the sampled tokens in row order, or None when memory ran out."""
+    def _begin_constrained(self) -> None:
+        """Queue the sequences whose grammars are compiled; wait a moment if all work waits so."""
+        if not self._constraints.has_waiting:
+            return
+        if not self.scheduler.has_work and not self._outbox:
+            self._constraints.wait()
+        for sequence in self._constraints.ready():
+            try:
+                self.scheduler.check_queue()
+                self._constraints.begin(sequence)
+            except errors.CortexError as error:
+                self._fail(sequence, error)
+                continue
+            self.scheduler.submit(sequence)
+            self.sampler.constrain(sequence, self._constraints.mask)
+
+    def _execute(self, plan: StepPlan) -> list[RowResult] | None:
+        """Return each row's result; None when the step failed, which has been dealt with.
+
+        Raises: what cannot be survived.
+        """
+        # States are moved before anything can go wrong: what they are needed for lies ahead.
+        self.cache.copy_states(plan.state_copies)
+        is_in_lockstep = not self._is_split
         try:
-            self._copy_states(plan)
             batch = build_batch(plan.rows, self.cache.block_size, self._device)
-            sequences = [row.sequence for row in plan.rows if row.samples]
             self._lockstep.begin_step(plan)
             logits = self.model.forward(batch, self.cache)
             self._lockstep.end_step()
-            return iter(self.sampler.sample(logits, sequences) if sequences else [])
-        except (RuntimeError, MemoryError) as error:
-            # Other ranks may be at another point of the step: it cannot be repeated.
-            if self._is_split or not devices.is_out_of_memory(error):
+            is_in_lockstep = True
+            return read_results(plan.rows, logits, self.sampler)
+        except Exception as error:
+            verdict = self._faults.judge(error, is_in_lockstep=is_in_lockstep)
+            if verdict == "end":
                 raise
+            if verdict == "fail":
+                self._fail_step(plan, error)
         # Only here, past the handler, are the failed step's tensors free.
         devices.release_cached_memory(self._device)
+        if verdict == "shrink":
+            self._shrink(plan)
         return None
 
-    def _copy_states(self, plan: StepPlan) -> None:
-        states = self.cache.states
-        for source, target in plan.state_copies:
-            assert states is not None, "only a hybrid's plan moves states"
-            states.copy(source, target)
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        """End all requests of a step that raised; nothing that it computed is kept."""
+        sequences = [row.sequence for row in plan.rows]
+        request_ids = sorted({sequence.submit.request_id for sequence in sequences})
+        event(
+            logging.getLogger("cortexd.engine"),
+            "engine.step_failed",
+            logging.ERROR,
+            exc_info=True,
+            error=repr(error),
+            requests=request_ids,
+        )
+        for sequence in sequences:
+            name = sequence.submit.request_id
+            fault = errors.Internal(f"request {name}: a step of the engine failed; see its log")
+            self._fail(sequence, fault)
 
     def _shrink(self, plan: StepPlan) -> None:
         sequence = self.scheduler.reduce(plan)
@@ -231,29 +265,44 @@ class Engine:
             )
             self._fail(sequence, error)
 
-    def _deliver(self, row: PlannedRow, sampled: Iterator[SampledToken]) -> None:
-        sequence = row.sequence
-        if not row.samples:
-            if sequence.num_output_tokens == 0:
-                self._outbox.add_progress(sequence)
+    def _deliver(self, row: PlannedRow, result: RowResult) -> None:
+        sequence, token, scores = row.sequence, result.token, result.scores
+        if scores is not None and len(scores.logprobs) < row.num_scored:
+            # Those of this row are counted as scored already.
+            index = sequence.num_scored - row.num_scored + len(scores.logprobs) + 1
+            self._fail(sequence, not_finite(sequence, index), is_tainted=True)
             return
-        token = next(sampled)
-        if token.token_id is None:
-            error = errors.NonFiniteLogits(
-                f"request {sequence.submit.request_id}: the model's logits held NaN or infinity "
-                f"at token {len(sequence.token_ids)}; only this request failed"
-            )
+        if scores is not None or (token is None and sequence.num_output_tokens == 0):
+            self._outbox.add_progress(sequence, scores)
+        if token is None:
+            return
+        if token.token_id is None and not token.is_finite:
+            error = not_finite(sequence, len(sequence.token_ids))
             self._fail(sequence, error, is_tainted=True)
+        elif sequence.max_tokens == 0:
+            self._finish(sequence)
+            self._outbox.add_end(sequence, "length")
+        elif token.token_id is None:
+            self._fail(sequence, nothing_allowed(sequence))
         elif token.token_id in sequence.stop_token_ids:
             self._finish(sequence)
             self._outbox.add_end(sequence, "stop")
         else:
-            sequence.token_ids.append(token.token_id)
-            self._num_generated_tokens += 1
-            is_last = sequence.num_output_tokens >= sequence.max_tokens
-            if is_last:
-                self._finish(sequence)
-            self._outbox.add_token(sequence, token, "length" if is_last else None)
+            self._add_token(sequence, token, token.token_id)
+
+    def _add_token(self, sequence: Sequence, token: SampledToken, token_id: int) -> None:
+        sequence.token_ids.append(token_id)
+        self.figures.num_generated_tokens += 1
+        reason = "length" if sequence.num_output_tokens >= sequence.max_tokens else None
+        try:
+            if self._constraints.advance(sequence):
+                reason = "stop"
+        except errors.InvalidValue as error:
+            self._fail(sequence, error)
+            return
+        if reason is not None:
+            self._finish(sequence)
+        self._outbox.add_token(sequence, token, reason)
 
     def _fail(
         self, sequence: Sequence, error: errors.CortexError, *, is_tainted: bool = False
@@ -262,11 +311,7 @@ class Engine:
         self._outbox.add_end(sequence, "error", error)
 
     def _finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
-        self.scheduler.finish(sequence, is_tainted=is_tainted)
+        if not self._constraints.release(sequence):
+            self.scheduler.finish(sequence, is_tainted=is_tainted)
         self.sampler.release(sequence)
         del self._sequences[sequence.owner, sequence.sequence_id]
-
-    def _count(self, plan: StepPlan, elapsed_s: float) -> None:
-        self._steps += 1
-        self._decode_rate.add(plan.num_decodes, elapsed_s)
-        self._prefill_rate.add(plan.num_tokens - plan.num_decodes, elapsed_s)

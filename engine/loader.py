@@ -25,8 +25,10 @@ from engine import device as devices
 from engine.formats.checkpoint import Checkpoint, CheckpointTensor, listing
 from engine.formats.checkpoint_check import check_plan
 from engine.formats.in_situ import in_situ_type, type_for_columns
+from engine.kernels import cpu as native
 from engine.layers.embedding import Embedding, tied_embedding
 from engine.layers.linear import Backend, Linear, Weight, pack_native
+from engine.layers.sparse_mlp import SparseMLP
 from engine.memory_check import check_weights_fit
 from engine.models.registry import REGISTRY
 from engine.quant.quantize import quantize_rows
@@ -34,11 +36,16 @@ from engine.quant.tensor import QuantizedTensor
 from engine.tensor_plan import HEAD
 from engine.tensor_views import TORCH_DTYPES, bytes_view, dense_view, stack_rows
 from engine.tp.comm import Comm
-from engine.tp.layers import GatheredHead, RowParallelLinear, VocabParallelEmbedding
-from engine.tp.sharding import Rule, rule_of
+from engine.tp.layers import (
+    GatheredHead,
+    RowParallelLinear,
+    SplitSparseMLP,
+    VocabParallelEmbedding,
+)
+from engine.tp.sharding import makes_partial_sums
 
 Layer = TypeVar("Layer", Linear, Embedding)
-RowSelection = Tensor | slice | None  # int64 row ids, a range, or all rows
+RowSelection = Tensor | int | None  # int64 row ids, one matrix of a stack, or all rows
 ProgressCallback = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -132,10 +139,13 @@ class Weights:
 
     def check_memory(self) -> None:
         """Raise InsufficientMemory when the device has no room for the weights; none is read."""
+        # The CPU's kernels multiply dense weights as they are stored.
+        is_native = self.backend == "auto" and self.device.type == "cpu" and native.available()
         check_weights_fit(
-            [self._local(name) for name in self._checked],
-            self.dtype.itemsize,
+            {name: self._local(name) for name in self._checked},
+            None if is_native and self.dtype == torch.float32 else self.dtype.itemsize,
             self._in_situ,
+            is_tied=self._spec.tie_word_embeddings,
             available_bytes=devices.free_memory_bytes(self.device, self._comm.world_size),
             device=str(self.device),
         )
@@ -153,14 +163,15 @@ class Weights:
         bias_name: str | None = None,
         *,
         is_exact: bool = False,
+        sums: bool = True,
     ) -> Linear:
         """Return the layer of the matrix `name` (out_features, in_features).
 
         `is_exact`: never quantised at load. Of a matrix that is split by columns, `in_features` are
-        this rank's, and the layer adds up what all ranks make.
+        this rank's, and the layer `sums` up what all ranks make, or leaves that to the caller.
         """
         rows = StoredRows(name, out_features, bias_name, is_exact=is_exact)
-        if self._comm.shard.is_whole or rule_of(name) is not Rule.COLUMNS:
+        if not sums or self._comm.shard.is_whole or not makes_partial_sums(name):
             return self._track(self._linear([rows], in_features))
         if bias_name is not None and self._comm.rank:
             self._take(bias_name)  # rank 0 adds it, once
@@ -180,8 +191,8 @@ class Weights:
         """Return one layer over several matrices with the same input, outputs concatenated.
 
         Matrices of one stored type become one matrix; of different types, parts of one layer.
-        `selections` says which rows of a stored tensor, all dimensions but the last taken as rows,
-        make the matrix of `out_features` rows; None: all. `is_exact` parts are never quantised at
+        `selections` says which rows of a stored tensor make the matrix of `out_features` rows, or
+        which matrix of a stored stack it is; None: all. `is_exact` parts are never quantised at
         load.
         """
         biases = list(bias_names or [None] * len(names))
@@ -235,6 +246,10 @@ class Weights:
             return self.linear(HEAD, vocab_size, self._spec.hidden_size)
         local = self.linear(HEAD, self._local(HEAD).shape[0], self._spec.hidden_size)
         return GatheredHead(local, self._comm, vocab_size)
+
+    def summed(self, experts: SparseMLP) -> SparseMLP:
+        """Return experts that were built without sums such that all ranks' parts are added up."""
+        return experts if self._comm.shard.is_whole else SplitSparseMLP(experts, self._comm)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a small dense tensor on the device, in `dtype` and of this `shape`."""
@@ -321,22 +336,21 @@ class Weights:
     def _local(self, name: str) -> CheckpointTensor:
         """Return this rank's part of a tensor."""
         tensor = self._checkpoint[name]
-        shard = self._comm.shard
-        if shard.is_whole or rule_of(name) is Rule.REPLICATED:
-            return tensor
-        return tensor.part(shard.regions(name, tensor.shape, self._spec))
+        part = self._comm.shard.part(name, tensor.shape, self._spec)
+        return tensor if part is None else tensor.part(part)
 
     def _matrix(self, part: StoredRows, columns: int) -> Weight:
         """Return the matrix as stored: a view of the mapping, except for rows in a new order."""
         tensor = self._take(part.name)
         assert tensor.shape[-1] == columns, f"{part.name}: planned {tensor.shape}, not {columns}"
-        if tensor.ggml_type in TORCH_DTYPES:
-            rows = self._unpermuted(part.name, dense_view(tensor)).view(-1, columns)
+        view = dense_view if tensor.ggml_type in TORCH_DTYPES else bytes_view
+        if isinstance(part.selection, int):
+            rows = view(tensor, part.selection)
         else:
-            rows = self._unpermuted(part.name, bytes_view(tensor).view(*tensor.shape[:-1], -1))
-            rows = rows.view(-1, rows.shape[-1])
-        if part.selection is not None:
-            rows = rows[part.selection]
+            # GGUF files drop the first dimension of a single row.
+            rows = torch.atleast_2d(self._unpermuted(part.name, view(tensor)))
+            if part.selection is not None:
+                rows = rows[part.selection]
         assert len(rows) == part.num_rows, f"{part.name}: {len(rows)} rows, not {part.num_rows}"
         if tensor.ggml_type in TORCH_DTYPES:
             return rows if part.is_exact else self._quantized(part.name, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cortexd import errors
-from cortexd.messages.inference import SequenceDelta
+from cortexd.messages.inference import PromptScores, SequenceDelta
 from engine.sampler import SampledToken
 from engine.sequence import Sequence
 
@@ -26,13 +26,14 @@ class Outbox:
         """Forget what was meant for an owner that is gone."""
         self._deltas.pop(owner, None)
 
-    def add_progress(self, sequence: Sequence) -> None:
-        """Tell how much of a prompt is prefilled."""
+    def add_progress(self, sequence: Sequence, scores: PromptScores | None = None) -> None:
+        """Tell how much of a prompt is prefilled, and the scores of its next tokens."""
         delta = SequenceDelta(
             sequence.sequence_id,
             [],
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_prefilled_tokens=sequence.num_computed,
+            prompt_scores=scores,
         )
         self._add(sequence, delta)
 

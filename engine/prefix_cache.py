@@ -2,8 +2,9 @@
 
 Called by the scheduler; owns the prefix tree and tells the block pool which blocks are worth
 keeping. Only full blocks of a step that has completed are published, and at least one token of a
-sequence is always left to compute, since logits come from nothing else. Published blocks are never
-written again, so whoever shares them reads what a computation of its own would have written.
+sequence is always left to compute, since logits come from nothing else, and all that it has still
+to score. Published blocks are never written again, so whoever shares them reads what a computation
+of its own would have written.
 
 A sequence that holds a node's block holds all blocks of its path and releases the last one first:
 so a free block's descendants are all free too, and older in the pool's order than itself.
@@ -62,7 +63,7 @@ class PrefixCache:
         """Return the nodes that a sequence could go on with, beyond what it has computed."""
         if not self.is_enabled or not self._stands_at_cut(sequence):
             return []
-        limit = (len(sequence.token_ids) - 1) // self._block_size
+        limit = sequence.num_skippable // self._block_size
         nodes = self.tree.walk(self._node(sequence), sequence.token_ids, limit)
         if self.snapshots is not None:
             while nodes and nodes[-1] not in self.snapshots:
@@ -151,7 +152,7 @@ class PrefixCache:
     def could_take_next(self, sequence: Sequence) -> bool:
         """Tell whether the sequence would go on with its next key if somebody published it."""
         cut = self.next_cut(sequence, sequence.num_computed)
-        return self._stands_at_cut(sequence) and cut is not None and cut < len(sequence.token_ids)
+        return self._stands_at_cut(sequence) and cut is not None and cut <= sequence.num_skippable
 
     def _stands_at_cut(self, sequence: Sequence) -> bool:
         """Tell whether nothing is computed behind what the sequence has published or taken."""

@@ -12,15 +12,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from cortexd.errors import BadModelFile, InvalidValue
-from cortexd.models import ModelFiles, ModelSpec
-from engine.formats.checkpoint import Checkpoint
+from cortexd.models import ModelFiles, ModelSpec, WeightBytes
+from engine.formats.checkpoint import Checkpoint, CheckpointTensor
 from engine.formats.checkpoint_check import check_plan
 from engine.formats.gguf_model import GGUFModel
 from engine.gguf_spec import spec_from_gguf
+from engine.memory_check import weigh
 from engine.models.registry import REGISTRY
 from engine.spec import spec_from_config
 from engine.stored_layout import with_stored_layout
-from engine.tp.sharding import Rule, allowed_world_sizes, check_world_size, rule_of
+from engine.tp.sharding import (
+    Shard,
+    allowed_world_sizes,
+    check_world_size,
+    makes_partial_sums,
+)
 
 MAX_CONFIG_BYTES: Final = 16 * 1024 * 1024
 
@@ -30,14 +36,23 @@ def inspect(files: ModelFiles) -> ModelSpec:
 
     Raises: UnsupportedArchitecture, BadModelFile.
     """
+    return inspect_and_weigh(files)[0]
+
+
+def inspect_and_weigh(files: ModelFiles) -> tuple[ModelSpec, WeightBytes]:
+    """Return what the model is, as `inspect` does, and what its weights will take."""
     spec = read_spec(files)
     checkpoint = Checkpoint.open(files)
     try:
         spec = with_stored_layout(spec, checkpoint)
-        check_plan(checkpoint, REGISTRY[spec.model_type].plan(spec), spec)
+        plan = REGISTRY[spec.model_type].plan(spec)
+        check_plan(checkpoint, plan, spec)
+        tensors = {name: checkpoint[name] for name in plan.required}
+        quant = None if checkpoint.is_gguf else files.quant
+        weights = weigh(tensors, quant, is_tied=spec.tie_word_embeddings)
     finally:
         checkpoint.close()
-    return spec
+    return spec, weights
 
 
 def check_tensor_parallel(files: ModelFiles, spec: ModelSpec, world_size: int) -> None:
@@ -57,18 +72,32 @@ def _check_block_boundaries(checkpoint: Checkpoint, spec: ModelSpec, world_size:
     """Refuse to cut a quantised row inside of a block."""
     for name in REGISTRY[spec.model_type].plan(spec).required:
         tensor = checkpoint[name]
-        if tensor.ggml_type is None or rule_of(name) is not Rule.COLUMNS:
+        if tensor.ggml_type is None or _cuts_between_blocks(name, tensor, spec, world_size):
             continue
-        columns, block = tensor.shape[-1], tensor.ggml_type.block_elements
-        if columns % (world_size * block):
-            allowed = [size for size in allowed_world_sizes(spec) if columns % (size * block) == 0]
-            raise InvalidValue(
-                f"{checkpoint.path}: tensor_parallel = {world_size}: {tensor.name} has rows of "
-                f"{columns} numbers in {tensor.type_name} blocks of {block}, which cannot be cut "
-                f"into {world_size} parts; allowed for it: {', '.join(map(str, allowed))} (or "
-                "safetensors files)",
-                param="tensor_parallel",
-            )
+        allowed = [
+            size
+            for size in allowed_world_sizes(spec)
+            if _cuts_between_blocks(name, tensor, spec, size)
+        ]
+        raise InvalidValue(
+            f"{checkpoint.path}: tensor_parallel = {world_size}: {tensor.name} has rows of "
+            f"{tensor.shape[-1]} numbers in {tensor.type_name} blocks of "
+            f"{tensor.ggml_type.block_elements}, which cannot be cut into {world_size} parts; "
+            f"allowed for it: {', '.join(map(str, allowed))} (or safetensors files)",
+            param="tensor_parallel",
+        )
+
+
+def _cuts_between_blocks(
+    name: str, tensor: CheckpointTensor, spec: ModelSpec, world_size: int
+) -> bool:
+    assert tensor.ggml_type is not None, f"{name} passed the plan"
+    block = tensor.ggml_type.block_elements
+    if block == 1 or not makes_partial_sums(name):
+        return True
+    parts = [Shard(rank, world_size).part(name, tensor.shape, spec) for rank in range(world_size)]
+    ends = [end for part in parts if part for cut in part.ranges for end in (cut.start, cut.stop)]
+    return all(end % block == 0 for end in ends)
 
 
 def read_spec(files: ModelFiles) -> ModelSpec:

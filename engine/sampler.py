@@ -2,13 +2,14 @@
 
 Called by the engine once per step with the logits of the rows that end in a new token. Every row is
 computed by itself, so its token depends on its own logits, settings, seed and position only. Order:
-logit bias, minimum length and bad words, repetition, frequency and presence penalties, a grammar's
-mask, temperature, top-k, top-p, min-p. A row whose logits are not finite, or of which nothing is
-allowed, yields no token, and the others are unharmed.
+logit bias, minimum length, allowed tokens and bad words, repetition, frequency and presence
+penalties, a grammar's mask, temperature, top-k, top-p, min-p. A row whose logits are not finite, or
+of which nothing is allowed, yields no token, and the others are unharmed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -33,12 +34,19 @@ RowMask = Callable[[Sequence], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One row's result; `token_id` is None when no token could be chosen."""
+    """One row's result; `token_id` is None when no token could be chosen.
+
+    That is when its logits are not finite, or when all that is asked of it leaves no token.
+    """
 
     token_id: int | None
+    is_finite: bool = True
     logprob: float | None = None
     top_ids: list[int] = field(default_factory=list)
     top_logprobs: list[float] = field(default_factory=list)
+
+
+_NOT_FINITE: Final = SampledToken(None, is_finite=False)
 
 
 class _TokenCounts:
@@ -84,11 +92,11 @@ class Sampler:
         if not self._masks and all(_is_plain_greedy(sequence) for sequence in sequences):
             ids_and_sums = torch.stack([logits.argmax(-1).double(), sums.double()]).tolist()
             return [
-                SampledToken(int(token_id) if _is_finite(total) else None)
+                SampledToken(int(token_id)) if _is_finite(total) else _NOT_FINITE
                 for token_id, total in zip(*ids_and_sums, strict=True)
             ]
         return [
-            self._sample_row(row, sequence) if _is_finite(total) else SampledToken(None)
+            self._sample_row(row, sequence) if _is_finite(total) else _NOT_FINITE
             for row, sequence, total in zip(logits, sequences, sums.tolist(), strict=True)
         ]
 
@@ -98,7 +106,8 @@ class Sampler:
         mask = self._masks.get(sequence)
         if mask is not None:
             logits = logits.masked_fill(~mask(sequence), float("-inf"))
-        if (mask is not None or sequence.bad_words) and bool(logits.isneginf().all()):
+        is_narrowed = mask is not None or sequence.bad_words or sequence.allowed_token_ids
+        if (is_narrowed or submit.min_tokens) and float(logits.max()) == -math.inf:
             return SampledToken(None)
         if submit.temperature == 0:
             token_id = int(logits.argmax())
@@ -120,6 +129,9 @@ class Sampler:
         if sequence.num_output_tokens < submit.min_tokens and sequence.stop_token_ids:
             ids = torch.tensor(sorted(sequence.stop_token_ids), device=raw.device)
             logits = logits.index_fill(0, ids, float("-inf"))
+        if sequence.allowed_token_ids:
+            ids = torch.tensor(sequence.allowed_token_ids, device=raw.device)
+            logits = torch.full_like(logits, -math.inf).index_copy(0, ids, logits[ids])
         banned = _ends_of_bad_words(sequence)
         if banned:
             logits = logits.index_fill(0, torch.tensor(banned, device=raw.device), float("-inf"))
@@ -197,10 +209,13 @@ def _most_likely(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:
 def _with_logprobs(raw: Tensor, token_id: int, count: int) -> SampledToken:
     """Attach log-probabilities of the model's own distribution, before any setting."""
     logprobs = raw.log_softmax(0)
+    logprob = float(logprobs[token_id])
     if count == 0:
-        return SampledToken(token_id, float(logprobs[token_id]))
+        return SampledToken(token_id, logprob=logprob)
     values, ids = logprobs.topk(min(count, len(logprobs)))
-    return SampledToken(token_id, float(logprobs[token_id]), ids.tolist(), values.tolist())
+    return SampledToken(
+        token_id, logprob=logprob, top_ids=ids.tolist(), top_logprobs=values.tolist()
+    )
 
 
 def _ends_of_bad_words(sequence: Sequence) -> list[int]:
@@ -226,6 +241,7 @@ def _is_plain_greedy(sequence: Sequence) -> bool:
         and submit.num_logprobs < 0
         and not submit.logit_bias
         and not sequence.bad_words
+        and not sequence.allowed_token_ids
         and sequence.num_output_tokens >= submit.min_tokens
         and not _has_penalties(submit)
     )

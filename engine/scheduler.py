@@ -15,6 +15,8 @@ Equal prefixes are computed once. A sequence takes over what the prefix cache ho
 admitted, and also while it prefills; and when a row of the plan is about to compute the very block
 that it needs next, it sits this step out and takes the block in the next one. So of n answers to
 one prompt, or of equal prompts sent together, one computes and the others follow a step behind.
+A sequence that wants its prompt's log-probabilities takes over only what it has scored before: the
+rest has to yield logits. These are large, so a step scores a bounded number of tokens.
 """
 
 from __future__ import annotations
@@ -34,18 +36,29 @@ from engine.snapshots import Snapshots, StateCopy
 
 # Prefill chunks are not cut smaller than this when memory is short: smaller ones save nothing.
 MIN_PREFILL_CHUNK: Final = 16
+# Prompt tokens that one step scores at most: their float32 logits of a 152k vocabulary are 156 MB.
+MAX_SCORED_TOKENS: Final = 256
 # Clean steps after which limits that were halved by an out-of-memory are doubled again.
 STEPS_TO_REGROW: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """Tokens start..start+num_tokens-1 of a sequence; `samples` when its last one is among them."""
+    """Tokens start..start+num_tokens-1 of a sequence; `samples` when its last one is among them.
+
+    The last `num_scored` tokens, not counting one that samples, score their successors.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
+    num_scored: int = 0
+
+    @property
+    def num_logits(self) -> int:
+        """How many of the last tokens yield logits."""
+        return self.num_scored + self.samples
 
     @property
     def token_ids(self) -> list[int]:
@@ -87,6 +100,7 @@ class PlanInMaking:
     decodes: list[PlannedRow] = field(default_factory=list)
     prefills: list[PlannedRow] = field(default_factory=list)
     planned: set[Sequence] = field(default_factory=set)
+    num_scored: int = 0
     keys: set[PublicationKey] = field(default_factory=set)
 
     def add_decode(self, row: PlannedRow) -> None:
@@ -98,6 +112,7 @@ class PlanInMaking:
         """Add a chunk of a prompt."""
         self.prefills.append(row)
         self.planned.add(row.sequence)
+        self.num_scored += row.num_scored
         if key is not None:
             self.keys.add(key)
 
@@ -145,6 +160,11 @@ class Scheduler:
         """Whether any sequence runs or waits."""
         return bool(self.running or self.waiting)
 
+    @property
+    def num_waiting_blocks(self) -> int:
+        """Blocks that the waiting sequences will take when they are admitted."""
+        return sum(self._blocks_for(len(sequence.token_ids) + 1) for sequence in self.waiting)
+
     def check_queue(self) -> None:
         """Raise `Overloaded` when one more sequence would stand beyond the queue's bound."""
         num_queued = len(self.waiting) - (self.max_running - len(self.running))
@@ -157,7 +177,7 @@ class Scheduler:
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence whose prompt fits the context. Raises: Overloaded."""
-        assert len(sequence.token_ids) < self.context, "the engine checks the prompt's length"
+        assert len(sequence.token_ids) <= self.context, "the engine checks the prompt's length"
         self.check_queue()
         self.waiting.append(sequence)
 
@@ -182,6 +202,7 @@ class Scheduler:
         """Count the plan's tokens as computed; call it before sampled tokens are appended."""
         for row in plan.rows:
             row.sequence.num_computed = row.start + row.num_tokens
+            row.sequence.num_scored += row.num_scored
             self.prefix_cache.publish(row.sequence)
         self._clean_steps += 1
         if self._clean_steps >= STEPS_TO_REGROW:
@@ -247,7 +268,9 @@ class Scheduler:
                 continue
             num_left = self._num_left(sequence, sequence.num_computed)
             num_tokens = self._chunk_size(num_left, budget, is_first=not making.prefills)
-            if num_tokens == 0:
+            num_scored = _num_scored(sequence, num_tokens)
+            if num_tokens == 0 or making.num_scored + num_scored > MAX_SCORED_TOKENS:
+                num_tokens = 0
                 # Nobody behind one whose chunk does not fit gets what is left.
                 budget = 0
             num_tokens = self._take_blocks(making, sequence, num_tokens)
@@ -256,13 +279,17 @@ class Scheduler:
                 continue
             budget -= num_tokens
             samples = num_tokens == sequence.num_uncomputed
-            row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
+            num_scored = _num_scored(sequence, num_tokens)
+            row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples, num_scored)
             making.add_prefill(row, self.prefix_cache.next_key(sequence))
         self._count_overtaken(making, passed_over)
 
     def _prefill_rank(self, sequence: Sequence) -> int:
         """Return how many chunks a sequence needs, less one for each time it was overtaken."""
-        num_chunks = -(-sequence.num_uncomputed // self._chunk_limit)
+        limit = self._chunk_limit
+        if sequence.num_unscored:
+            limit = min(limit, MAX_SCORED_TOKENS)
+        num_chunks = -(-sequence.num_uncomputed // limit)
         return max(num_chunks - sequence.num_overtaken, 0)
 
     def _count_overtaken(self, making: PlanInMaking, passed_over: list[Sequence]) -> None:
@@ -284,6 +311,8 @@ class Scheduler:
         end = len(sequence.token_ids)
         if self.snapshots is not None:
             end = self.prefix_cache.next_cut(sequence, start) or end
+        if sequence.num_unscored > MAX_SCORED_TOKENS:
+            end = min(end, max(start, sequence.num_scored) + MAX_SCORED_TOKENS)
         return end - start
 
     def _chunk_size(self, num_left: int, budget: int, *, is_first: bool) -> int:
@@ -375,3 +404,9 @@ class Scheduler:
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+
+def _num_scored(sequence: Sequence, num_tokens: int) -> int:
+    """Return how many of the next tokens score their successor for the first time."""
+    end = min(sequence.num_computed + num_tokens, sequence.num_scored + sequence.num_unscored)
+    return max(0, end - max(sequence.num_computed, sequence.num_scored))

@@ -37,6 +37,7 @@ class Sequence:
     stop_token_ids: frozenset[int]  # empty when end tokens are ignored
     seed: int
     bad_words: list[list[int]] = field(default_factory=list)  # none is empty
+    allowed_token_ids: list[int] = field(default_factory=list)  # empty: all
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Sequence:
     num_overtaken: int = 0  # steps in which a newer sequence prefilled and this one could not
     stable_length: int = 0  # so many tokens will begin the conversation's next prompt, too
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    num_scored: int = 0  # leading tokens whose logits have scored their successor in the prompt
 
     def __repr__(self) -> str:
         return (
@@ -67,3 +69,15 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens that the next passes must compute."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt tokens whose log-probability is wanted and not known; the first one has none."""
+        if self.submit.num_prompt_logprobs < 0:
+            return 0
+        return self.num_prompt_tokens - 1 - self.num_scored
+
+    @property
+    def num_skippable(self) -> int:
+        """Leading tokens whose KV others may provide; those after it must yield logits."""
+        return self.num_scored if self.num_unscored else len(self.token_ids) - 1

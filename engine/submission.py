@@ -26,9 +26,10 @@ _RANGES: Final = (
     ("presence_penalty", -_INFINITY, _INFINITY, False),
     ("frequency_penalty", -_INFINITY, _INFINITY, False),
     ("top_k", -1, _INFINITY, True),
-    ("max_tokens", 1, _INFINITY, True),
+    ("max_tokens", 0, _INFINITY, True),
     ("min_tokens", 0, _INFINITY, True),
     ("num_logprobs", -1, _INFINITY, True),
+    ("num_prompt_logprobs", -1, _INFINITY, True),
 )
 
 
@@ -38,18 +39,21 @@ def make_sequence(owner: str, submit: Submit, spec: ModelSpec, limits: ModelLimi
     if not prompt:
         raise errors.InvalidValue("the prompt has no tokens; send at least one", param="prompt")
     _check_ids(prompt, spec.vocab_size, "prompt")
-    # One token must be left for the answer.
-    if len(prompt) >= limits.context:
+    _check_sampling(submit, spec.vocab_size)
+    # One token must be left for the answer, if there is to be one.
+    needed = 1 if submit.max_tokens else 0
+    if len(prompt) + needed > limits.context:
         raise errors.ContextLengthExceeded(
             f"this model's maximum context length is {limits.context} tokens, but the prompt has "
-            f"{len(prompt)} tokens and at least 1 is needed for the answer; shorten the prompt",
+            f"{len(prompt)} tokens and {needed} must be left for the answer; shorten the prompt",
             param="prompt",
             prompt_len=len(prompt),
             max=limits.context,
         )
-    _check_sampling(submit, spec.vocab_size)
     named = unpack_token_ids(submit.stop_token_ids, "stop")
     _check_ids(named, spec.vocab_size, "stop_token_ids")
+    allowed = unpack_token_ids(submit.allowed_token_ids, "allowed_token_ids")
+    _check_ids(allowed, spec.vocab_size, "allowed_token_ids")
     bad_words = [unpack_token_ids(word, "bad_words") for word in submit.bad_words]
     for word in bad_words:
         _check_ids(word, spec.vocab_size, "bad_words")
@@ -57,7 +61,7 @@ def make_sequence(owner: str, submit: Submit, spec: ModelSpec, limits: ModelLimi
             raise errors.InvalidValue(
                 "bad_words holds an empty word; leave it out", param="bad_words"
             )
-    stop_token_ids = frozenset(named).union(
+    end_token_ids = frozenset(named).union(
         token_id for token_id in spec.eos_token_ids if 0 <= token_id < spec.vocab_size
     )
     return Sequence(
@@ -66,9 +70,10 @@ def make_sequence(owner: str, submit: Submit, spec: ModelSpec, limits: ModelLimi
         token_ids=prompt,
         num_prompt_tokens=len(prompt),
         max_tokens=min(submit.max_tokens, limits.output, limits.context - len(prompt)),
-        stop_token_ids=frozenset() if submit.ignore_eos else stop_token_ids,
+        stop_token_ids=frozenset(named) if submit.ignore_eos else end_token_ids,
         bad_words=bad_words,
-        stable_length=_stable_length(prompt, stop_token_ids),
+        allowed_token_ids=allowed,
+        stable_length=_stable_length(prompt, end_token_ids),
         seed=secrets.randbits(64) if submit.seed is None else submit.seed % 2**64,
     )
 

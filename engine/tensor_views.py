@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.formats.checkpoint import CheckpointTensor
+from engine.formats.checkpoint import CheckpointTensor, Part
 from engine.formats.ggml import GGMLType
 from engine.layers.linear import Weight
 from engine.quant.tensor import QuantizedTensor, concatenate_rows
@@ -24,29 +24,46 @@ TORCH_DTYPES: Final = {
 }
 
 
-def bytes_view(tensor: CheckpointTensor) -> Tensor:
-    """Return the stored bytes as uint8, mapped: flat, or (..., row_bytes) for a part of a tensor.
+def bytes_view(tensor: CheckpointTensor, index: int | None = None) -> Tensor:
+    """Return the stored blocks as uint8 (..., row_bytes), mapped; `index`: of dimension 0, only.
 
-    A part in several regions is the only one that is copied.
+    Several ranges of a rank's part are joined, which copies them; a single one is a view.
     """
-    raw = _mapped_bytes(tensor)
-    if not tensor.regions:
-        return raw
-    assert tensor.ggml_type is not None, f"{tensor.name}: {tensor.type_name} passed the plan"
-    rows = raw.view(*tensor.stored_shape[:-1], -1)
-    return _join([rows[_in_bytes(tensor.ggml_type, region)] for region in tensor.regions])
+    ggml_type = tensor.ggml_type
+    assert ggml_type is not None, f"{tensor.name}: {tensor.type_name} passed the plan"
+    rows = _mapped_bytes(tensor).view(*(tensor.stored_shape or tensor.shape)[:-1], -1)
+    local = tensor.local
+    if local is not None and local.axis == rows.dim() - 1:
+        local = Part(local.axis, tuple(_in_bytes(ggml_type, part) for part in local.ranges))
+    return _pick(rows, local, index)
 
 
-def _in_bytes(ggml_type: GGMLType, region: tuple[slice, ...]) -> tuple[slice, ...]:
-    """Return the region with its last slice in bytes of a row instead of numbers."""
+def dense_view(tensor: CheckpointTensor, index: int | None = None) -> Tensor:
+    """Return the stored numbers in their own dtype; otherwise as `bytes_view`."""
+    assert tensor.ggml_type in TORCH_DTYPES, f"{tensor.name} is {tensor.type_name}"
+    raw, dtype = _mapped_bytes(tensor), TORCH_DTYPES[tensor.ggml_type]
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()  # a safetensors header of odd length
+    return _pick(raw.view(dtype).view(tensor.stored_shape or tensor.shape), tensor.local, index)
+
+
+def _pick(stored: Tensor, local: Part | None, index: int | None) -> Tensor:
+    """Return a rank's part; an index goes first, so that no other expert is ever copied."""
+    axis = 0 if local is None else local.axis
+    if index is not None:
+        assert axis > 0 or local is None, "a rank holds some of every expert, not some experts"
+        stored, axis = stored[index], axis - 1
+    if local is None:
+        return stored
+    parts = [stored.narrow(axis, part.start, part.stop - part.start) for part in local.ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+def _in_bytes(ggml_type: GGMLType, part: slice) -> slice:
+    """Return a range of numbers of a row in bytes."""
     elements, size = ggml_type.block_elements, ggml_type.block_bytes
-    last = region[-1]
-    assert last.start % elements == last.stop % elements == 0, f"{last} cuts {ggml_type.name}"
-    return (*region[:-1], slice(last.start // elements * size, last.stop // elements * size))
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    assert part.start % elements == part.stop % elements == 0, f"{part} cuts {ggml_type.name}"
+    return slice(part.start // elements * size, part.stop // elements * size)
 
 
 def _mapped_bytes(tensor: CheckpointTensor) -> Tensor:
@@ -54,18 +71,6 @@ def _mapped_bytes(tensor: CheckpointTensor) -> Tensor:
         # The mapping is read-only and so is every use of this tensor.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(tensor.view(), dtype=torch.uint8)
-
-
-def dense_view(tensor: CheckpointTensor) -> Tensor:
-    """Return the stored numbers in their own dtype, mapped."""
-    assert tensor.ggml_type in TORCH_DTYPES, f"{tensor.name} is {tensor.type_name}"
-    raw, dtype = _mapped_bytes(tensor), TORCH_DTYPES[tensor.ggml_type]
-    if raw.data_ptr() % dtype.itemsize:
-        raw = raw.clone()  # a safetensors header of odd length
-    if not tensor.regions:
-        return raw.view(dtype).view(tensor.shape)
-    numbers = raw.view(dtype).view(tensor.stored_shape)
-    return _join([numbers[region] for region in tensor.regions])
 
 
 def stack_rows(matrices: Sequence[Weight]) -> Weight:

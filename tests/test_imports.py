@@ -30,6 +30,7 @@ ONLY_IN = {
     "rich": ("cli/",),
     "tomli_w": ("cli/",),
     "torch": ("engine/",),
+    "llguidance": ("engine/grammar/matcher.py",),
     "transformers": (),
     "jinja2": ("engine/text/",),
     "tokenizers": ("engine/text/",),
@@ -38,6 +39,7 @@ ONLY_IN = {
 }
 TORCH_FREE_ENGINE = (
     "engine.text",
+    "engine.grammar",
     "engine.sources",
     "engine.formats",
     "engine.preflight",

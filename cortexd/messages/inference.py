@@ -13,7 +13,8 @@ class Submit(Message, frozen=True, tag="Submit"):
 
     `sequence_id` is unique per front incarnation; `prompt_token_ids`, `stop_token_ids` and each of
     `bad_words` (token sequences that the output must not hold) are packed little-endian int32.
-    `max_tokens` is the number of tokens to generate at most (>= 1).
+    `max_tokens` is the number of tokens to generate at most; 0 ends with the prompt.
+    `allowed_token_ids`, packed too, are all that may be generated; empty: every token.
     """
 
     request_id: str
@@ -34,13 +35,28 @@ class Submit(Message, frozen=True, tag="Submit"):
     stop_token_ids: bytes = b""
     logit_bias: dict[int, float] = {}
     bad_words: list[bytes] = []
+    grammar: str = ""  # what the output must be, in the words of engine.grammar.source
     cache_salt: str = ""  # only sequences with equal salts share cached prefixes
+    num_prompt_logprobs: int = -1  # as num_logprobs, of the prompt's tokens
+    allowed_token_ids: bytes = b""
 
 
 class Cancel(Message, frozen=True, tag="Cancel"):
     """Drop this sequence at the next step boundary; no answer."""
 
     sequence_id: int
+
+
+class PromptScores(msgspec.Struct, frozen=True, array_like=True):
+    """Of consecutive prompt tokens: what the model thought of each, given those before it.
+
+    `ranks` count from 1, the most likely token. `top_ids` are the most likely tokens in its place.
+    """
+
+    logprobs: list[float]
+    ranks: list[int]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
 
 
 class SequenceDelta(msgspec.Struct, frozen=True, array_like=True):
@@ -62,6 +78,8 @@ class SequenceDelta(msgspec.Struct, frozen=True, array_like=True):
     error: ErrorInfo | None = None
     # While a prompt prefills, one delta without tokens per step tells how far it is.
     num_prefilled_tokens: int = 0
+    # Those of the prompt's tokens from the second on come in order, before the first token.
+    prompt_scores: PromptScores | None = None
 
 
 class TokenBatch(Message, frozen=True, tag="TokenBatch"):

@@ -85,8 +85,10 @@ class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     """Run one step of the whole batch; every data-dependent decision is in here.
 
     Row i computes `lengths[i]` of `tokens` from position `starts[i]` on, with its KV in
-    `num_blocks[i]` of `blocks` and a hybrid's state in `state_slots[i]`; `samples[i]` (a byte):
-    whether its last token's logits are wanted.
+    `num_blocks[i]` of `blocks` and a hybrid's state in `state_slots[i]`; of its last
+    `num_logits[i]` tokens the logits are wanted. A row that starts at 0 is fresh: it begins from a
+    state of zero. Before anything is computed, states are copied by `state_copies`, pairs of slots
+    (from, to) in order: a snapshot is kept or taken up again by one.
     """
 
     model_id: str
@@ -97,7 +99,8 @@ class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     num_blocks: bytes
     blocks: bytes
     state_slots: bytes
-    samples: bytes
+    state_copies: bytes
+    num_logits: bytes
 
 
 class GenerateStepOk(RpcMessage, frozen=True, tag="generate_step_ok"):
@@ -107,10 +110,11 @@ class GenerateStepOk(RpcMessage, frozen=True, tag="generate_step_ok"):
 
 
 class ClearKvCache(RpcMessage, frozen=True, tag="clear_kv_cache"):
-    """Make the KV cache anew, of this many blocks."""
+    """Make the KV cache anew, of this many blocks and, for a hybrid, slots for states."""
 
     model_id: str
     num_blocks: int
+    num_state_slots: int
 
 
 class KvCacheCleared(RpcMessage, frozen=True, tag="kv_cache_cleared"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -39,6 +39,19 @@ class _OpenFile(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank holds of a tensor: ranges of one dimension, joined along it."""
+
+    axis: int  # from 0
+    ranges: tuple[slice, ...]
+
+    @property
+    def size(self) -> int:
+        """Length of the joined dimension."""
+        return sum(part.stop - part.start for part in self.ranges)
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointTensor:
     """One tensor as stored. `ggml_type` is None for a number type the engine does not run."""
 
@@ -48,25 +61,17 @@ class CheckpointTensor:
     ggml_type: GGMLType | None
     num_bytes: int
     file: _OpenFile
-    # A rank's part: regions of the stored shape, joined along dimension 0. Empty: all of it.
-    regions: tuple[tuple[slice, ...], ...] = ()
+    local: Part | None = None  # a rank's part of `stored_shape`; None: all of it
     stored_shape: tuple[int, ...] = ()
 
-    def part(self, regions: Sequence[tuple[slice, ...]]) -> CheckpointTensor:
-        """Return the tensor that consists of these regions of this one.
+    def part(self, local: Part) -> CheckpointTensor:
+        """Return the tensor that is this part of this one.
 
         In a quantised tensor the last dimension is cut at block boundaries, which is checked.
         """
-        rows = sum(region[0].stop - region[0].start for region in regions)
-        shape = (rows, *(part.stop - part.start for part in regions[0][1:]))
+        shape = (*self.shape[: local.axis], local.size, *self.shape[local.axis + 1 :])
         num_bytes = self.num_bytes * math.prod(shape) // math.prod(self.shape)
-        return replace(
-            self,
-            shape=shape,
-            num_bytes=num_bytes,
-            regions=tuple(regions),
-            stored_shape=self.shape,
-        )
+        return replace(self, shape=shape, num_bytes=num_bytes, local=local, stored_shape=self.shape)
 
     @property
     def num_elements(self) -> int:

@@ -15,7 +15,7 @@ def build_sparse_mlp(weights: Weights, spec: ModelSpec, prefix: str) -> SparseML
     shared = None
     if moe.shared_intermediate_size:
         mlp = build_gated_mlp(
-            weights, f"{prefix}shared_expert.", moe.shared_intermediate_size, hidden
+            weights, f"{prefix}shared_expert.", moe.shared_intermediate_size, hidden, sums=False
         )
         gate = weights.linear(f"{prefix}shared_expert_gate.weight", 1, hidden, is_exact=True)
         shared = SharedExpert(mlp, gate)
@@ -23,19 +23,26 @@ def build_sparse_mlp(weights: Weights, spec: ModelSpec, prefix: str) -> SparseML
         _expert(weights, moe, f"{prefix}experts.", expert, hidden)
         for expert in range(moe.num_experts)
     ]
-    return SparseMLP(
+    experts_and_router = SparseMLP(
         weights.linear(f"{prefix}gate.weight", moe.num_experts, hidden, is_exact=True),
         experts,
         shared,
         num_chosen=moe.num_experts_per_tok,
         normalizes=moe.norm_topk_prob,
     )
+    return weights.summed(experts_and_router)
 
 
 def build_gated_mlp(
-    weights: Weights, prefix: str, intermediate: int, hidden: int, *, has_bias: bool = False
+    weights: Weights,
+    prefix: str,
+    intermediate: int,
+    hidden: int,
+    *,
+    has_bias: bool = False,
+    sums: bool = True,
 ) -> GatedMLP:
-    """Return the feed-forward block whose tensors begin with `prefix`."""
+    """Return the feed-forward block whose tensors begin with `prefix`; `sums`: see `linear`."""
     names = [f"{prefix}gate_proj", f"{prefix}up_proj"]
     gate_up = weights.merged_linear(
         [f"{name}.weight" for name in names],
@@ -48,6 +55,7 @@ def build_gated_mlp(
         hidden,
         intermediate,
         f"{prefix}down_proj.bias" if has_bias else None,
+        sums=sums,
     )
     return GatedMLP(gate_up, down)
 
@@ -55,23 +63,11 @@ def build_gated_mlp(
 def _expert(weights: Weights, moe: MoeSpec, prefix: str, expert: int, hidden: int) -> GatedMLP:
     size = moe.intermediate_size
     if moe.expert_tensors == "separate":
-        return build_gated_mlp(weights, f"{prefix}{expert}.", size, hidden)
-
-    def rows_of(count: int) -> slice:
-        return slice(expert * count, (expert + 1) * count)
-
+        return build_gated_mlp(weights, f"{prefix}{expert}.", size, hidden, sums=False)
     if moe.expert_tensors == "stacked":
-        gate_up = weights.merged_linear(
-            [f"{prefix}gate_proj", f"{prefix}up_proj"],
-            [size] * 2,
-            hidden,
-            selections=[rows_of(size)] * 2,
-        )
+        names, sizes = [f"{prefix}gate_proj", f"{prefix}up_proj"], [size] * 2
     else:
-        gate_up = weights.merged_linear(
-            [f"{prefix}gate_up_proj"], [2 * size], hidden, selections=[rows_of(2 * size)]
-        )
-    down = weights.merged_linear(
-        [f"{prefix}down_proj"], [hidden], size, selections=[rows_of(hidden)]
-    )
+        names, sizes = [f"{prefix}gate_up_proj"], [2 * size]
+    gate_up = weights.merged_linear(names, sizes, hidden, selections=[expert] * len(names))
+    down = weights.merged_linear([f"{prefix}down_proj"], [hidden], size, selections=[expert])
     return GatedMLP(gate_up, down)

@@ -12,6 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.text.answer_parser import AnswerParser, Markers
+from engine.text.call_style import (
+    ARGUMENTS,
+    CALL_ID,
+    TOOL_CALL,
+    TOOL_CALLS,
+    CallStyle,
+    read_call_style,
+)
 from engine.text.tool_calls import ToolSchemas, schemas_of
 
 _REASONING: Final = (
@@ -21,17 +29,21 @@ _REASONING: Final = (
     Markers("<reasoning>", "</reasoning>"),
     Markers("<seed:think>", "</seed:think>"),
 )
-_TOOLS: Final = Markers("<tool_call>", "</tool_call>")
 
 
 @dataclass(slots=True, frozen=True)
 class AnswerFormat:
-    """How to read the answer to one prompt. `schemas` is None when no tool may be called."""
+    """How to read the answer to one prompt. `schemas` is None when no tool may be called.
+
+    `may_reason` tells whether the answer may still open a reasoning: not when it is open already,
+    nor when the prompt has closed it.
+    """
 
     reasoning: Markers | None
     begins_in_reasoning: bool
+    may_reason: bool
     schemas: ToolSchemas | None
-    tool_markers: Markers | None
+    style: CallStyle
 
     def parser(self) -> AnswerParser:
         """Return the parser of one answer."""
@@ -39,7 +51,7 @@ class AnswerFormat:
             self.reasoning,
             is_reasoning=self.begins_in_reasoning,
             schemas=self.schemas,
-            tool_markers=self.tool_markers,
+            style=self.style,
         )
 
 
@@ -53,29 +65,37 @@ def reasoning_markers(added_tokens: Collection[str]) -> Markers | None:
 
 def marker_tokens(added_tokens: Collection[str]) -> set[str]:
     """Return the added tokens that mark a section of an answer."""
-    pairs = [reasoning_markers(added_tokens), _TOOLS if _has_tools(added_tokens) else None]
-    return {token for pair in pairs if pair is not None for token in (pair.start, pair.end)}
+    reasoning = reasoning_markers(added_tokens)
+    markers = {*TOOL_CALL} if _has_tools(added_tokens) else set()
+    markers |= {reasoning.start, reasoning.end} if reasoning is not None else set()
+    return markers | ({TOOL_CALLS, ARGUMENTS, CALL_ID} & set(added_tokens))
 
 
 def answer_format(
-    added_tokens: Collection[str], prompt: str, tools: list[dict[str, Any]] | None
+    added_tokens: Collection[str],
+    prompt: str,
+    tools: list[dict[str, Any]] | None,
+    style: CallStyle | None = None,
 ) -> AnswerFormat | None:
     """Return how to read the answer to `prompt`, None when all of it is text.
 
-    Templates of models without tokens for it may teach the tool markers in words: then they stand
-    in the prompt. A model with neither writes its call as bare JSON.
+    `style` is what the template showed of itself. Templates of models without tokens for it may
+    teach the tool markers in words: then they stand in the prompt.
     """
     reasoning = reasoning_markers(added_tokens)
     if reasoning is None and not tools:
         return None
-    is_tagged = _has_tools(added_tokens) or _TOOLS.start in prompt
+    words = prompt.rstrip()
+    begins_in_reasoning = reasoning is not None and words.endswith(reasoning.start)
+    is_closed = reasoning is not None and words.endswith(reasoning.end)
     return AnswerFormat(
         reasoning,
-        reasoning is not None and prompt.rstrip().endswith(reasoning.start),
+        begins_in_reasoning,
+        reasoning is not None and not begins_in_reasoning and not is_closed,
         schemas_of(tools) if tools else None,
-        _TOOLS if is_tagged else None,
+        style or read_call_style("", prompt, added_tokens),
     )
 
 
 def _has_tools(added_tokens: Collection[str]) -> bool:
-    return _TOOLS.start in added_tokens and _TOOLS.end in added_tokens
+    return all(token in added_tokens for token in TOOL_CALL)

@@ -14,12 +14,13 @@ from typing import Any, Final
 import jinja2
 
 from cortexd.errors import CortexError, InvalidRequest, TemplateRenderFailed
+from engine.text.call_style import EXAMPLE_ID, EXAMPLE_NAME
 from engine.text.chat_messages import Message, has_parts, prepare_messages
 from engine.text.template_bounds import check_length
 from engine.text.template_sandbox import TemplateEnvironment, start_deadline
 
 _PROBE: Final = "cortexd probe text"
-_PROBE_TOOL: Final = "cortexd_probe_tool"
+_PROBE_TOOL: Final = EXAMPLE_NAME
 _RESERVED_KWARGS: Final = frozenset({"messages", "tools"})
 
 
@@ -98,22 +99,40 @@ class ChatTemplate:
         """Whether a tool's name reaches the prompt; False without a template."""
         return self._tool_probe is True
 
-    @cached_property
+    @property
     def _tool_probe(self) -> bool | None:
         """Whether a template writes a tool's name, None when it refuses the conversation tried."""
+        return None if self.tool_prompt is None else _PROBE_TOOL in self.tool_prompt
+
+    @cached_property
+    def tool_prompt(self) -> str | None:
+        """The prompt of a conversation with one tool, None when the template refuses it."""
+        return self._run_probe([], add_generation_prompt=True)
+
+    @cached_property
+    def call_example(self) -> str:
+        """What the template makes of an answer that calls a tool, "" when it makes nothing."""
+        function = {"name": _PROBE_TOOL, "arguments": {"key": "value"}}
+        calls = [{"id": EXAMPLE_ID, "type": "function", "function": function}]
+        message = {"role": "assistant", "content": "", "tool_calls": calls}
+        text = self._run_probe([message], add_generation_prompt=False) or ""
+        # What comes before the question describes the tool; the call follows it.
+        example = text.rpartition(_PROBE)[2]
+        return example if _PROBE_TOOL in example else ""
+
+    def _run_probe(self, turns: list[Message], *, add_generation_prompt: bool) -> str | None:
         function = {"name": _PROBE_TOOL, "description": "", "parameters": {"type": "object"}}
         try:
-            text = self._run(
+            return self._run(
                 {
                     **self._variables,
-                    "messages": [{"role": "user", "content": _PROBE}],
+                    "messages": [{"role": "user", "content": _PROBE}, *turns],
                     "tools": [{"type": "function", "function": function}],
-                    "add_generation_prompt": True,
+                    "add_generation_prompt": add_generation_prompt,
                 }
             )
         except InvalidRequest:
             return None
-        return _PROBE_TOOL in text
 
     @cached_property
     def _accepts_parts(self) -> bool:

@@ -7,6 +7,7 @@ requests may share it. Fails with `BadModelFile` or `UnsupportedArchitecture` na
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.text.answer_format import (
     marker_tokens,
     reasoning_markers,
 )
+from engine.text.call_style import CallStyle, read_call_style
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import IncrementalDetokenizer, TokenBytes
 from engine.text.gguf_tokenizer import rebuild_tokenizer
@@ -132,7 +134,15 @@ class TextModel:
 
         `tools` are those the model may call. The answer must be decoded with its markers shown.
         """
-        return answer_format(self._added_tokens, prompt, tools)
+        style = self._call_style if tools else None
+        return answer_format(self._added_tokens, prompt, tools, style)
+
+    @cached_property
+    def _call_style(self) -> CallStyle:
+        template = self._chat_template
+        return read_call_style(
+            template.call_example, template.tool_prompt or "", self._added_tokens
+        )
 
     @property
     def can_reason(self) -> bool:
@@ -189,6 +199,10 @@ class TextModel:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes one token stands for (a part of a character, perhaps)."""
         return self._token_bytes[token_id]
+
+    def shown_tokens(self) -> list[bytes]:
+        """Return the bytes each token adds to an answer, b"" for those that never show."""
+        return [self._marked_bytes[token_id] for token_id in range(self.vocab_size)]
 
     def _turn_end_ids(self) -> list[int]:
         """Return the control token, if any, that the template writes after an answer."""

@@ -1,8 +1,9 @@
-"""Reads one tool call from the words a model wrote it in: JSON, or the XML of Qwen's coders.
+"""Reads tool calls from the words a model wrote them in: JSON, or the XML of Qwen's coders.
 
-`{"name": "f", "arguments": {"a": 1}}` or `<function=f><parameter=a>1</parameter></function>`. What
-is neither is no call; the caller keeps it as text. XML values are words, so they take the type that
-the tool declares for them; JSON arguments stay byte for byte as the model wrote them.
+`{"name": "f", "arguments": {"a": 1}}` or `<function=f><parameter=a>1</parameter></function>`;
+Mistral writes a list of the former, or `f[ARGS]{"a": 1}`. What is none of these is no call; the
+caller keeps it as text. XML values are words, so they take the type that the tool declares for
+them; JSON arguments stay byte for byte as the model wrote them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from engine.text.answer import ToolCall
+from engine.text.schema_types import coerce
 
 JsonObject = dict[str, Any]
 # Tool name → the JSON schema of its parameters.
@@ -21,6 +23,14 @@ ToolSchemas = Mapping[str, JsonObject]
 
 _FUNCTION: Final = re.compile(r"\s*<function=([^<>\s]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER: Final = re.compile(r"\s*<parameter=([^<>\s]+)>(.*?)</parameter>", re.DOTALL)
+_NAME_AND_ARGUMENTS: Final = re.compile(
+    r"\s*([A-Za-z0-9_.:/-]+)\s*(?:\[CALL_ID\][^\[\]{}]*)?(?:\[ARGS\])?\s*(\{.*\})\s*", re.DOTALL
+)
+# Complete strings and all that is not one, then perhaps a string that is still open. A raw line
+# break ends a string in no JSON: what holds one was never meant to be JSON.
+_OPEN_STRING: Final = re.compile(r'\s*[\[{](?:[^"]|"(?:[^"\\\n]|\\.)*+")*+"(?:[^"\\\n]|\\.)*+\\?')
+# A number beyond the range of a double is still a number.
+_DECODER: Final = msgspec.json.Decoder(float_hook=float)
 
 
 class _JsonCall(msgspec.Struct, frozen=True):
@@ -41,22 +51,50 @@ def parse_tool_call(body: str, schemas: ToolSchemas) -> ToolCall | None:
     """Return the call that `body` spells, None when it spells none."""
     if body.lstrip().startswith("<function="):
         return _parse_xml(body, schemas)
-    return _parse_json(body)
+    return _parse_json(body.encode(errors="surrogatepass"))
 
 
-def _parse_json(body: str) -> ToolCall | None:
+def parse_mistral_calls(body: str) -> list[ToolCall]:
+    """Return the calls that follow Mistral's marker, [] when these are none."""
+    named = _NAME_AND_ARGUMENTS.fullmatch(body)
+    if named is not None:
+        arguments = _checked_arguments(named[2].encode(errors="surrogatepass"))
+        return [] if arguments is None else [ToolCall(named[1], arguments)]
     try:
-        call = msgspec.json.decode(body.encode(), type=_JsonCall)
-        raw = bytes(call.arguments) or bytes(call.parameters) or b"{}"
-        arguments = msgspec.json.decode(raw)
-        if isinstance(arguments, str):  # an object within a string, as the API itself has it
-            raw = arguments.encode()
-            arguments = msgspec.json.decode(raw)
+        items = msgspec.json.decode(body.encode(), type=list[msgspec.Raw])
+    except (ValueError, RecursionError):
+        return []
+    calls = [_parse_json(bytes(item)) for item in items]
+    found = [call for call in calls if call is not None]
+    return found if len(found) == len(calls) else []
+
+
+def goes_on(body: str) -> bool:
+    """Tell whether `body` ends within a value: an end marker that follows belongs to it."""
+    if body.lstrip().startswith("<function="):
+        return body.rfind("<parameter=") > body.rfind("</parameter>")
+    return _OPEN_STRING.fullmatch(body) is not None
+
+
+def _parse_json(body: bytes) -> ToolCall | None:
+    try:
+        call = msgspec.json.decode(body, type=_JsonCall)
     except (ValueError, RecursionError):  # msgspec's and Unicode's errors are ValueErrors
         return None
-    if not call.name or not isinstance(arguments, dict):
+    arguments = _checked_arguments(bytes(call.arguments) or bytes(call.parameters) or b"{}")
+    return None if arguments is None or not call.name else ToolCall(call.name, arguments)
+
+
+def _checked_arguments(raw: bytes) -> str | None:
+    """Return the JSON of an object, None when it is none."""
+    try:
+        arguments = _DECODER.decode(raw)
+        if isinstance(arguments, str):  # an object within a string, as the API itself has it
+            raw = arguments.encode()
+            arguments = _DECODER.decode(raw)
+    except (ValueError, RecursionError):
         return None
-    return ToolCall(call.name, raw.decode())
+    return raw.decode() if isinstance(arguments, dict) else None
 
 
 def _parse_xml(body: str, schemas: ToolSchemas) -> ToolCall | None:
@@ -64,13 +102,14 @@ def _parse_xml(body: str, schemas: ToolSchemas) -> ToolCall | None:
     if function is None:
         return None
     name, inner = function[1], function[2]
-    properties = schemas.get(name, {}).get("properties")
+    schema = schemas.get(name, {})
+    properties = schema.get("properties")
     arguments: JsonObject = {}
     end = 0
     while (parameter := _PARAMETER.match(inner, end)) is not None:
         key, end = parameter[1], parameter.end()
-        schema = properties.get(key) if isinstance(properties, dict) else None
-        arguments[key] = coerce(_unwrapped(parameter[2]), schema)
+        declared = properties.get(key) if isinstance(properties, dict) else None
+        arguments[key] = coerce(_unwrapped(parameter[2]), declared, schema)
     if inner[end:].strip():
         return None
     return ToolCall(name, msgspec.json.encode(arguments).decode())
@@ -79,49 +118,3 @@ def _parse_xml(body: str, schemas: ToolSchemas) -> ToolCall | None:
 def _unwrapped(value: str) -> str:
     """Return a value without the line breaks that set it off from its tags."""
     return value.removeprefix("\n").removesuffix("\n")
-
-
-def coerce(value: str, schema: object) -> object:
-    """Return `value` as the first of its declared types that it can be, else as the string."""
-    for kind in _declared_types(schema):
-        if kind == "string":
-            return value
-        try:
-            converted = msgspec.json.decode(value.strip().encode())
-        except (ValueError, RecursionError):
-            converted = _python_word(value.strip())
-        if _is_of(kind, converted):
-            return int(converted) if kind == "integer" else converted
-    return value
-
-
-def _python_word(word: str) -> object:
-    """Return what Python's spelling of a constant means; models mix the two languages up."""
-    return {"True": True, "False": False, "None": None}.get(word, word)
-
-
-def _declared_types(schema: object) -> list[str]:
-    """Return the type names a schema allows, "string" last: any value could be one."""
-    if not isinstance(schema, dict):
-        return []
-    declared = schema.get("type")
-    kinds = [declared] if isinstance(declared, str) else []
-    if isinstance(declared, list):
-        kinds = [kind for kind in declared if isinstance(kind, str)]
-    for name in ("anyOf", "oneOf"):
-        options = schema.get(name)
-        for option in options if isinstance(options, list) else []:
-            kinds += _declared_types(option)
-    return sorted(kinds, key="string".__eq__)
-
-
-def _is_of(kind: str, value: Any) -> bool:
-    if isinstance(value, bool) or value is None:
-        return kind == ("null" if value is None else "boolean")
-    if kind == "integer":
-        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if kind == "number":
-        return isinstance(value, int | float)
-    return (kind == "object" and isinstance(value, dict)) or (
-        kind == "array" and isinstance(value, list)
-    )

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.kernels import cpu as native
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
+from engine.layers.sparse_mlp import SparseMLP
 from engine.tp.comm import Comm
 
 
@@ -30,6 +31,27 @@ class RowParallelLinear(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         """Map this rank's x (num_tokens, in_features) to the whole (num_tokens, out_features)."""
         return self._comm.all_reduce(super().__call__(x))
+
+
+class SplitSparseMLP(SparseMLP):
+    """Each rank has a part of every expert; what a token gets is added up once, over all of them.
+
+    So the number of collectives does not depend on where the router sends the tokens.
+    """
+
+    def __init__(self, local: SparseMLP, comm: Comm) -> None:
+        super().__init__(
+            local.router,
+            local.experts,
+            local.shared,
+            num_chosen=local.num_chosen,
+            normalizes=local.normalizes,
+        )
+        self._comm = comm
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the whole (num_tokens, hidden_size)."""
+        return self._comm.all_reduce(super().__call__(hidden))
 
 
 class GatheredHead(Linear):

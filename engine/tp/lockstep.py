@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from engine.kv_cache import CacheSize
 from engine.scheduler import StepPlan
 
 
@@ -17,8 +18,8 @@ class Lockstep(Protocol):
         """Wait until all ranks hold their weights; return the least free memory of any rank."""
         ...
 
-    def make_cache(self, num_blocks: int) -> int:
-        """Let every worker make its KV cache of so many blocks; return their memory in bytes."""
+    def make_cache(self, size: CacheSize) -> int:
+        """Let every worker make its cache of this size; return all their memory in bytes."""
         ...
 
     def begin_step(self, plan: StepPlan) -> None:
@@ -37,7 +38,7 @@ class Alone:
         """Return the only rank's free memory."""
         return free_bytes
 
-    def make_cache(self, num_blocks: int) -> int:
+    def make_cache(self, size: CacheSize) -> int:
         """Do nothing."""
         return 0
 

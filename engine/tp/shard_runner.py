@@ -15,6 +15,7 @@ from engine import device as devices
 from engine.batch import StepRow, build_batch
 from engine.kv_cache import CacheSize, KVCache
 from engine.model_load import LoadedModel, Progress, load_model
+from engine.snapshots import StateCopy
 from engine.tp.comm import Comm
 
 
@@ -56,19 +57,20 @@ class ShardRunner:
         return self.loaded.weight_bytes + (self.cache.memory_bytes if self.cache else 0)
 
     @torch.inference_mode()
-    def make_cache(self, num_blocks: int) -> None:
-        """Make the KV cache, or make it anew, of as many blocks as the leader's has."""
+    def make_cache(self, num_blocks: int, num_state_slots: int) -> None:
+        """Make the cache, or make it anew, of as many blocks and slots as the leader's has."""
         self.cache = None  # first, so that both never lie in memory together
         loaded = self.loaded
-        size = CacheSize(num_blocks, num_blocks * self._block_size)
+        size = CacheSize(num_blocks, num_blocks * self._block_size, num_state_slots)
         self.cache = KVCache(loaded.spec, size, self._block_size, loaded.dtype, loaded.device)
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[StepRow]) -> None:
+    def step(self, rows: Sequence[StepRow], state_copies: Sequence[StateCopy]) -> None:
         """Run one step of the leader's plan. Raises: RuntimeError when it, or a collective, fails.
 
         Rank 0 sees the logits; here they only complete its gather.
         """
         assert self.cache is not None, "the leader makes the cache before the first step"
+        self.cache.copy_states(state_copies)
         batch = build_batch(rows, self._block_size, self.loaded.device)
         self.loaded.model.forward(batch, self.cache)

@@ -11,7 +11,7 @@ import pytest
 
 from actors.actor import ActorContext
 from actors.leader import Leader
-from cortexd.errors import ErrorInfo
+from cortexd.errors import ErrorInfo, Internal
 from cortexd.messages.inference import SequenceDelta
 from cortexd.settings import Settings
 
@@ -40,17 +40,18 @@ class TestLeader(Leader):
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "exit_code"),
     [
-        RuntimeError("CUDA error: an illegal memory access was encountered"),
-        RuntimeError("NCCL error: unhandled system error"),
-        KeyError("a bug"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), 71),
+        (RuntimeError("NCCL error: unhandled system error"), 71),
+        (KeyError("a bug that recurs"), 70),
+        (Internal("rank 1: forward_failed"), 70),
     ],
 )
-def test_poll_whose_step_fails_exits_70_and_says_why(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_poll_that_raises_exits_with_the_code_of_its_kind_and_says_why(
+    error: Exception, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No CUDA call succeeds after a device fault: the group has to start anew."""
+    """What the engine raises it cannot survive: the group has to start anew."""
 
     def leave(code: int) -> NoReturn:
         raise SystemExit(code)
@@ -61,5 +62,5 @@ def test_poll_whose_step_fails_exits_70_and_says_why(
     leader.engine = FaultyEngine(error)  # type: ignore[assignment]
     with pytest.raises(SystemExit) as caught:
         leader.poll()
-    assert caught.value.code == 70
+    assert caught.value.code == exit_code
     assert repr(error) in leader.last_words.message

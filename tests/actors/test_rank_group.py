@@ -22,6 +22,7 @@ from cortexd.errors import (
 from cortexd.messages import rpc
 from cortexd.messages.control import Message, Ok
 from cortexd.messages.envelope import Address, Header
+from engine.kv_cache import CacheSize
 from engine.scheduler import PlannedRow, StepPlan
 from tests.engine.doubles import make_sequence
 
@@ -184,7 +185,7 @@ def test_worker_error_is_raised_as_its_kind(kind: rpc.ErrorKind, raised: type[Co
     """The rank and its own words are in the message."""
     group, _ = group_of(answering(rpc.Error(kind, "no room")))
     with pytest.raises(raised, match="rank 1: no room"):
-        group.make_cache(8)
+        group.make_cache(CacheSize(8, 56))
 
 
 def test_step_is_acknowledged_by_every_worker() -> None:

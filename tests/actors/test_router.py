@@ -42,6 +42,7 @@ from cortexd.messages import (
     GroupStarting,
     GroupUp,
     HostReport,
+    LoadReport,
     ModelLoaded,
     Ok,
     ProposeEviction,
@@ -65,6 +66,7 @@ from cortexd.models import (
     ModelPolicy,
     ModelSpec,
     RopeSpec,
+    WeightBytes,
 )
 from cortexd.settings import Gateway, Settings
 
@@ -100,6 +102,7 @@ class World:
         self.started = asyncio.Event()
         self.resolve_error: CortexError | None = None
         self.size_bytes = 1000
+        self.weights: WeightBytes | None = None  # None: as large as the files
         self.victims: list[str] = []
         self.used_bytes = 0
         self.epoch = 0
@@ -137,7 +140,9 @@ class World:
     async def _resolve(self, message: ResolveFiles) -> Message:
         if self.resolve_error is not None:
             raise self.resolve_error
-        return ResolvedFiles(self._files(message.model_id), model_spec())
+        size = self.size_bytes
+        weights = self.weights or WeightBytes(size, size, size)
+        return ResolvedFiles(self._files(message.model_id), model_spec(), weights)
 
     def _files(self, model_id: str) -> ModelFiles:
         return ModelFiles(
@@ -473,9 +478,29 @@ def test_no_room_and_no_victim_says_both_numbers(tmp_path: Path) -> None:
         world.used_bytes = 3 * GIB
         world.size_bytes = 2 * GIB
         router = make_router(world, tmp_path)
-        with pytest.raises(ModelLoadFailed, match=r"needs about 2\.5 GiB and 1\.0 GiB are free"):
+        with pytest.raises(
+            ModelLoadFailed, match=r"needs 2\.3 GiB \(weights 2\.0 .* 1\.0 GiB are free"
+        ):
             await routed(router)
         assert world.count(StartGroup) == 0
+
+    run(work)
+
+
+def test_room_is_for_what_is_loaded_not_for_the_file(tmp_path: Path) -> None:
+    """A model that is quantised at load needs less than its file; the error says what would fit."""
+
+    async def work() -> None:
+        world = World()
+        world.used_bytes = 3 * GIB
+        world.size_bytes = 4 * GIB
+        world.weights = WeightBytes(GIB // 2, GIB // 2, GIB // 2)
+        for name in ("fits", "full"):
+            (tmp_path / name).mkdir()
+        await routed(make_router(world, tmp_path / "fits"))
+        world.weights = WeightBytes(2 * GIB, 2 * GIB, 4 * GIB, {"q8_0": GIB, "q4_0": GIB // 2})
+        with pytest.raises(ModelLoadFailed, match=r'use what would fit: quant = "q4_0"$'):
+            await routed(make_router(world, tmp_path / "full"))
 
     run(work)
 
@@ -596,5 +621,20 @@ def test_default_model_whose_registry_is_out_is_tried_again(
         while not model.is_in("loaded"):
             await model.wait_changed()
         await router.on_stop()
+
+    run(work)
+
+
+def test_offered_context_follows_the_engines_speed(tmp_path: Path) -> None:
+    """What a leader offers now is what requests are checked against and lists show."""
+
+    async def work() -> None:
+        router = make_router(World(), tmp_path)
+        before = (await routed(router)).limits
+        for context, expected in ((0, before.context), (17, 17), (before.context,) * 2):
+            load = LoadReport(MODEL, 0, 0, 0, 1, 0.0, 0.0, 0, 0, 0, 0, context=context)
+            router.on_host_report(HostReport("h", "Linux", "6", None, [], [load]), envelope())
+            limits = (await routed(router, f"r{context}")).limits
+            assert (limits.context, limits.output) == (expected, expected - 1)
 
     run(work)

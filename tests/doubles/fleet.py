@@ -100,7 +100,7 @@ class Fleet:
         self.catalogue: list[CatalogueCard] = []
         self.is_draining = False
         self.defaults: dict[str, float] = {}
-        self.node_view = NodeView(True)
+        self.lost_nodes: set[str] = set()
         self.placing = asyncio.Event()  # cleared: the model loads at its node
         self.placing.set()
         self.host_answers = True
@@ -146,7 +146,7 @@ class Fleet:
         if isinstance(body, QueryLoading):
             return self.loading
         if isinstance(body, QueryNode):
-            return self.node_view
+            return NodeView(body.node not in self.lost_nodes)
         if isinstance(body, QueryHost) and not self.host_answers:
             raise ActorDown("poller did not answer")
         return self._answer(body)

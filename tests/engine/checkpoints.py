@@ -133,6 +133,18 @@ def make_oracle(kind: str, *, seed: int = 0, **fields: Any) -> Oracle:
     return model.eval()
 
 
+def make_sharp_oracle() -> Oracle:
+    """Return a hybrid whose beta is 0 or 1 and which hardly forgets: the worst for a delta rule."""
+    oracle = make_oracle("qwen3_5", seed=40)
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if "in_proj_b" in name:
+                parameter.mul_(40)
+            elif "A_log" in name:
+                parameter.fill_(-7)
+    return oracle
+
+
 def spread(name: str, parameter: torch.nn.Parameter) -> None:
     """Give a parameter values that a fault would show in; all ones would hide a missing norm."""
     if "norm" in name:

@@ -12,8 +12,9 @@ from engine.token_ids import pack_token_ids, unpack_token_ids
 def make_submit(prompt: list[int], sequence_id: int = 1, **fields: Any) -> Submit:
     """Return a greedy submission of 8 tokens unless `fields` say otherwise."""
     fields = {"max_tokens": 8, "temperature": 0.0, **fields}
-    if isinstance(stop := fields.get("stop_token_ids"), list):
-        fields["stop_token_ids"] = pack_token_ids(stop)
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        if isinstance(ids := fields.get(name), list):
+            fields[name] = pack_token_ids(ids)
     if "bad_words" in fields:
         fields["bad_words"] = [pack_token_ids(word) for word in fields["bad_words"]]
     return Submit(
@@ -43,5 +44,6 @@ def make_sequence(
         stop_token_ids=frozenset(),
         seed=seed,
         stable_length=stable_length,
+        allowed_token_ids=unpack_token_ids(submit.allowed_token_ids, "allowed"),
         bad_words=[unpack_token_ids(word, "word") for word in submit.bad_words],
     )

@@ -2,11 +2,12 @@
 
 A slot's value stands for the whole prefix up to its token, as real K and V do, and so does a
 hybrid's recurrent state. So a wrong share, a block written while others read it, or a block or
-state published too early shows as a wrong value.
+state published too early shows as a wrong value. It also counts which prompt tokens were scored.
 """
 
 from __future__ import annotations
 
+from engine import scheduler as scheduler_module
 from engine.scheduler import PlannedRow, Scheduler, StepPlan
 from engine.sequence import Sequence
 
@@ -22,6 +23,7 @@ class KVModel:
         self.scheduler = scheduler
         self._slots: dict[int, Value] = {}
         self._states: dict[int, Value] = {}
+        self.scored: dict[Sequence, list[int]] = {}  # positions, in the order of the steps
 
     def step(self) -> StepPlan:
         """Plan and complete a step in which each sampling row yields one token."""
@@ -30,6 +32,7 @@ class KVModel:
         self._copy_states(plan)
         for row in plan.rows:
             self._compute(row)
+            self._score(row)
         self.scheduler.complete(plan)
         self._check_holders()
         for row in plan.rows:
@@ -41,13 +44,24 @@ class KVModel:
 
     def step_without_memory(self) -> Sequence | None:
         """Plan a step that runs out of memory halfway; return what must be given up."""
+        return self.scheduler.reduce(self._plan_and_spoil())
+
+    def step_with_an_error(self) -> list[Sequence]:
+        """Plan a step that raises halfway; return its sequences, which have been ended."""
+        sequences = [row.sequence for row in self._plan_and_spoil().rows]
+        for sequence in sequences:
+            self.scheduler.finish(sequence)
+        return sequences
+
+    def _plan_and_spoil(self) -> StepPlan:
         plan = self.scheduler.plan()
+        self._check_plan(plan)
         self._copy_states(plan)
         for row in plan.rows:
             self._states[row.sequence.state_slot] = GARBAGE
             for position in range(row.start, row.start + row.num_tokens):
                 self._slots[self._slot(row.sequence, position)] = GARBAGE
-        return self.scheduler.reduce(plan)
+        return plan
 
     def _copy_states(self, plan: StepPlan) -> None:
         for source, target in plan.state_copies:
@@ -66,6 +80,16 @@ class KVModel:
         for position in range(row.start, row.start + row.num_tokens):
             self._slots[self._slot(sequence, position)] = self._value(sequence, position)
 
+    def _score(self, row: PlannedRow) -> None:
+        """Note whose successors a row's logits score: the last tokens but one that samples."""
+        end = row.start + row.num_tokens - row.samples
+        assert row.num_logits <= row.num_tokens
+        scored = self.scored.setdefault(row.sequence, [])
+        scored += range(end - row.num_scored, end)
+        assert scored == list(range(len(scored))), f"{row.sequence} is scored out of order"
+        if row.samples and row.sequence.submit.num_prompt_logprobs >= 0:
+            assert len(scored) == row.sequence.num_prompt_tokens - 1, "a token before all scores"
+
     def _slot(self, sequence: Sequence, position: int) -> int:
         size = self.scheduler.block_size
         return sequence.block_table[position // size] * size + position % size
@@ -77,6 +101,8 @@ class KVModel:
         scheduler = self.scheduler
         assert plan.rows, "work, but nothing planned"
         assert plan.num_tokens <= scheduler.token_budget
+        num_scored = sum(row.num_scored for row in plan.rows)
+        assert num_scored <= scheduler_module.MAX_SCORED_TOKENS
         assert len(scheduler.running) <= scheduler.max_running
         assert len({row.sequence for row in plan.rows}) == len(plan.rows)
         assert all(row.num_tokens == 1 for row in plan.rows[: plan.num_decodes])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -22,40 +21,16 @@ from engine.preflight import inspect
 from tests.engine.checkpoints import (
     Oracle,
     load_engine,
-    make_oracle,
     oracle_greedy,
     oracle_logits,
     random_prompt,
 )
 from tests.engine.driving import generate, max_difference, record
 from tests.engine.gguf_export import HYBRIDS, Exporter
+from tests.engine.stored_models import make_model
 
 TOLERANCE = 1e-4
 LENGTHS = (1, 33, 140)
-# Every width a multiple of 32, so that every matrix can be quantised; three V heads per K head.
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 64,
-    "linear_num_value_heads": 6,
-    "linear_value_head_dim": 16,
-}
-HYBRID_ONLY = ("linear_num_value_heads", "linear_value_head_dim")
-MOE_ONLY = ("moe_intermediate_size", "shared_expert_intermediate_size")
-
-
-def make_model(family: str, **fields: Any) -> Oracle:
-    """Return an oracle whose matrices can be quantised."""
-    wanted = {
-        key: value
-        for key, value in SIZES.items()
-        if (key not in HYBRID_ONLY or family in HYBRIDS) and (key not in MOE_ONLY or "moe" in family
-        or family == "qwen3_next")
-    }  # fmt: skip
-    if family == "qwen2":
-        fields["num_attention_heads"] = 4
-    return make_oracle(family, **wanted, **fields)
 
 
 def largest_error(engine: Engine, oracle: Oracle) -> float:

@@ -6,17 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import gguf
-import msgspec
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
 from cortexd.errors import BadModelFile
-from cortexd.models import ModelFiles
 from engine.preflight import inspect
 from tests.engine.checkpoints import (
-    Oracle,
     load_engine,
     make_oracle,
     oracle_greedy,
@@ -25,28 +21,9 @@ from tests.engine.checkpoints import (
     save_oracle,
 )
 from tests.engine.driving import generate, max_difference, record
-from tests.engine.test_gguf_families import make_model
+from tests.engine.stored_models import make_model, quantised, round_weights
 
 LENGTHS = (1, 33, 140)
-# Never quantised: looked-up rows, routers, gates of a row or two, and what is no matrix.
-EXACT = ("embed_tokens", "norm", "conv1d", "A_log", "dt_bias", "bias", "in_proj_a", "in_proj_b.")
-EXACT_TOO = ("mlp.gate.weight", "shared_expert_gate", "in_proj_ba")
-
-
-def quantised(files: ModelFiles, quant: str) -> ModelFiles:
-    """Return the files as a source resolves them with this quant."""
-    return msgspec.structs.replace(files, quant=quant)
-
-
-def round_weights(oracle: Oracle, kind: Type) -> None:
-    """Put the values that the reference quantiser makes into the oracle."""
-    tied = oracle.config.tie_word_embeddings
-    for name, parameter in oracle.named_parameters():
-        is_exact = any(part in name for part in EXACT + EXACT_TOO)
-        if is_exact and not (tied and "embed_tokens" in name):
-            continue
-        packed = gguf.quants.quantize(parameter.detach().numpy(), kind)
-        parameter.data = torch.from_numpy(gguf.quants.dequantize(packed, kind).copy())
 
 
 @pytest.mark.parametrize(

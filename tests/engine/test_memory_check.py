@@ -10,41 +10,53 @@ from gguf import GGMLQuantizationType as Type
 from cortexd.errors import InsufficientMemory
 from engine import device as devices
 from engine.formats.checkpoint import Checkpoint
-from engine.formats.ggml import GGMLType
 from engine.memory_check import check_weights_fit, resident_bytes
+from engine.preflight import inspect_and_weigh
 from tests.engine.checkpoints import load_engine, save_oracle
 from tests.engine.gguf_export import Exporter
-from tests.engine.test_gguf_families import make_model
-from tests.engine.test_in_situ import quantised
+from tests.engine.stored_models import make_model, quantised
 
 
-def test_estimate_is_near_what_is_loaded(tmp_path: Path) -> None:
-    """Dense, quantised at load, and stored quantised: within a tenth of the engine's figure."""
-    oracle = make_model("qwen3_5_moe_text", seed=80)
-    dense = save_oracle(oracle, tmp_path / "m")
-    stored = Exporter(oracle, Type.Q4_1).write(tmp_path / "m.gguf")
-    for files, quant in ((dense, None), (quantised(dense, "q8_0"), GGMLType.Q8_0), (stored, None)):
+@pytest.mark.parametrize("quant", [None, "q8_0", "q4_0", "stored"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_moe_text"])
+def test_estimate_is_what_is_loaded(family: str, quant: str | None, tmp_path: Path) -> None:
+    """Dense, quantised at load, and stored quantised; tied or not: nearly the engine's figure."""
+    for is_tied in (False, True):
+        oracle = make_model(family, seed=80, tie_word_embeddings=is_tied)
+        directory = tmp_path / str(is_tied)
+        if quant == "stored":
+            directory.mkdir()
+            files = Exporter(oracle, Type.Q4_1).write(directory / "m.gguf")
+        else:
+            files = save_oracle(oracle, directory)
+            files = files if quant is None else quantised(files, quant)
         engine = load_engine(files, backend="reference")
-        checkpoint = Checkpoint.open(files)
-        estimate = resident_bytes(checkpoint.tensors.values(), 4, quant)
-        checkpoint.close()
         loaded = engine.memory_bytes - engine.cache.memory_bytes
-        # Looked-up rows and routers are not quantised at load, which this tiny model has many of.
-        assert estimate == pytest.approx(loaded, rel=0.4 if quant else 0.1)
+        _, weights = inspect_and_weigh(files)
+        assert weights.in_32_bit == pytest.approx(loaded, rel=0.03)
+        if quant in weights.if_quantised:
+            assert weights.if_quantised[quant] <= weights.in_32_bit
 
 
 def test_too_little_memory_names_both_numbers_and_what_fits(tmp_path: Path) -> None:
-    """A quarter of the memory is enough for q4_0 only, and a tenth for nothing."""
+    """Four tenths of the memory are enough for quantised weights only, and a tenth for nothing."""
     files = save_oracle(make_model("qwen3", seed=81), tmp_path / "m")
     checkpoint = Checkpoint.open(files)
-    tensors = list(checkpoint.tensors.values())
+    tensors = {name: checkpoint[name] for name in checkpoint.tensors}
+
+    def check(available_bytes: int) -> None:
+        check_weights_fit(
+            tensors, 4, None, is_tied=False, available_bytes=available_bytes, device="cpu"
+        )
+
     needed = resident_bytes(tensors, 4)
-    check_weights_fit(tensors, 4, None, available_bytes=needed, device="cpu")
-    with pytest.raises(InsufficientMemory, match=r'would fit: quant = "q4_0"$') as caught:
-        check_weights_fit(tensors, 4, None, available_bytes=needed // 4, device="cpu")
-    assert caught.value.details == {"needed_bytes": needed, "available_bytes": needed // 4}
+    check(needed)
+    options = 'quant = "q8_0", quant = "q4_0"'
+    with pytest.raises(InsufficientMemory, match=f"would fit: {options}$") as caught:
+        check(needed * 4 // 10)
+    assert caught.value.details == {"needed_bytes": needed, "available_bytes": needed * 4 // 10}
     with pytest.raises(InsufficientMemory, match=r"choose a smaller model$"):
-        check_weights_fit(tensors, 4, None, available_bytes=needed // 10, device="cpu")
+        check(needed // 10)
 
 
 def test_engine_refuses_before_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

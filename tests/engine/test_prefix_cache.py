@@ -243,7 +243,7 @@ def test_tree_keeps_no_root_without_children() -> None:
 
 
 def random_traffic(seed: int, num_slots: int = 0) -> None:
-    """Conversations that branch, with cancels, memory failures and too few blocks for all."""
+    """Conversations that branch, with cancels, failing steps and too few blocks for all."""
     rng = random.Random(seed)
     model = make_model(num_blocks=20, context=150, max_num_seqs=5, num_slots=num_slots)
     scheduler = model.scheduler
@@ -259,6 +259,7 @@ def random_traffic(seed: int, num_slots: int = 0) -> None:
                 sequence_id=step,
                 cache_salt=rng.choice(["", "", "other"]),
                 stable_length=rng.randrange(len(prompt)),
+                num_prompt_logprobs=rng.choice([-1, -1, 0]),
             )
             scheduler.submit(sequence)
             everything.append(sequence)
@@ -268,6 +269,8 @@ def random_traffic(seed: int, num_slots: int = 0) -> None:
             victim = model.step_without_memory()
             if victim is not None:
                 scheduler.finish(victim)
+        elif rng.random() < 0.03:
+            model.step_with_an_error()
         else:
             model.step()
         if rng.random() < 0.05:
@@ -344,6 +347,10 @@ def _publish_away_from_cuts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Snapshots, "restore", lambda self, node, slot: slot or self.allocate())
 
 
+def _skip_what_is_to_be_scored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Sequence, "num_skippable", property(lambda self: len(self.token_ids) - 1))
+
+
 def _share_without_a_reference(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockPool, "share", lambda self, blocks: None)
 
@@ -358,6 +365,7 @@ def _share_without_a_reference(patch: pytest.MonkeyPatch) -> None:
         _share_without_a_reference,
         _save_after_the_next_step,
         _publish_away_from_cuts,
+        _skip_what_is_to_be_scored,
     ],
 )
 def test_random_conversations_notice_a_broken_cache(

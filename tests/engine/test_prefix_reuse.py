@@ -20,7 +20,7 @@ from tests.engine.checkpoints import (
 )
 from tests.engine.doubles import make_submit
 from tests.engine.driving import OWNER, max_difference, record, run_to_end
-from tests.engine.test_gguf_models import HIDDEN_SIZE, write_gguf
+from tests.engine.llama_export import HIDDEN_SIZE, write_gguf
 
 # Repeated text, near-identical blocks, and plain random tokens.
 HEADS = {

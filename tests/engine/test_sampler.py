@@ -287,3 +287,19 @@ def test_row_of_which_nothing_is_allowed_yields_no_token() -> None:
     sampler.constrain(sequence, lambda _: torch.zeros(VOCAB_SIZE, dtype=torch.bool))
     assert sampler.sample(random_logits().unsqueeze(0), [sequence])[0].token_id is None
     assert sample(random_logits(), bad_words=[[token] for token in range(50)]).token_id is None
+
+
+def test_only_allowed_tokens_are_drawn() -> None:
+    """Greedy and drawn tokens are of the list; one that min_tokens bans too leaves nothing."""
+    logits = random_logits()
+    order = logits.argsort(descending=True).tolist()
+    assert sample(logits, allowed_token_ids=order[2:5]).token_id == order[2]
+    drawn = {
+        sample(logits, allowed_token_ids=order[2:5], temperature=1.0, seed=seed).token_id
+        for seed in range(40)
+    }
+    assert drawn == set(order[2:5])
+    sequence = make_sequence([1], allowed_token_ids=[order[0]], min_tokens=1)
+    sequence.stop_token_ids = frozenset([order[0]])
+    (result,) = Sampler().sample(logits[None], [sequence])
+    assert (result.token_id, result.is_finite) == (None, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
+from engine import scheduler as scheduler_module
 from engine.block_pool import BlockPool
 from engine.scheduler import MIN_PREFILL_CHUNK, Scheduler, StepPlan
 from engine.sequence import Sequence, SequenceState
@@ -202,9 +204,47 @@ def test_repr_tells_the_load() -> None:
     assert repr(scheduler) == "<Scheduler: 1 running, 1 waiting, <BlockPool: 2 used, 62 free>>"
 
 
-# Lengths of prompt and answer, when it arrives, and whether it begins like all others.
+def test_scored_prompt_yields_logits_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its chunks are cut to the bound; a second one that does not fit waits for the next step."""
+    monkeypatch.setattr(scheduler_module, "MAX_SCORED_TOKENS", 10)
+    scheduler = make_scheduler()
+    for sequence_id, wanted in ((1, 0), (2, 0), (3, -1)):
+        prompt = make_sequence([1] * 14, sequence_id=sequence_id, num_prompt_logprobs=wanted)
+        scheduler.submit(prompt)
+    plans = [run_step(scheduler) for _ in range(4)]
+    assert [shape(plan)[plan.num_decodes :] for plan in plans] == [
+        [(3, 0, 14), (1, 0, 10)],
+        [(1, 10, 4)],
+        [(2, 0, 10)],
+        [(2, 10, 4)],
+    ]
+    logits = [[row.num_logits for row in plan.rows[plan.num_decodes :]] for plan in plans]
+    assert logits == [[1, 10], [4], [10], [4]]
+
+
+def test_scored_prompt_takes_nothing_from_the_cache_before_it_is_scored() -> None:
+    """A preempted one takes over what it has scored; an equal plain prompt all it can."""
+    scheduler = make_scheduler(prefix_cache=True)
+    prompt = [1, 2, 3, 4] * 8
+    for index, wanted in enumerate([-1, 0, -1]):
+        sequence = make_sequence(prompt, sequence_id=index, num_prompt_logprobs=wanted)
+        scheduler.submit(sequence)
+        run_step(scheduler)
+        if wanted == 0:
+            assert (sequence.num_computed, sequence.num_scored) == (16, 16)
+            scheduler._preempt(sequence)
+            run_step(scheduler)
+            assert (sequence.num_cached_tokens, sequence.num_scored) == (0, 31)
+        assert (sequence.num_cached_tokens > 0) == (index == 2)
+        scheduler.finish(sequence)
+
+
+# Lengths of prompt and answer, when it arrives, whether it begins like all others, and whether its
+# prompt is scored.
 arrivals = st.lists(
-    st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 3), st.booleans()),
+    st.tuples(
+        st.integers(1, 60), st.integers(1, 40), st.integers(0, 3), st.booleans(), st.booleans()
+    ),
     min_size=1,
     max_size=20,
 )
@@ -219,20 +259,30 @@ arrivals = st.lists(
     seats=st.integers(1, 8),
     cancels=st.lists(st.tuples(st.integers(0, 19), st.integers(0, 60)), max_size=6),
     reductions=st.sets(st.integers(0, 60), max_size=3),
+    errors_at=st.sets(st.integers(0, 60), max_size=2),
+    max_scored=st.integers(1, 40),
     prefix_cache=st.booleans(),
 )
-def test_random_traffic_keeps_all_promises(
+def test_random_traffic_keeps_all_promises(max_scored: int, **traffic: Any) -> None:
+    """No leak, no wrong share, budgets kept; all ends, is scored once, is overtaken rarely."""
+    with mock.patch.object(scheduler_module, "MAX_SCORED_TOKENS", max_scored):
+        run_traffic(max_scored, **traffic)
+
+
+def run_traffic(
+    max_scored: int,
     *,
-    arrivals: list[tuple[int, int, int, bool]],
+    arrivals: list[tuple[int, int, int, bool, bool]],
     num_blocks: int,
     budget: int,
     chunk: int,
     seats: int,
     cancels: list[tuple[int, int]],
     reductions: set[int],
+    errors_at: set[int],
     prefix_cache: bool,
 ) -> None:
-    """No leak, no wrong share, budget kept; everything ends and is overtaken so often at most."""
+    """Let sequences arrive, be cancelled, run out of memory and fail, until all have ended."""
     scheduler = make_scheduler(
         num_blocks,
         context=100,
@@ -243,8 +293,16 @@ def test_random_traffic_keeps_all_promises(
     )
     model = KVModel(scheduler)
     todo = [
-        (delay, make_sequence(_prompt(length, index, shared), max_tokens=output, sequence_id=index))
-        for index, (length, output, delay, shared) in enumerate(arrivals)
+        (
+            delay,
+            make_sequence(
+                _prompt(length, index, shared),
+                max_tokens=output,
+                sequence_id=index,
+                num_prompt_logprobs=0 if scored else -1,
+            ),
+        )
+        for index, (length, output, delay, shared, scored) in enumerate(arrivals)
     ]
     everything = [sequence for _, sequence in todo]
     cancelled: set[Sequence] = set()
@@ -266,15 +324,20 @@ def test_random_traffic_keeps_all_promises(
                 if victim is not None:
                     scheduler.finish(victim)
                     cancelled.add(victim)
+            elif step in errors_at:
+                cancelled.update(model.step_with_an_error())
             else:
                 model.step()
         step += 1
         assert step < 6000, "starvation"
     assert scheduler.pool.num_used == 0
-    for (_, output, _, _), sequence in zip(arrivals, everything, strict=True):
-        assert sequence in cancelled or sequence.num_output_tokens == output
-    for sequence in everything:
-        assert sequence.num_overtaken <= -(-len(sequence.token_ids) // MIN_PREFILL_CHUNK)
+    for (length, output, _, _, scored), sequence in zip(arrivals, everything, strict=True):
+        if sequence not in cancelled:
+            assert sequence.num_output_tokens == output
+            positions = model.scored.get(sequence, [])
+            assert positions == (list(range(length - 1)) if scored else [])
+        shortest_chunk = min(MIN_PREFILL_CHUNK, max_scored) if scored else MIN_PREFILL_CHUNK
+        assert sequence.num_overtaken <= -(-len(sequence.token_ids) // shortest_chunk)
 
 
 def _prompt(length: int, index: int, is_shared: bool) -> list[int]:

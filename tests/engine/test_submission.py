@@ -47,11 +47,11 @@ def test_max_tokens_is_clamped_to_the_context() -> None:
 
 
 def test_end_tokens_are_those_of_the_model_and_of_the_request() -> None:
-    """The union counts, without ids the model does not have; ignore_eos drops all."""
+    """The union counts, without ids the model does not have; ignore_eos leaves the request's."""
     sequence = make_sequence("f", make_submit([1], stop_token_ids=[7]), SPEC, LIMITS)
     assert sequence.stop_token_ids == {2, 5, 7}
     ignoring = make_submit([1], stop_token_ids=[7], ignore_eos=True)
-    assert make_sequence("f", ignoring, SPEC, LIMITS).stop_token_ids == frozenset()
+    assert make_sequence("f", ignoring, SPEC, LIMITS).stop_token_ids == {7}
 
 
 def test_seed_is_kept_or_drawn() -> None:
@@ -77,7 +77,9 @@ def test_seed_is_kept_or_drawn() -> None:
         ("presence_penalty", float("inf")),
         ("frequency_penalty", float("-inf")),
         ("top_k", -2),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("num_prompt_logprobs", -2),
+        ("allowed_token_ids", [100]),
         ("min_tokens", -1),
         ("num_logprobs", -2),
         ("logit_bias", {100: 1.0}),

@@ -16,7 +16,6 @@ from cortexd.messages import (
     EndRequest,
     Loading,
     NodeFailed,
-    NodeView,
     Place,
     QueryNode,
     RequestFinished,
@@ -294,7 +293,7 @@ async def test_node_that_accepts_and_is_gone_is_left_for_another(
         asking = asyncio.create_task(front.chat(model=MODEL))
         await front.fleet.wait_for(QueryNode, 2)
         assert not asking.done()
-        front.fleet.node_view = NodeView(False)
+        front.fleet.lost_nodes.add("a")
         assert (await asking)[:2] == (200, {"node": "b"})
         await closed.wait()
         (failed,) = front.fleet.all_sent(NodeFailed)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from engine.text.answer import Piece, Reasoning, Text, ToolCall, add_piece
 from engine.text.answer_format import answer_format
 from engine.text.answer_parser import AnswerParser, Markers
+from engine.text.call_style import CallStyle
 
 THINK = Markers("<think>", "</think>")
-TOOL = Markers("<tool_call>", "</tool_call>")
+TAGGED = CallStyle("json", is_tagged=True)
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 XML = "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
 F = ToolCall("f", '{"a": 1}')
@@ -63,7 +64,7 @@ BARE: list[tuple[str, list[Piece]]] = [
 
 def parser(*, is_reasoning: bool = False) -> AnswerParser:
     """Return a parser for a model with everything."""
-    return AnswerParser(THINK, is_reasoning=is_reasoning, schemas=SCHEMAS, tool_markers=TOOL)
+    return AnswerParser(THINK, is_reasoning=is_reasoning, schemas=SCHEMAS, style=TAGGED)
 
 
 def parse(subject: AnswerParser, pushes: list[str]) -> list[Piece]:
@@ -155,9 +156,10 @@ def test_format_is_found_in_the_tokens_and_the_prompt() -> None:
     assert (found.reasoning, found.begins_in_reasoning, found.schemas) == (THINK, False, None)
     found = answer_format({"[THINK]", "[/THINK]"}, "x [THINK]\n", tools)
     assert found is not None
-    assert (found.begins_in_reasoning, found.schemas, found.tool_markers) == (True, {"f": {}}, None)
+    assert (found.begins_in_reasoning, found.schemas) == (True, {"f": {}})
+    assert found.style == CallStyle("json")
     assert found.parser().is_reasoning
     for tokens, prompt in ((added, ""), (set(), "call as <tool_call>{...}</tool_call>")):
         found = answer_format(tokens, prompt, tools)
         assert found is not None
-        assert found.tool_markers == TOOL
+        assert found.style == TAGGED

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.tool_calls import coerce, parse_tool_call, schemas_of
+from engine.text.schema_types import coerce
+from engine.text.tool_calls import parse_tool_call, schemas_of
 
 SCHEMAS = {
     "f": {

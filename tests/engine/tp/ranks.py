@@ -16,11 +16,13 @@ import torch
 from cortexd.models import ModelFiles
 from cortexd.settings import Engine as EngineSettings
 from engine.engine import Engine
+from engine.kv_cache import CacheSize
 from engine.preflight import inspect
 from engine.scheduler import StepPlan
 from engine.tp.comm import Comm
 from engine.tp.shard_runner import ShardRunner
 from engine.tp.sharding import Shard
+from engine.tp.step_codec import decode_step, encode_step
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 20.0
@@ -91,19 +93,22 @@ class ThreadLockstep:
     def shards_loaded(self, free_bytes: int) -> int:
         return min([free_bytes, *self._collect()])
 
-    def make_cache(self, num_blocks: int) -> int:
+    def make_cache(self, size: CacheSize) -> int:
         def make(runner: ShardRunner) -> int:
-            runner.make_cache(num_blocks)
+            runner.make_cache(size.num_blocks, size.num_state_slots)
             return runner.memory_bytes
 
         self._all(make)
         return sum(self._collect())
 
     def begin_step(self, plan: StepPlan) -> None:
-        rows = list(plan.rows)
+        # Through the codec, since only what it carries is known to a worker.
+        message = encode_step("m", 1, plan)
 
         def step(runner: ShardRunner) -> int:
-            runner.step(rows)
+            assert runner.cache is not None
+            received = decode_step(message, runner.cache.size, runner.cache.block_size)
+            runner.step(received.rows, received.state_copies)
             return 0
 
         self._all(step)

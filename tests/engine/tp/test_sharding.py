@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cortexd.errors import InvalidValue, UnsupportedArchitecture
-from cortexd.models import ModelSpec, RopeSpec
-from engine.formats.checkpoint import Checkpoint
-from engine.loader import Weights
-from engine.models.registry import REGISTRY, load_class
-from engine.tp.comm import Comm
+from cortexd.models import LinearAttentionSpec, ModelSpec, MoeSpec, RopeSpec
+from engine.models.registry import REGISTRY
+from engine.tp.linear_heads import LinearHeads
 from engine.tp.sharding import (
     SHARDED_MODEL_TYPES,
     Rule,
@@ -24,7 +21,6 @@ from engine.tp.sharding import (
     check_world_size,
     rule_of,
 )
-from tests.engine.model_files import random_dense, write_safetensors
 
 SPEC = ModelSpec(
     model_type="qwen3",
@@ -40,19 +36,36 @@ SPEC = ModelSpec(
     max_position_embeddings=64,
     rope=RopeSpec(),
 )
+LINEAR = LinearAttentionSpec(
+    num_key_heads=4, num_value_heads=12, key_head_dim=2, value_head_dim=3, conv_kernel=4
+)
+HYBRID = msgspec.structs.replace(
+    SPEC, model_type="qwen3_5", linear_layers=(0,), linear_attention=LINEAR
+)
+FUSED_HYBRID = msgspec.structs.replace(
+    HYBRID,
+    model_type="qwen3_next",
+    linear_attention=msgspec.structs.replace(LINEAR, projections="fused"),
+)
+EXPERTS = MoeSpec(
+    num_experts=4, num_experts_per_tok=2, intermediate_size=36, shared_intermediate_size=24
+)
+MOE = msgspec.structs.replace(SPEC, model_type="qwen3_moe", moe=EXPERTS)
+STACKED_MOE = msgspec.structs.replace(
+    MOE, moe=msgspec.structs.replace(EXPERTS, expert_tensors="stacked_gate_up")
+)
 
 
-def _spec(**fields: int | str) -> ModelSpec:
+def _spec(**fields: Any) -> ModelSpec:
     return msgspec.structs.replace(SPEC, **fields)
 
 
 def test_every_planned_tensor_of_a_split_model_has_a_rule() -> None:
     """A new tensor in a plan cannot be forgotten here."""
-    for model_type in SHARDED_MODEL_TYPES & REGISTRY.keys():
-        spec = msgspec.structs.replace(
-            SPEC, model_type=model_type, attention_bias=True, mlp_bias=True
-        )
-        for name in REGISTRY[model_type].plan(spec).required:
+    assert set(REGISTRY) == SHARDED_MODEL_TYPES
+    for known in (SPEC, HYBRID, FUSED_HYBRID, MOE, STACKED_MOE):
+        spec = msgspec.structs.replace(known, attention_bias=True, mlp_bias=True)
+        for name in REGISTRY[spec.model_type].plan(spec).required:
             assert isinstance(rule_of(name), Rule)
 
 
@@ -87,12 +100,26 @@ def test_more_ranks_than_kv_heads_share_them() -> None:
         ({"num_attention_heads": 8, "num_key_value_heads": 4}, 3, "num_attention_heads = 8"),
         ({"num_attention_heads": 12, "num_key_value_heads": 3}, 2, "num_key_value_heads = 3"),
         ({"vocab_size": 4}, 3, "vocab_size = 4"),
+        ({"linear_attention": LINEAR}, 3, "linear_num_key_heads = 4"),
+        (
+            {"linear_attention": msgspec.structs.replace(LINEAR, num_key_heads=3)},
+            8,
+            "linear_num_value_heads = 12",
+        ),
+        ({"moe": msgspec.structs.replace(EXPERTS, intermediate_size=40)}, 3, "moe_intermediate"),
+        (
+            {"moe": msgspec.structs.replace(EXPERTS, shared_intermediate_size=8)},
+            3,
+            "shared_expert_intermediate_size = 8",
+        ),
     ],
 )
 def test_world_size_that_does_not_divide_names_the_quantity(
-    fields: dict[str, int], world_size: int, text: str
+    fields: dict[str, Any], world_size: int, text: str
 ) -> None:
     """And what is allowed instead."""
+    divisible = {"num_attention_heads": 24, "num_key_value_heads": 24}
+    fields = fields if "num_attention_heads" in fields else {**divisible, **fields}
     with pytest.raises(InvalidValue, match=text) as caught:
         check_world_size(_spec(**fields), world_size)
     assert "allowed for this model: 1" in caught.value.message
@@ -113,27 +140,62 @@ def test_known_models_allow_what_the_reference_says() -> None:
 def test_model_type_without_rules_is_refused() -> None:
     """By name, with the supported ones."""
     with pytest.raises(UnsupportedArchitecture, match="llama, qwen2, qwen3"):
-        check_world_size(_spec(model_type="qwen3_5"), 2)
+        check_world_size(_spec(model_type="mamba"), 2)
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 6])
-def test_rank_reads_exactly_its_part_of_every_tensor(world_size: int, tmp_path: Path) -> None:
-    """Bytes read over all ranks: split tensors once, replicated ones and shared heads on each."""
-    files = write_safetensors(tmp_path, SPEC, random_dense(SPEC))
-    planned = REGISTRY["qwen3"].plan(SPEC).required
-    copies = {Rule.REPLICATED: world_size, Rule.KV_ROWS: max(1, world_size // 3)}
-    expected = sum(
-        4 * int(torch.tensor(shape).prod()) * copies.get(rule_of(name), 1)
-        for name, shape in planned.items()
+def test_width_of_a_plain_layer_plays_no_part_where_all_layers_have_experts() -> None:
+    """Configurations of mixtures of experts carry one that no layer has."""
+    assert 2 in allowed_world_sizes(_spec(num_key_value_heads=2, intermediate_size=37, moe=EXPERTS))
+    mixed = msgspec.structs.replace(EXPERTS, dense_layers=(1,))
+    assert 2 not in allowed_world_sizes(
+        _spec(num_key_value_heads=2, intermediate_size=37, moe=mixed)
     )
-    total = 0
+
+
+@pytest.mark.parametrize("has_tiled_heads", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 12])
+def test_linear_heads_are_dealt_out_whole_each_value_head_beside_its_key_head(
+    world_size: int, has_tiled_heads: bool
+) -> None:
+    """Every V head once; the local reading of K heads is the whole model's."""
+    spec = msgspec.structs.replace(LINEAR, has_tiled_heads=has_tiled_heads)
+    dealt: list[int] = []
     for rank in range(world_size):
-        comm = Comm()
-        comm.shard = Shard(rank, world_size)  # nothing is computed, so no group is needed
-        weights = Weights(Checkpoint.open(files), SPEC, comm=comm, backend="reference")
-        load_class("qwen3")(comm.shard.local_spec(SPEC), weights)
-        weights.check_all_used()
-        assert weights.memory_bytes == weights.total_bytes
-        total += weights.total_bytes
-        weights.close()
-    assert total == expected
+        heads = LinearHeads.of(spec, rank, world_size)
+        keys = list(range(LINEAR.num_key_heads))[heads.keys]
+        values = [head for part in heads.values for head in range(part.start, part.stop)]
+        local = heads.local_spec
+        assert (local.num_key_heads, local.num_value_heads) == (len(keys), len(values))
+        for index, value in enumerate(values):
+            assert _key_head(spec, value) == keys[_key_head(local, index)]
+        dealt += values
+    assert sorted(dealt) == list(range(LINEAR.num_value_heads))
+
+
+def _key_head(spec: LinearAttentionSpec, value_head: int) -> int:
+    if spec.has_tiled_heads:
+        return value_head % spec.num_key_heads
+    return value_head // (spec.num_value_heads // spec.num_key_heads)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 12])
+def test_fused_projections_are_cut_into_the_same_heads_as_separate_ones(world_size: int) -> None:
+    """Rows stored K head by K head: q, k, v, z and b, a of exactly this rank's heads."""
+    key, value, per_key = LINEAR.key_head_dim, LINEAR.value_head_dim, 3
+    qkvz, ba = [], []
+    for head in range(LINEAR.num_key_heads):
+        qkvz += [f"q{head}"] * key + [f"k{head}"] * key
+        values = range(head * per_key, (head + 1) * per_key)
+        qkvz += [f"v{v}" for v in values for _ in range(value)]
+        qkvz += [f"z{v}" for v in values for _ in range(value)]
+        ba += [f"b{v}" for v in values] + [f"a{v}" for v in values]
+    for rank in range(world_size):
+        heads = LinearHeads.of(LINEAR, rank, world_size)
+        keys = {str(head) for head in range(LINEAR.num_key_heads)[heads.keys]}
+        values = {str(v) for part in heads.values for v in range(part.start, part.stop)}
+        for stored, ranges in (
+            (qkvz, heads.groups([key, key], [value, value])),
+            (ba, heads.groups([], [1, 1])),
+        ):
+            wanted = [row for row in stored if row[1:] in (keys if row[0] in "qk" else values)]
+            assert [row for part in ranges for row in stored[part]] == wanted

@@ -1,0 +1,163 @@
+"""Each mechanism behind a way of computing a prompt (`ways.py`), broken on purpose.
+
+A comparison that does not fail under its mutation proves nothing. These break the torch path:
+engines that they are meant for are loaded with `backend="reference"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import engine as engine_module
+from engine.batch import BatchRow, StepBatch, StepRow
+from engine.layers import gated_delta_net
+from engine.layers.delta_rule import DeltaInputs, chunk_delta_rule, recurrent_delta_rule
+from engine.layers.gated_delta_net import GatedDeltaNet
+from engine.prefix_cache import PrefixCache
+from engine.prefix_tree import PrefixNode
+from engine.sequence import Sequence
+from engine.state_cache import StateCache
+
+BatchChange = Callable[[StepBatch], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """What breaks, the way that must show it, and whether only a hybrid has the mechanism."""
+
+    break_it: Callable[[pytest.MonkeyPatch], None]
+    way: str
+    needs_state: bool = False
+
+
+def _in_every_batch(change: BatchChange) -> Callable[[pytest.MonkeyPatch], None]:
+    def break_it(monkeypatch: pytest.MonkeyPatch) -> None:
+        original = engine_module.build_batch
+
+        def broken(rows: list[StepRow], block_size: int, device: torch.device) -> StepBatch:
+            batch = original(rows, block_size, device)
+            change(batch)
+            return batch
+
+        monkeypatch.setattr(engine_module, "build_batch", broken)
+
+    return break_it
+
+
+def _restart_positions(batch: StepBatch) -> None:
+    for row in batch.rows:
+        batch.positions[row.start : row.end] -= batch.positions[row.start].item()
+
+
+def _write_decodes_nowhere(batch: StepBatch) -> None:
+    batch.slots[: batch.num_single_rows] = 0
+
+
+def _read_the_first_row(batch: StepBatch) -> None:
+    for row in batch.rows:
+        row.first_slot, row.block_ids = batch.rows[0].first_slot, None
+
+
+def _keep_what_a_slot_held(batch: StepBatch) -> None:
+    batch.is_fresh.fill_(False)
+    for row in batch.rows:
+        row.is_fresh = False
+
+
+def _share_one_slot(batch: StepBatch) -> None:
+    batch.state_slots.fill_(1)
+    for row in batch.rows:
+        row.state_slot = 1
+
+
+def _hides_earlier_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = BatchRow.mask
+
+    def broken(self: BatchRow, device: torch.device) -> Tensor | None:
+        mask = original(self, device)
+        if mask is None:
+            return None
+        mask = mask.clone()
+        mask[:, : self.kv_len - (self.end - self.start)] = False
+        return mask
+
+    monkeypatch.setattr(BatchRow, "mask", broken)
+
+
+def _takes_blocks_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PrefixCache.take
+
+    def broken(self: PrefixCache, sequence: Sequence, nodes: list[PrefixNode]) -> None:
+        original(self, sequence, nodes)
+        if nodes:
+            table = sequence.block_table
+            self.pool.release(table[::-1])
+            sequence.block_table = self.pool.allocate(len(table))
+
+    monkeypatch.setattr(PrefixCache, "take", broken)
+
+
+def _forgets_decode_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(inputs: DeltaInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        return recurrent_delta_rule(inputs, state)[0], state
+
+    monkeypatch.setattr(gated_delta_net, "recurrent_delta_rule", broken)
+
+
+def _forgets_state_between_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(inputs: DeltaInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        return chunk_delta_rule(inputs, torch.zeros_like(state))
+
+    monkeypatch.setattr(gated_delta_net, "chunk_delta_rule", broken)
+
+
+def _forgets_convolution_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = GatedDeltaNet._convolve
+
+    def broken(self: GatedDeltaNet, mixed: Tensor, batch: StepBatch, tails: Tensor) -> Tensor:
+        return original(self, mixed, batch, tails.zero_())
+
+    monkeypatch.setattr(GatedDeltaNet, "_convolve", broken)
+
+
+def _computes_on_after_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = engine_module.Scheduler._preempt
+
+    def broken(self: engine_module.Scheduler, sequence: Sequence) -> None:
+        num_computed, num_blocks = sequence.num_computed, len(sequence.block_table)
+        original(self, sequence)
+        sequence.num_computed = num_computed
+        sequence.block_table = self.pool.allocate(num_blocks)
+
+    monkeypatch.setattr(engine_module.Scheduler, "_preempt", broken)
+
+
+def _loses_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StateCache, "copy", lambda *_: None)
+
+
+_LOST_AT_PREEMPTION = Mutation(_computes_on_after_preemption, "after_preemption")
+_TAIL_LOST = _forgets_convolution_tail
+MUTATIONS: dict[str, Mutation] = {
+    "positions restart": Mutation(_in_every_batch(_restart_positions), "in_uneven_chunks"),
+    "chunks see themselves only": Mutation(_hides_earlier_chunks, "in_chunks_of_64"),
+    "decode keeps no KV": Mutation(_in_every_batch(_write_decodes_nowhere), "token_by_token"),
+    "rows read one KV": Mutation(_in_every_batch(_read_the_first_row), "among_others"),
+    "work lost at preemption": _LOST_AT_PREEMPTION,
+    "hit without its blocks": Mutation(_takes_blocks_of_nobody, "after_a_hit"),
+    "decode forgets": Mutation(_forgets_decode_state, "token_by_token", needs_state=True),
+    "chunks forget": Mutation(_forgets_state_between_chunks, "in_uneven_chunks", needs_state=True),
+    "tail lost, chunks": Mutation(_TAIL_LOST, "in_chunks_of_64", needs_state=True),
+    "tail lost, decode": Mutation(_TAIL_LOST, "token_by_token", needs_state=True),
+    "slot not cleared": Mutation(
+        _in_every_batch(_keep_what_a_slot_held), "after_another", needs_state=True
+    ),
+    "slot shared": Mutation(_in_every_batch(_share_one_slot), "among_others", needs_state=True),
+    "state lost at a hit": Mutation(_loses_snapshots, "after_a_hit", needs_state=True),
+    "snapshot lost": Mutation(_loses_snapshots, "after_a_snapshot", needs_state=True),
+}
