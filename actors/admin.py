@@ -75,6 +75,7 @@ _FORWARDED: Final = {
     "host": "poller",
     "reload": "reloader",
     "drain": "router",
+    "keys": "budgets",
 }
 _LONG: Final = frozenset({"model.load", "model.unload", "model.retry", "model.pull"})
 

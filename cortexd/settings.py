@@ -50,6 +50,13 @@ class Eviction(Section, frozen=True):
     idle_ttl_s: NonNegativeFloat = 0.0
 
 
+class Entitlements(Section, frozen=True):
+    """Who may use the API; without a keys file everybody who reaches it."""
+
+    keys_file: str | None = None
+    require_auth: bool = True
+
+
 class NeuronEntry(Section, frozen=True):
     """One `[[neurons]]` table: a host whose models the gateway offers.
 
@@ -60,6 +67,7 @@ class NeuronEntry(Section, frozen=True):
     endpoint: str
     kind: NeuronKind = "cortex"
     max_in_flight: NonNegativeInt = 0
+    key_file: str | None = None
 
 
 class Neuron(Section, frozen=True):
@@ -145,6 +153,7 @@ class Settings(Section, frozen=True):
     role: Role = "all"
     models_config: str | None = None
     gateway: Gateway = Gateway()
+    entitlements: Entitlements = Entitlements()
     eviction: Eviction = Eviction()
     neuron: Neuron = Neuron()
     engine: Engine = Engine()

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
-import msgspec
 from aiohttp import web
+from multidict import CIMultiDict
 
+from actors.front.auth import ANONYMOUS
+from actors.front.entitlement import hold
 from actors.front.model_value import with_model
+from actors.front.node_watch import refuses_new_work, watched
 from actors.front.record import RequestRecord
 from actors.front.routing import place
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.upstream import HEAD_TIMEOUT_S, ConnectFailed, request_headers
 from cortexd.affinity import prefix_chain
-from cortexd.errors import CortexError, InvalidRequest, UpstreamUnavailable
-from cortexd.messages import (
-    EndRequest,
-    NodeFailed,
-    NodeView,
-    Place,
-    QueryNode,
-    RoutedHere,
-    RoutedRemote,
-)
+from cortexd.errors import CortexError, InvalidRequest, UpstreamError, UpstreamUnavailable
+from cortexd.messages import EndRequest, NodeFailed, Place, RoutedHere, RoutedRemote
 from cortexd.settings import NeuronKind
 
 _MESSAGES: Final = "/v1/messages"
-# How often a node that takes its time is looked after.
-_NODE_CHECK_S: Final = 5.0
+_KEY_REFUSED: Final = frozenset({401, 403})
 # Statuses by which a node says that it is at fault, not the request and not its load.
-_UNAVAILABLE: Final = 503
-_LEAVING_CODES: Final = frozenset({"node_draining", "server_shutting_down"})
 _NODE_FAULTS: Final = frozenset({500, 502})
 
 
@@ -108,6 +99,7 @@ class Dispatch:
             self._model,
             self.lease_id,
             exclude=exclude,
+            account=self._record.principal.account,
             prefix=self._prefix,
             since=self._since,
         )
@@ -143,72 +135,50 @@ class Dispatch:
                 "only spoken to in the OpenAI dialect; use /v1/chat/completions",
                 param="model",
             )
+        if self._record.estimate is not None:
+            await hold(self._services, self._record, self._record.estimate.total)
         is_alias = routed.model_id != self._model
         is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
         self._record.submitted = self._record.submitted or time.monotonic()
         post = self._services.upstream.post(
             routed.node,
             routed.base_url + path,
-            request_headers(self._request.headers, self._request[REQUEST_ID]),
+            self._headers(routed),
             with_model(self._body, routed.model_id) if is_alias else self._body,
             HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
         )
         try:
-            self._upstream = await (post if is_prompt else self._watched(post, routed))
+            self._upstream = await (
+                post if is_prompt else watched(self._services.bus, post, routed)
+            )
         except UpstreamUnavailable as error:
             self.failed(error.message, is_refusing=isinstance(error, ConnectFailed))
             raise
-        if self._upstream.status == _UNAVAILABLE and await _takes_nothing_new(self._upstream):
-            # It went on since the last poll; nothing of an answer was received.
-            raise UpstreamUnavailable(
-                f'node "{routed.node}" takes no new requests', retry_after_s=2
-            )
+        if await refuses_new_work(self._upstream):
+            # It has begun to leave since the last poll; nothing of an answer was received.
+            raise UpstreamUnavailable(f'node "{routed.node}" takes no new requests')
         if self._upstream.status in _NODE_FAULTS:
             self.failed(f"HTTP {self._upstream.status}")
         else:
             self._is_answered = True
+        if self._upstream.status in _KEY_REFUSED and self._own_key(routed.node) is not None:
+            raise UpstreamError(
+                f'node "{routed.node}" refuses this gateway\'s key (HTTP {self._upstream.status}); '
+                "its operator can mend key_file in [[neurons]]"
+            )
         return self._upstream
 
-    async def _watched(
-        self, post: Coroutine[Any, Any, aiohttp.ClientResponse], routed: RoutedRemote
-    ) -> aiohttp.ClientResponse:
-        """Return the head of an answer that may take long, as long as its node works on it.
+    def _headers(self, routed: RoutedRemote) -> CIMultiDict[str]:
+        """Return what the node is sent; whose request it is is told to our own neurons only."""
+        is_ours = routed.kind == "cortex" and routed.node in self._services.node_keys
+        return request_headers(
+            self._request.headers,
+            self._request[REQUEST_ID],
+            self._record.principal if is_ours else ANONYMOUS,
+            self._own_key(routed.node),
+        )
 
-        Raises: UpstreamUnavailable when the node is gone, or knows of no request.
-        """
-        posting = asyncio.ensure_future(post)
-        started = time.monotonic()
-        try:
-            while True:
-                await asyncio.wait({posting}, timeout=_NODE_CHECK_S)
-                if posting.done():
-                    return posting.result()
-                await self._check_node(routed, time.monotonic() - started)
-        finally:
-            posting.cancel()
-
-    async def _check_node(self, routed: RoutedRemote, waited_s: float) -> None:
-        query = QueryNode(routed.node, routed.model_id)
-        try:
-            view = await self._services.bus.ask("router", query, deadline_s=_NODE_CHECK_S)
-        except CortexError:
-            return  # a router that restarts says nothing of the node
-        assert isinstance(view, NodeView), "the router answers QueryNode with NodeView"
-        if not view.is_healthy:
-            what = "does not answer its polls any more"
-        elif view.in_flight == 0 and waited_s > HEAD_TIMEOUT_S:
-            what = f"accepted the request {waited_s:.0f} s ago and does not work on it"
-        else:
-            return
-        raise UpstreamUnavailable(f'node "{routed.node}" {what}', retry_after_s=2)
-
-
-async def _takes_nothing_new(upstream: aiohttp.ClientResponse) -> bool:
-    """Tell whether a node refused because it is on its way out; the body can be read again."""
-    try:
-        async with asyncio.timeout(_NODE_CHECK_S):
-            document = msgspec.json.decode(await upstream.read(), type=dict[str, object])
-    except (TimeoutError, aiohttp.ClientError, OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return False
-    error = document.get("error")
-    return isinstance(error, dict) and error.get("code") in _LEAVING_CODES
+    def _own_key(self, node: str) -> str | None:
+        """Return the key for a node; keys of this gateway's clients never leave it."""
+        key = self._services.node_keys.get(node)
+        return "" if key is None and self._services.keys.is_used else key

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cortexd.errors import ErrorInfo
 from cortexd.messages.admin import AdminCommand, AdminProgress, AdminReply
+from cortexd.messages.budgets import KeysChanged, ReportUsage, Reserve, UsageEntry
 from cortexd.messages.control import (
     ActorDown,
     ActorInfo,
@@ -98,8 +99,11 @@ Body = (
     | StopGroup
     | Welcome
     | Gauges
+    | KeysChanged
     | Measured
     | Loading
+    | ReportUsage
+    | Reserve
     | LoadOnNode
     | NeuronReport
     | NodeFailed
@@ -164,6 +168,7 @@ __all__ = [
     "GroupUp",
     "Hello",
     "HostReport",
+    "KeysChanged",
     "ListModels",
     "LoadModel",
     "LoadOnNode",
@@ -189,7 +194,9 @@ __all__ = [
     "Ready",
     "RecycleModel",
     "ReloadFiles",
+    "ReportUsage",
     "RequestFinished",
+    "Reserve",
     "ResolveFiles",
     "ResolveProgress",
     "ResolvedFiles",
@@ -207,5 +214,6 @@ __all__ = [
     "UnloadIdle",
     "UnloadModelNow",
     "UnloadOnNode",
+    "UsageEntry",
     "Welcome",
 ]

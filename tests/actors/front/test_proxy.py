@@ -271,7 +271,7 @@ async def test_node_that_accepts_and_is_gone_is_left_for_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A unary answer may take long, as long as the polls say that its node lives."""
-    monkeypatch.setattr("actors.front.dispatch._NODE_CHECK_S", 0.05)
+    monkeypatch.setattr("actors.front.node_watch.CHECK_PERIOD_S", 0.05)
     closed = asyncio.Event()
 
     async def silent(request: web.Request) -> web.Response:
