@@ -201,6 +201,7 @@ class Generation:
                 is_first_answer=index % answers == 0,
                 continues_text=self._request.continues_text,
                 ends_at_tool_call=self._request.is_single_tool_call,
+                call_ending=self._request.call_ending,
             )
             self._choices.append(choice)
             sequence_id = self._services.sequences.open(

@@ -41,12 +41,16 @@ _LEADER_PAUSE_S = 0.01
 
 @dataclass(slots=True, frozen=True)
 class TokenisedPrompt:
-    """One prompt as packed int32, its length, how many tokens may follow it, how to read those."""
+    """One prompt as packed int32, its length, how many tokens may follow it, how to read those.
+
+    `grammar` is what they must be, "" when they are free.
+    """
 
     packed: bytes
     num_tokens: int
     max_tokens: int
     answer_format: AnswerFormat | None
+    grammar: str
 
 
 @dataclass(slots=True, frozen=True)
@@ -77,6 +81,7 @@ class Prepared:
             prompt=prompt.packed,
             max_tokens=prompt.max_tokens,
             eos_token_ids=self.text_model.eos_token_ids,
+            grammar=prompt.grammar,
         )
 
 
@@ -121,7 +126,10 @@ async def _prepare_for(
     for ids, answer_format in await tokenise(request, text_model):
         check_prompt_ids(ids, routed.spec.vocab_size)
         max_tokens = tokens_to_generate(request, len(ids), routed.limits)
-        prompts.append(TokenisedPrompt(pack_ids(ids), len(ids), max_tokens, answer_format))
+        grammar = ""
+        if request.structure is not None:
+            grammar = await services.grammars.write(request.structure, answer_format)
+        prompts.append(TokenisedPrompt(pack_ids(ids), len(ids), max_tokens, answer_format, grammar))
     return Prepared(
         routed,
         text_model,

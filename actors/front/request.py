@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from actors.front.structure import Structure
 from cortexd.openai import GenerationFields
 
 Prompt = str | list[int]
@@ -15,8 +16,9 @@ class InferenceRequest:
     """One request, fully checked; nothing in it needs another look before tokenising.
 
     Exactly one of `messages` and `prompts` is set. `num_logprobs` is -1 for none. `tools` are those
-    the model may call, in OpenAI's form; `prefill` is the beginning of the answer, given by the
-    client.
+    the model may call, in OpenAI's form; `structure` is what the answer must be; `prefill` is the
+    beginning of the answer, given by the client. `call_ending` is the finish reason of an answer
+    that calls tools.
     """
 
     kind: Literal["chat", "completion"]
@@ -27,7 +29,9 @@ class InferenceRequest:
     num_logprobs: int
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
+    structure: Structure | None = None
     is_single_tool_call: bool = False
+    call_ending: str = "tool_calls"
     template_kwargs: dict[str, Any] | None = None
     prefill: str = ""
     prompts: list[Prompt] = field(default_factory=list)

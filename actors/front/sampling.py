@@ -84,6 +84,7 @@ def build_submit(
     prompt: bytes,
     max_tokens: int,
     eos_token_ids: tuple[int, ...],
+    grammar: str = "",
 ) -> Submit:
     """Return the message that starts one sequence; `answer_index` counts a prompt's `n` answers."""
     fields = request.fields
@@ -115,6 +116,7 @@ def build_submit(
         min_tokens=min(fields.min_tokens or 0, max_tokens),
         stop_token_ids=pack_ids(sorted(stop_token_ids)),
         logit_bias=fields.logit_bias or {},
+        grammar=grammar,
     )
 
 

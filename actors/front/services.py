@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from actors.front.bus import Bus
+from actors.front.grammars import Grammars
 from actors.front.sequences import SequenceTable
 from actors.front.text_models import TextModels
 from actors.front.upstream import Upstream
@@ -33,6 +34,7 @@ class Services:
     sequences: SequenceTable
     text_models: TextModels
     upstream: Upstream = field(default_factory=Upstream)
+    grammars: Grammars = field(default_factory=Grammars)
     node: str = field(init=False)
     num_neurons: int = field(init=False)
     serves_here: bool = field(init=False)

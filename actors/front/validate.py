@@ -11,6 +11,7 @@ import msgspec
 
 from actors.front.decode import decode_body, decode_raw
 from actors.front.request import InferenceRequest, Prompt
+from actors.front.structure import AnswerRule, Structure, answer_rule, structure_of
 from cortexd.errors import InvalidType, InvalidValue, MissingParameter, UnsupportedParameter
 from cortexd.openai import (
     ChatCompletionRequest,
@@ -18,18 +19,11 @@ from cortexd.openai import (
     GenerationFields,
     JsonObject,
 )
-from cortexd.tools import check_tool, shown
+from cortexd.tools import check_tool
 
 MAX_CHOICES = 128
 _MAX_PROMPTS = 64
-_UNSUPPORTED = (
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
-    "prompt_logprobs",
-    "structured_outputs",
-)
+_UNSUPPORTED = ("prompt_logprobs",)
 _UNSUPPORTED_IN_CHAT = ("functions", "function_call", "audio", "web_search_options")
 _MAY_LACK_CONTENT = ("assistant", "tool", "function")
 
@@ -39,9 +33,17 @@ def parse_chat(body: bytes) -> InferenceRequest:
     return check_chat(decode_body(body, ChatCompletionRequest))
 
 
-def check_chat(fields: ChatCompletionRequest, *, prefill: str = "") -> InferenceRequest:
+def check_chat(
+    fields: ChatCompletionRequest,
+    *,
+    prefill: str = "",
+    answer: AnswerRule | None = None,
+    schema_path: str = "function.parameters",
+) -> InferenceRequest:
     """Return a chat request whose fields have the right types and ranges, checked as a whole.
 
+    Another dialect gives what it has no field here for: the form of the answer, and where in a tool
+    its schema stands.
     Raises: InvalidRequest's children.
     """
     model = _check_common(fields)
@@ -55,6 +57,15 @@ def check_chat(fields: ChatCompletionRequest, *, prefill: str = "") -> Inference
         num_logprobs = fields.top_logprobs or 0
     elif fields.top_logprobs:
         raise InvalidValue("top_logprobs needs logprobs to be true", param="top_logprobs")
+    tools = _callable_tools(fields)
+    answer = answer_rule(fields) or answer
+    structure = structure_of(fields, tools, answer, schema_path=schema_path)
+    if structure is not None and prefill:
+        raise InvalidValue(
+            "an answer that the last message begins cannot be held to a structure; end messages "
+            "with a user's turn",
+            param="messages",
+        )
     return InferenceRequest(
         kind="chat",
         model=model,
@@ -63,8 +74,11 @@ def check_chat(fields: ChatCompletionRequest, *, prefill: str = "") -> Inference
         stop=_stop_strings(fields),
         num_logprobs=num_logprobs,
         messages=[_message(index, message) for index, message in enumerate(fields.messages)],
-        tools=_callable_tools(fields),
+        tools=tools,
+        structure=structure,
         is_single_tool_call=fields.parallel_tool_calls is False,
+        # As OpenAI has it: who names the tool knows that it is called.
+        call_ending="stop" if structure is not None and structure.is_named else "tool_calls",
         template_kwargs=fields.chat_template_kwargs,
         prefill=prefill,
     )
@@ -84,6 +98,7 @@ def parse_completion(body: bytes) -> InferenceRequest:
             f"n is {fields.n} for {len(prompts)} prompts; at most {MAX_CHOICES} answers in all",
             param="n",
         )
+    answer = answer_rule(fields)
     return InferenceRequest(
         kind="completion",
         model=model,
@@ -92,6 +107,7 @@ def parse_completion(body: bytes) -> InferenceRequest:
         stop=_stop_strings(fields),
         num_logprobs=-1 if fields.logprobs is None else fields.logprobs,
         prompts=prompts,
+        structure=None if answer is None else Structure(answer, None),
     )
 
 
@@ -106,11 +122,6 @@ def _check_common(fields: GenerationFields) -> str:
         raise _unsupported("use_beam_search", "leave it out; sampling is what runs here")
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise _unsupported("best_of", "leave it out or set it to n")
-    response_format = fields.response_format
-    if response_format is not None and not (
-        isinstance(response_format, dict) and response_format.get("type") == "text"
-    ):
-        raise _unsupported("response_format", 'only {"type": "text"}')
     if fields.stream_options is not None and not fields.stream:
         raise InvalidValue("stream_options needs stream to be true", param="stream_options")
     return fields.model
@@ -122,12 +133,6 @@ def _check_chat_only(fields: ChatCompletionRequest) -> None:
             raise _unsupported(name)
     if fields.modalities not in (None, ["text"]):
         raise _unsupported("modalities", 'only ["text"]')
-    if fields.tool_choice not in (None, "none", "auto"):
-        raise UnsupportedParameter(
-            f"tool_choice is {shown(fields.tool_choice)}: a call cannot be forced here; "
-            "allowed: auto, none",
-            param="tool_choice",
-        )
 
 
 def _callable_tools(fields: ChatCompletionRequest) -> list[JsonObject] | None:
