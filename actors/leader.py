@@ -145,7 +145,7 @@ class Leader(SyncActor):
             self.args.options,
             self.args.files,
             self.args.spec,
-            self.engine.limits,
+            self.engine.figures.offered,
             self.engine.memory_bytes,
             self.engine.device_name,
             self.engine.dtype_name,

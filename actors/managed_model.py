@@ -74,6 +74,11 @@ class ManagedModel:
         self.last_load_s = loaded.load_s
         self.become("loaded")
 
+    def offer(self, context: int) -> None:
+        """Take over the context that the engine offers at its present speed; 0: as loaded."""
+        if context and self.limits is not None and context != self.limits.context:
+            self.limits = ModelLimits(context=context, output=context - 1)
+
     def is_in(self, *states: ModelState) -> bool:
         """Tell whether the model is in one of these states now (it may change at any await)."""
         return self.state in states

@@ -292,8 +292,12 @@ class Router(AsyncActor):
 
     @handles(HostReport)
     def on_host_report(self, message: HostReport, envelope: Envelope) -> None:
-        """Keep the last look at the devices."""
+        """Keep the last look at the devices, and what the engines now offer."""
         self.host = message
+        for load in message.loads:
+            model = self.models.get(load.model_id)
+            if model is not None and model.state == "loaded":
+                model.offer(load.context)
 
     @handles(NeuronReport)
     def on_neuron_report(self, message: NeuronReport, envelope: Envelope) -> None:

@@ -87,9 +87,11 @@ class Engine(Section, frozen=True):
     max_num_batched_tokens: Annotated[int, Meta(ge=16, le=65536)] = 2048
     max_prefill_chunk: Annotated[int, Meta(ge=16, le=65536)] = 512
     max_model_len: NonNegativeInt = 0
+    target_prefill_s: NonNegativeFloat = 120.0
+    bootstrap_prefill_tok_s: PositiveFloat = 800.0
     max_queue_depth: PositiveInt = 256
     prefix_cache: bool = True
-    backend: Literal["auto", "reference"] = "auto"
+    backend: Literal["auto", "triton", "reference"] = "auto"
 
 
 class Store(Section, frozen=True):

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.block_pool import NULL_BLOCK
+
 
 class StepRow(Protocol):
     """One sequence's share of a step: `token_ids` from position `start` on.
@@ -39,30 +41,94 @@ class StepRow(Protocol):
 class BatchRow:
     """One sequence's query tokens start..end-1 of the batch, and where its KV stands.
 
-    The KV is read in place from `first_slot` on when the blocks are consecutive (`block_ids` is
-    None), else gathered by `block_ids` (int64). `state_slot` holds a hybrid's recurrent state, of
-    no meaning yet when the row `is_fresh`.
+    The KV stands in `blocks`; it is read in place from `first_slot` on when they are consecutive
+    (`block_ids` is None), else gathered by `block_ids`. `state_slot` holds a hybrid's recurrent
+    state, of no meaning yet when the row `is_fresh`.
     """
 
     start: int
     end: int
     kv_len: int
+    blocks: Sequence[int]
     first_slot: int
-    block_ids: Tensor | None
+    is_consecutive: bool
     state_slot: int
     is_fresh: bool  # no token of the sequence was computed before
+    device: torch.device
+    _block_ids: Tensor | None = None
     _mask: Tensor | None = None
 
-    def mask(self, device: torch.device) -> Tensor | None:
+    @property
+    def block_ids(self) -> Tensor | None:
+        """The blocks as int64 on the device, unless consecutive; made by the first layer."""
+        if self._block_ids is None and not self.is_consecutive:
+            self._block_ids = torch.tensor(self.blocks, device=self.device)
+        return self._block_ids
+
+    def mask(self) -> Tensor | None:
         """Return (num_tokens, kv_len), True where a query may look; made by the first layer.
 
         None when a single query sees everything, or a prompt's first chunk is plainly causal.
         """
         num_tokens = self.end - self.start
         if self._mask is None and 1 < num_tokens < self.kv_len:
-            queries = torch.arange(self.kv_len - num_tokens, self.kv_len, device=device)
-            self._mask = torch.arange(self.kv_len, device=device)[None, :] <= queries[:, None]
+            queries = torch.arange(self.kv_len - num_tokens, self.kv_len, device=self.device)
+            seen = torch.arange(self.kv_len, device=self.device)
+            self._mask = seen[None, :] <= queries[:, None]
         return self._mask
+
+
+@dataclass(slots=True)
+class PagedRows:
+    """Rows as kernels read them, int64 on the device.
+
+    `block_tables` (num_rows, max_blocks), filled up with the null block; `kv_lens` (num_rows,);
+    row i has the query tokens query_starts[i]..query_starts[i + 1]-1, counted from the first token
+    of the first row. Host numbers: `query_lens`, and no row sees more than `max_kv_len` tokens.
+    """
+
+    block_tables: Tensor
+    kv_lens: Tensor
+    query_starts: Tensor
+    query_lens: list[int]
+    max_kv_len: int
+    _chunks: Tensor | None = None
+
+    def chunks(self, size: int) -> Tensor:
+        """Cut the rows into chunks of `size` tokens, always the same; return (2, num_chunks).
+
+        For each chunk its row, and its first token counted from the row's; made by the first layer.
+        """
+        if self._chunks is None:
+            pairs = [
+                (row, first)
+                for row, length in enumerate(self.query_lens)
+                for first in range(0, length, size)
+            ]
+            chunks = torch.tensor(pairs, dtype=torch.int64).T.contiguous()
+            self._chunks = chunks.to(self.kv_lens.device)
+        return self._chunks
+
+    @classmethod
+    def of(cls, rows: Sequence[BatchRow]) -> PagedRows:
+        """Return the rows' tables, in one transfer."""
+        width = max(len(row.blocks) for row in rows)
+        flat = [row.kv_len for row in rows]
+        flat += [row.start - rows[0].start for row in rows]
+        flat.append(rows[-1].end - rows[0].start)
+        for row in rows:
+            flat += row.blocks
+            flat += [NULL_BLOCK] * (width - len(row.blocks))
+        count = len(rows)
+        packed = torch.tensor(flat, dtype=torch.int64).to(rows[0].device)
+        kv_lens, query_starts, tables = packed.split([count, count + 1, count * width])
+        return cls(
+            block_tables=tables.view(count, width),
+            kv_lens=kv_lens,
+            query_starts=query_starts,
+            query_lens=[row.end - row.start for row in rows],
+            max_kv_len=max(row.kv_len for row in rows),
+        )
 
 
 @dataclass(slots=True)
@@ -71,7 +137,7 @@ class StepBatch:
 
     `slots` are the cache slots that the tokens' K and V go to; `logit_rows` the tokens whose logits
     are wanted; `state_slots` and `is_fresh` (bool) are those of the rows. The first
-    `num_single_rows` rows have one token each.
+    `num_single_rows` rows have one token each, the others form runs.
     """
 
     token_ids: Tensor
@@ -82,6 +148,22 @@ class StepBatch:
     is_fresh: Tensor
     rows: list[BatchRow]
     num_single_rows: int
+    _single_rows: PagedRows | None = None
+    _run_rows: PagedRows | None = None
+
+    @property
+    def single_rows(self) -> PagedRows | None:
+        """The rows of one token as kernels read them; None without any."""
+        if self._single_rows is None and self.num_single_rows:
+            self._single_rows = PagedRows.of(self.rows[: self.num_single_rows])
+        return self._single_rows
+
+    @property
+    def run_rows(self) -> PagedRows | None:
+        """The other rows as kernels read them; None without any."""
+        if self._run_rows is None and len(self.rows) > self.num_single_rows:
+            self._run_rows = PagedRows.of(self.rows[self.num_single_rows :])
+        return self._run_rows
 
 
 def build_batch(
@@ -134,8 +216,10 @@ def _build_row(planned: StepRow, start: int, block_size: int, device: torch.devi
         start=start,
         end=start + planned.num_tokens,
         kv_len=kv_len,
+        blocks=blocks,
         first_slot=blocks[0] * block_size,
-        block_ids=None if is_consecutive else torch.tensor(blocks, device=device),
+        is_consecutive=is_consecutive,
         state_slot=planned.state_slot,
         is_fresh=planned.start == 0,
+        device=device,
     )

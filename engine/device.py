@@ -5,6 +5,7 @@ Called by the engine when it loads and when a step fails. Stateless.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Final
 
@@ -12,9 +13,14 @@ import psutil
 import torch
 
 from cortexd import errors
+from cortexd.log import event
 from cortexd.models import ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine.kernels import cpu as native
+from engine.kernels import triton as triton_kernels
+from engine.layers.linear import Backend
+
+_log = logging.getLogger("cortexd.engine")
 
 Device = torch.device  # for those who may not import torch
 
@@ -66,6 +72,24 @@ def choose_dtype(
     is_native = settings.backend == "auto" and native.available()
     is_bfloat16 = spec.torch_dtype == "bfloat16" and not is_quantized
     return torch.bfloat16 if is_bfloat16 and not is_native else torch.float32
+
+
+def choose_backend(settings: EngineSettings, device: torch.device) -> Backend:
+    """Return what computes on the device; "auto" stands for the native CPU kernels.
+
+    Raises: ConfigError when the settings demand Triton and it cannot run here.
+    """
+    if settings.backend == "reference" or (settings.backend == "auto" and device.type == "cpu"):
+        return settings.backend
+    reason = triton_kernels.why_unusable(device)
+    if not reason:
+        return "triton"
+    if settings.backend == "triton":
+        raise errors.ConfigError(
+            f'engine.backend = "triton", but {reason}; use "auto" or "reference"'
+        )
+    event(_log, "backend.reference", logging.WARNING, device=str(device), reason=reason)
+    return "reference"
 
 
 def set_num_threads(settings: EngineSettings, world_size: int = 1) -> None:

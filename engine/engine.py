@@ -27,6 +27,7 @@ from engine.block_pool import BlockPool
 from engine.constraints import Constraints, compiler_for
 from engine.grammar.compiler import GrammarCompiler
 from engine.kv_cache import KVCache, choose_size
+from engine.load_figures import LoadFigures
 from engine.model_load import Model, load_model
 from engine.outbox import Outbox
 from engine.row_results import RowResult, not_finite, nothing_allowed, read_results
@@ -36,7 +37,6 @@ from engine.sequence import Sequence
 from engine.slot_pool import SlotPool
 from engine.step_faults import StepFaults
 from engine.submission import make_sequence
-from engine.throughput import MovingRate
 from engine.tp.comm import Comm
 from engine.tp.lockstep import Alone, Lockstep
 
@@ -87,11 +87,7 @@ class Engine:
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
         self._faults = StepFaults(device)
-        self._prefill_rate = MovingRate()
-        self._decode_rate = MovingRate()
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._steps = 0
+        self.figures = LoadFigures(settings, self.limits, self.scheduler, self.cache)
 
     @classmethod
     @torch.inference_mode()
@@ -154,7 +150,7 @@ class Engine:
         else:
             self.scheduler.submit(sequence)
         self._sequences[key] = sequence
-        self._num_prompt_tokens += sequence.num_prompt_tokens
+        self.figures.num_prompt_tokens += sequence.num_prompt_tokens
 
     def cancel(self, owner: str, sequence_id: int) -> None:
         """Free the sequence now; the next step says "cancelled". An unknown id is ignored."""
@@ -186,27 +182,12 @@ class Engine:
                 self.scheduler.complete(plan)
                 for row, result in zip(plan.rows, results, strict=True):
                     self._deliver(row, result)
-                self._count(plan, time.perf_counter() - started)
+                self.figures.count_step(plan, time.perf_counter() - started)
         return self._outbox.take()
 
     def report(self, model_id: str) -> LoadReport:
         """Return the load figures."""
-        pool = self.scheduler.pool
-        return LoadReport(
-            model_id=model_id,
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            kv_blocks_used=pool.num_used,
-            kv_blocks_total=pool.num_usable,
-            tok_s_prefill=self._prefill_rate.tokens_per_s,
-            tok_s_decode=self._decode_rate.tokens_per_s,
-            num_preemptions=self.scheduler.num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
-            steps=self._steps,
-            num_cached_tokens=self.scheduler.prefix_cache.num_hit_tokens,
-            kv_blocks_cached=pool.num_cached,
-        )
+        return self.figures.report(model_id)
 
     def close(self) -> None:
         """Drop all sequences; the process's end frees the memory."""
@@ -311,7 +292,7 @@ class Engine:
 
     def _add_token(self, sequence: Sequence, token: SampledToken, token_id: int) -> None:
         sequence.token_ids.append(token_id)
-        self._num_generated_tokens += 1
+        self.figures.num_generated_tokens += 1
         reason = "length" if sequence.num_output_tokens >= sequence.max_tokens else None
         try:
             if self._constraints.advance(sequence):
@@ -334,8 +315,3 @@ class Engine:
             self.scheduler.finish(sequence, is_tainted=is_tainted)
         self.sampler.release(sequence)
         del self._sequences[sequence.owner, sequence.sequence_id]
-
-    def _count(self, plan: StepPlan, elapsed_s: float) -> None:
-        self._steps += 1
-        self._decode_rate.add(plan.num_decodes, elapsed_s)
-        self._prefill_rate.add(plan.num_tokens - plan.num_decodes, elapsed_s)

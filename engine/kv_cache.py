@@ -16,6 +16,7 @@ from torch import Tensor
 from cortexd import errors
 from cortexd.models import ModelSpec
 from cortexd.settings import Engine as EngineSettings
+from engine.context_limit import rounded
 from engine.state_cache import StateCache
 
 MIB: Final = 1024 * 1024
@@ -75,7 +76,8 @@ def choose_size(
             needed_bytes=least,
             available_bytes=budget,
         )
-    context = min(context, (num_blocks - 1) * settings.block_size)
+    held = (num_blocks - 1) * settings.block_size
+    context = context if context <= held else rounded(held)
     return CacheSize(num_blocks, context, num_slots)
 
 
@@ -117,6 +119,20 @@ class KVCache:
         for source, target in copies:
             assert self.states is not None, "only a hybrid's plan moves states"
             self.states.copy(source, target)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        return self.blocks.nbytes // self.size.num_blocks
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one sequence's recurrent state; 0 for a dense model."""
+        return (
+            0
+            if self.states is None
+            else self.states.memory_bytes // (self.size.num_state_slots + 1)
+        )
 
     def layer(self, index: int) -> Tensor:
         """Return (num_blocks, block_size, 2 * num_kv_heads, head_dim): K heads first, then V."""

@@ -29,7 +29,7 @@ class Model(Protocol):
 
     @property
     def backend_name(self) -> str:
-        """What computes: "native", "native linears" or "reference"."""
+        """What computes: "native", "native linears", "triton" or "reference"."""
         ...
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -71,7 +71,7 @@ def load_model(
         spec,
         device=device,
         dtype=dtype,
-        backend=settings.backend,
+        backend=devices.choose_backend(settings, device),
         progress=lambda done, total: progress(done / max(total, 1), "loading weights"),
         comm=comm,
     )

@@ -160,6 +160,11 @@ class Scheduler:
         """Whether any sequence runs or waits."""
         return bool(self.running or self.waiting)
 
+    @property
+    def num_waiting_blocks(self) -> int:
+        """Blocks that the waiting sequences will take when they are admitted."""
+        return sum(self._blocks_for(len(sequence.token_ids) + 1) for sequence in self.waiting)
+
     def check_queue(self) -> None:
         """Raise `Overloaded` when one more sequence would stand beyond the queue's bound."""
         num_queued = len(self.waiting) - (self.max_running - len(self.running))

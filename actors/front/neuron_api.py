@@ -217,6 +217,12 @@ def _model_load(
             "queue_depth": report.num_waiting,
             "kv_blocks_used": report.kv_blocks_used,
             "kv_blocks_total": report.kv_blocks_total,
+            "kv_budget_mb": report.kv_bytes_total // _MIB,
+            # What requests that wait will take is spoken for.
+            "kv_available_mb": max(
+                report.kv_bytes_total - report.kv_bytes_used - report.kv_bytes_waiting, 0
+            )
+            // _MIB,
             "tok_s_prefill": report.tok_s_prefill,
             "tok_s_decode": report.tok_s_decode,
         }

@@ -23,7 +23,6 @@ from cortexd.tools import check_tool
 
 MAX_CHOICES = 128
 _MAX_PROMPTS = 64
-_UNSUPPORTED = ("prompt_logprobs",)
 _UNSUPPORTED_IN_CHAT = ("functions", "function_call", "audio", "web_search_options")
 _MAY_LACK_CONTENT = ("assistant", "tool", "function")
 
@@ -73,6 +72,7 @@ def check_chat(
         max_tokens=fields.max_completion_tokens or fields.max_tokens,
         stop=_stop_strings(fields),
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=_or_none_wanted(fields.prompt_logprobs),
         messages=[_message(index, message) for index, message in enumerate(fields.messages)],
         tools=tools,
         structure=structure,
@@ -88,8 +88,6 @@ def parse_completion(body: bytes) -> InferenceRequest:
     """Return the checked request of `/v1/completions`. Raises: InvalidRequest's children."""
     fields = decode_body(body, CompletionRequest)
     model = _check_common(fields)
-    if fields.echo:
-        raise _unsupported("echo", "send the prompt's text back yourself")
     if fields.suffix:
         raise _unsupported("suffix", "only text after the prompt is generated")
     prompts = _prompts(fields.prompt)
@@ -98,6 +96,12 @@ def parse_completion(body: bytes) -> InferenceRequest:
             f"n is {fields.n} for {len(prompts)} prompts; at most {MAX_CHOICES} answers in all",
             param="n",
         )
+    if fields.max_tokens == 0 and not fields.echo and fields.prompt_logprobs is None:
+        raise InvalidValue(
+            "max_tokens is 0: nothing would be answered; allowed: at least 1, or 0 with echo or "
+            "prompt_logprobs",
+            param="max_tokens",
+        )
     answer = answer_rule(fields)
     return InferenceRequest(
         kind="completion",
@@ -105,7 +109,9 @@ def parse_completion(body: bytes) -> InferenceRequest:
         fields=fields,
         max_tokens=fields.max_tokens,
         stop=_stop_strings(fields),
-        num_logprobs=-1 if fields.logprobs is None else fields.logprobs,
+        num_logprobs=_or_none_wanted(fields.logprobs),
+        num_prompt_logprobs=_or_none_wanted(fields.prompt_logprobs),
+        is_echoed=fields.echo is True,
         prompts=prompts,
         structure=None if answer is None else Structure(answer, None),
     )
@@ -115,13 +121,15 @@ def _check_common(fields: GenerationFields) -> str:
     """Return the model's name after the checks both dialects share."""
     if fields.model is None:
         raise MissingParameter("model is missing", param="model")
-    for name in _UNSUPPORTED:
-        if getattr(fields, name) is not None:
-            raise _unsupported(name)
     if fields.use_beam_search:
         raise _unsupported("use_beam_search", "leave it out; sampling is what runs here")
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise _unsupported("best_of", "leave it out or set it to n")
+    if fields.prompt_logprobs is not None and fields.stream:
+        raise InvalidValue(
+            "prompt_logprobs cannot be streamed; leave out stream, or use echo with logprobs",
+            param="prompt_logprobs",
+        )
     if fields.stream_options is not None and not fields.stream:
         raise InvalidValue("stream_options needs stream to be true", param="stream_options")
     return fields.model
@@ -143,6 +151,10 @@ def _callable_tools(fields: ChatCompletionRequest) -> list[JsonObject] | None:
 
 def _unsupported(param: str, instead: str = "leave it out") -> UnsupportedParameter:
     return UnsupportedParameter(f"{param} is not supported here; {instead}", param=param)
+
+
+def _or_none_wanted(count: int | None) -> int:
+    return -1 if count is None else count
 
 
 def _stop_strings(fields: GenerationFields) -> tuple[str, ...]:

@@ -146,6 +146,11 @@ class LoadReport(Message, frozen=True, tag="LoadReport"):
     steps: int
     num_cached_tokens: int = 0  # of the prompt tokens, those that were not computed again
     kv_blocks_cached: int = 0  # free blocks whose content is kept for prompts to come
+    # Bytes on the leader's device, recurrent states included; waiting: what the queue will take.
+    kv_bytes_total: int = 0
+    kv_bytes_used: int = 0
+    kv_bytes_waiting: int = 0
+    context: int = 0  # the longest sequence to offer at the present speed; 0: as loaded
 
 
 class DeviceReport(msgspec.Struct, frozen=True, array_like=True):

@@ -48,7 +48,7 @@ def _attend(query: Tensor, cache: KVCache, layer: int, row: BatchRow, scale: flo
         out = functional.scaled_dot_product_attention(grouped, key, value, scale=scale)
         return out.view(1, num_heads * head_dim)
     shape = (num_kv_heads, group, row.kv_len, head_dim)
-    mask = row.mask(query.device)
+    mask = row.mask()
     grouped = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     out = functional.scaled_dot_product_attention(
         grouped,

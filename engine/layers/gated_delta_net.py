@@ -55,14 +55,14 @@ class GatedDeltaNet:
         self.norm = norm
         self.output = output
         heads = spec.num_value_heads
-        self._widths = [spec.conv_size, spec.value_size, heads, heads]
+        self.widths = [spec.conv_size, spec.value_size, heads, heads]
 
     def __call__(
         self, hidden: Tensor, batch: StepBatch, cache: KVCache, tables: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Return (num_tokens, hidden_size); positions play no part, so `tables` is not read."""
         spec = self.spec
-        mixed, gate, b, a = self.projections(hidden).split(self._widths, dim=-1)
+        mixed, gate, b, a = self.projections(hidden).split(self.widths, dim=-1)
         assert cache.states is not None, "a hybrid model runs with state slots"
         tails = cache.states.conv_tails[self.layer]
         mixed = functional.silu(self._convolve(mixed, batch, tails))

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.kernels import cpu as native
 from engine.quant.tensor import QuantizedTensor
 
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "triton", "reference"]
 Weight = Tensor | QuantizedTensor
 
 # Scratch for dequantised rows. On the CPU a slab should stay in the second-level cache between
@@ -87,7 +87,7 @@ def pack_native(
 
     Dense weights are packed as they are stored, for float32 computing only.
     """
-    if backend == "reference" or weight.device.type != "cpu" or not native.available():
+    if backend != "auto" or weight.device.type != "cpu" or not native.available():
         return None
     if isinstance(weight, Tensor) and dtype != torch.float32:
         return None

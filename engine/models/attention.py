@@ -49,14 +49,15 @@ class SelfAttention:
         self.scale = spec.head_dim**-0.5
         self._num_heads = spec.num_attention_heads
         self._num_rotated = spec.num_attention_heads + spec.num_key_value_heads
-        self._shape = (-1, self._num_rotated + spec.num_key_value_heads, spec.head_dim)
-        self._heads_width = self._shape[1] * spec.head_dim
+        # Q heads, K heads, V heads: what the first `heads_width` outputs of `qkv` are.
+        self.heads_shape = (self._num_rotated + spec.num_key_value_heads, spec.head_dim)
+        self.heads_width = self.heads_shape[0] * spec.head_dim
 
     def __call__(
         self, hidden: Tensor, batch: StepBatch, cache: KVCache, tables: RotaryTables
     ) -> Tensor:
         """Return (num_tokens, hidden_size)."""
-        heads = self.qkv(hidden).view(self._shape)  # Q heads, K heads, V heads
+        heads = self.qkv(hidden).unflatten(-1, self.heads_shape)
         return self.output(self._attend(heads, batch, cache, tables))
 
     def _attend(

@@ -6,9 +6,13 @@ tokens (num_tokens, hidden_size); the residual stream is added to in place.
 
 from __future__ import annotations
 
+import logging
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from cortexd.log import event
 from cortexd.models import ModelSpec
 from engine.batch import StepBatch
 from engine.kv_cache import KVCache
@@ -22,6 +26,9 @@ from engine.models.attention import Attention, RotaryTables, SelfAttention
 from engine.models.experts import build_gated_mlp, build_sparse_mlp
 from engine.models.native import native_decoder
 from engine.tensor_plan import EMBEDDING, FINAL_NORM
+
+if TYPE_CHECKING:
+    from engine.models.fused import FusedDecoder
 
 FeedForward = GatedMLP | SparseMLP
 
@@ -62,16 +69,24 @@ class Decoder:
         self.head = weights.head(self.embedding)
         self._native = native_decoder(self) if weights.dtype == torch.float32 else None
         self._has_native_linears = weights.has_native_layers
+        self.fused = fused_decoder(self) if weights.backend == "triton" else None
 
     @property
     def backend_name(self) -> str:
-        """What computes: "native" (a step is one native call), "native linears", "reference"."""
+        """What computes.
+
+        "native" (a step is one native call), "native linears", "triton", or "reference".
+        """
         if self._native is not None:
             return "native"
+        if self.fused is not None:
+            return "triton"
         return "native linears" if self._has_native_linears else "reference"
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Return the logits (num_logit_rows, vocab_size); K and V of all tokens go to the cache."""
+        if self.fused is not None:
+            return self.fused.forward(batch, cache)
         hidden = self.embedding(batch.token_ids)
         if self._native is not None:
             return self._native.step(hidden, batch, cache.blocks)
@@ -138,3 +153,14 @@ class Decoder:
         return build_gated_mlp(
             weights, prefix, spec.intermediate_size, spec.hidden_size, has_bias=spec.mlp_bias
         )
+
+
+def fused_decoder(decoder: Decoder) -> FusedDecoder | None:
+    """Return the decoder's step on the Triton kernels; None, and one log line, when too wide."""
+    from engine.models.fused import FusedDecoder, why_unfused  # imports Triton
+
+    reason = why_unfused(decoder)
+    if not reason:
+        return FusedDecoder(decoder)
+    event(logging.getLogger("cortexd.engine"), "backend.reference", logging.WARNING, reason=reason)
+    return None

@@ -34,8 +34,8 @@ class GatedSelfAttention(SelfAttention):
     ) -> Tensor:
         """Return (num_tokens, hidden_size)."""
         projected = self.qkv(hidden)
-        gates = projected[:, self._heads_width :]
-        heads = projected[:, : self._heads_width].unflatten(-1, self._shape[1:])
+        gates = projected[:, self.heads_width :]
+        heads = projected[:, : self.heads_width].unflatten(-1, self.heads_shape)
         attended = self._attend(heads, batch, cache, tables)
         return self.output(attended * gates.sigmoid())
 

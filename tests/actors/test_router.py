@@ -40,6 +40,7 @@ from cortexd.messages import (
     GroupStarting,
     GroupUp,
     HostReport,
+    LoadReport,
     ModelLoaded,
     Ok,
     ProposeEviction,
@@ -513,5 +514,20 @@ def test_another_catalogue_takes_effect_without_a_restart(tmp_path: Path) -> Non
             router.on_end_request(EndRequest(request), envelope())
         await router.unload(MODEL, force=False)
         assert MODEL not in router.models
+
+    run(work)
+
+
+def test_offered_context_follows_the_engines_speed(tmp_path: Path) -> None:
+    """What a leader offers now is what requests are checked against and lists show."""
+
+    async def work() -> None:
+        router = make_router(World(), tmp_path)
+        before = (await routed(router)).limits
+        for context, expected in ((0, before.context), (17, 17), (before.context,) * 2):
+            load = LoadReport(MODEL, 0, 0, 0, 1, 0.0, 0.0, 0, 0, 0, 0, context=context)
+            router.on_host_report(HostReport("h", "Linux", "6", None, [], [load]), envelope())
+            limits = (await routed(router, f"r{context}")).limits
+            assert (limits.context, limits.output) == (expected, expected - 1)
 
     run(work)
