@@ -163,7 +163,9 @@ async def _prepare_for(
     prompts = []
     for index, (ids, answer_format) in enumerate(await tokenise(request, text_model)):
         check_prompt_ids(ids, routed.spec.vocab_size)
-        max_tokens = tokens_to_generate(request, len(ids), routed.limits)
+        max_tokens = tokens_to_generate(
+            request, len(ids), routed.limits, routed.defaults.get("max_tokens")
+        )
         sent = request.prompts[index] if request.prompts else None
         text = sent if isinstance(sent, str) else None
         prompts.append(TokenisedPrompt(pack_ids(ids), text, len(ids), max_tokens, answer_format))
@@ -220,7 +222,7 @@ def _num_characters(request: InferenceRequest) -> int:
 
 def _defaults(services: Services, routed: Routed, text_model: TextModel) -> SamplingFields:
     try:
-        return model_defaults(text_model.default_sampling)
+        return model_defaults({**text_model.default_sampling, **routed.defaults})
     except msgspec.ValidationError as error:
         event(services.log, "model.bad_defaults", 30, model=routed.model_id, error=str(error))
         return SamplingFields()
