@@ -20,6 +20,7 @@ from cortexd.errors import (
     ModelNotFound,
     NoHealthyNode,
 )
+from cortexd.ledger import Charge, Ledger, Reservation
 from cortexd.messages import (
     Cancel,
     EndRequest,
@@ -31,7 +32,9 @@ from cortexd.messages import (
     Ok,
     Place,
     QueryHost,
+    ReportUsage,
     RequestFinished,
+    Reserve,
     Route,
     Routed,
     RoutedHere,
@@ -42,7 +45,7 @@ from cortexd.messages import (
 )
 from cortexd.messages.control import Message
 from cortexd.messages.fleet import DeviceReport
-from cortexd.messages.inference import SequenceDelta
+from cortexd.messages.inference import PromptScores, SequenceDelta
 from cortexd.models import (
     ModelFiles,
     ModelLimits,
@@ -87,6 +90,7 @@ class Fleet:
         self.finish_reason = "stop"
         self.delta_error: CortexError | None = None
         self.num_cached_tokens = 0
+        self.scores_prompts = True
         self.pause_after: int | None = None
         self.paused = asyncio.Event()
         self.load_error: CortexError | None = None
@@ -96,7 +100,14 @@ class Fleet:
         self.host_answers = True
         self.context = CONTEXT
         self.spec = SPEC
-        self.incarnations: dict[str, int | None] = {"router": 1, LEADER: 1, "poller": 1}
+        self.incarnations: dict[str, int | None] = {
+            "router": 1,
+            LEADER: 1,
+            "poller": 1,
+            "budgets": 1,
+        }
+        self.ledger = Ledger()
+        self.charges: list[Charge] = []
         self.epoch = 1
         self.on_batch: Callable[[TokenBatch], None] = lambda batch: None
         self._resume = asyncio.Event()
@@ -182,6 +193,14 @@ class Fleet:
                 await self._changed.wait()
         return self.all_sent(kind)
 
+    async def wait_for_charge(self, count: int = 1) -> Charge:
+        """Wait until so many requests were settled; return the last one's charge."""
+        async with asyncio.timeout(5):
+            while len(self.charges) < count:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.charges[-1]
+
     @property
     def submits(self) -> list[Submit]:
         """Return what the leader was asked to run."""
@@ -234,7 +253,22 @@ class Fleet:
                 return replica
         raise NoHealthyNode("no node answers; retry later", retry_after_s=5)
 
+    def _budget(self, body: Reserve | ReportUsage) -> Message:
+        if isinstance(body, Reserve):
+            reservation = Reservation(body.key_id, "front.0.1", body.tokens, 0.0)
+            self.ledger.reserve(body.request_id, reservation, 0.0)
+            return Ok()
+        for entry in body.entries:
+            self.ledger.report(entry.request_id, entry.prompt_tokens, entry.completion_tokens, 0.0)
+            charge = self.ledger.settle(entry.request_id, 0.0) if entry.is_final else None
+            if charge is not None:
+                self.charges.append(charge)
+        self._changed.set()
+        return Ok()
+
     def _answer(self, body: Message) -> Message:
+        if isinstance(body, Reserve | ReportUsage):
+            return self._budget(body)
         if isinstance(body, ListModels):
             state: ModelState = "loaded" if self._loaded.is_set() else "loading"
             limits = ModelLimits(context=self.context, output=self.context)
@@ -267,6 +301,7 @@ class Fleet:
             self._send(submit, [], error=self.delta_error.to_info(), finish_reason="error")
             return
         self._send(submit, [], num_prefilled=len(prompt))
+        await self._send_scores(submit, prompt)
         for position, token in enumerate(tokens):
             await self._pause_at(position)
             self._send(submit, [token], num_prefilled=len(prompt))
@@ -274,6 +309,18 @@ class Fleet:
         await self._pause_at(len(tokens))
         self._running.pop(submit.sequence_id, None)
         self._send(submit, [], finish_reason=reason)
+
+    async def _send_scores(self, submit: Submit, prompt: array[int]) -> None:
+        """Score the prompt's tokens from the second on, one a step: each is the second best."""
+        count = submit.num_prompt_logprobs if self.scores_prompts else -1
+        await asyncio.sleep(0)
+        for _ in prompt[1:] if count >= 0 else []:
+            top_ids = [ord("a") + rank for rank in range(count)]
+            tops = [-0.125 - rank for rank in range(count)]
+            scores = PromptScores([-0.75], [2], [top_ids], [tops])
+            delta = SequenceDelta(submit.sequence_id, [], prompt_scores=scores)
+            self.on_batch(TokenBatch(self.epoch, 1, [delta]))
+            await asyncio.sleep(0)
 
     async def _pause_at(self, position: int) -> None:
         if position == self.pause_after:
