@@ -209,9 +209,7 @@ def _multiply(
     else:
         result = total
     target = out + tokens[:, None] * num_rows + rows[None, :]
-    tl.store(
-        target, result.to(out.dtype.element_ty), mask=has_token[:, None] & has_row[None, :]
-    )
+    tl.store(target, result.to(out.dtype.element_ty), mask=has_token[:, None] & has_row[None, :])
 
 
 @triton.jit
@@ -288,9 +286,7 @@ def multiply(x: Tensor, weight: Planes) -> Tensor:
     return out
 
 
-def dequantize_rows(
-    weight: Planes, dtype: torch.dtype, rows: Tensor | tuple[int, int]
-) -> Tensor:
+def dequantize_rows(weight: Planes, dtype: torch.dtype, rows: Tensor | tuple[int, int]) -> Tensor:
     """Return (num_selected, num_columns) in `dtype`; `rows` are ids, or begin and end."""
     ids = rows if isinstance(rows, Tensor) else None
     begin, end = (0, len(rows)) if isinstance(rows, Tensor) else rows
