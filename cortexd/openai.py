@@ -62,14 +62,15 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Known to OpenAI-compatible servers, would change the answer, not supported: refused by name.
-    best_of: Annotated[int, Meta(ge=1)] | None = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
+    # What the answer must be; the last four as vLLM has them.
     response_format: Any = None
     structured_outputs: Any = None
+    guided_choice: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    # Known to OpenAI-compatible servers, would change the answer, not supported: refused by name.
+    best_of: Annotated[int, Meta(ge=1)] | None = None
+    guided_grammar: Any = None
     use_beam_search: bool | None = None
 
 

@@ -115,6 +115,7 @@ def build_submit(
     max_tokens: int,
     eos_token_ids: tuple[int, ...],
     bad_words: list[bytes],
+    grammar: str = "",
 ) -> Submit:
     """Return the message that starts one sequence; `answer_index` counts a prompt's `n` answers.
 
@@ -149,6 +150,7 @@ def build_submit(
         min_tokens=min(fields.min_tokens or 0, max_tokens),
         stop_token_ids=pack_ids(sorted(stop_token_ids)),
         logit_bias=fields.logit_bias or {},
+        grammar=grammar,
         bad_words=bad_words,
         cache_salt=fields.cache_salt or "",
         num_prompt_logprobs=(
