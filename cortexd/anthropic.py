@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from cortexd.errors import ContextLengthExceeded, CortexError
-from cortexd.openai import JsonObject, StopString, TokenCount, Usage
+from cortexd.openai import EngineFields, JsonObject, StopString, TokenCount, Usage
 
 OVERLOADED_STATUS: Final = 529
 _TYPES_BY_STATUS: Final = {
@@ -27,8 +27,8 @@ _TYPES_BY_STATUS: Final = {
 }
 
 
-class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of `POST /v1/messages/count_tokens`."""
+class CountTokensRequest(EngineFields, frozen=True, kw_only=True):
+    """Body of `POST /v1/messages/count_tokens`. The engine's fields make no difference to it."""
 
     model: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
     messages: list[JsonObject] | None = None

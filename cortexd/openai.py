@@ -27,18 +27,29 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are chosen: the fields that chat and legacy completions share."""
+class EngineFields(msgspec.Struct, frozen=True, kw_only=True):
+    """What every endpoint takes beyond its own API, under the names that open engines have."""
 
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] | None = None
+    bad_words: Annotated[list[StopString], Meta(max_length=256)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=65536)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
+
+
+class SamplingFields(EngineFields, frozen=True, kw_only=True):
+    """How tokens are chosen: the fields that chat and legacy completions share."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
 
 
 class GenerationFields(SamplingFields, frozen=True, kw_only=True):
@@ -46,11 +57,9 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
     max_tokens: TokenCount | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
-    ignore_eos: bool | None = None
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Known to OpenAI-compatible servers, would change the answer, not supported: refused by name.
@@ -59,7 +68,6 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
     guided_grammar: Any = None
     guided_json: Any = None
     guided_regex: Any = None
-    prompt_logprobs: Any = None
     response_format: Any = None
     structured_outputs: Any = None
     use_beam_search: bool | None = None
@@ -88,7 +96,8 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     """Body of `POST /v1/completions`. `prompt` is decoded in a second step: a union of lists."""
 
     prompt: msgspec.Raw = msgspec.Raw(b"null")
-    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
 
@@ -137,12 +146,27 @@ class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """`logprobs` of a legacy choice; the four lists run in parallel."""
+    """`logprobs` of a legacy choice; the four lists run in parallel.
+
+    The first token of an echoed prompt has no score.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """How likely one token was in its place of the prompt; `rank` counts from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# By token id; null for the first token, which follows nothing. Left out unless it was asked for.
+PromptLogprobs = list[dict[str, PromptLogprob] | None] | msgspec.UnsetType
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -198,6 +222,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str | None = None
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs = msgspec.UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -237,6 +262,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    prompt_logprobs: PromptLogprobs = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):

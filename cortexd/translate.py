@@ -14,7 +14,7 @@ import msgspec
 
 from cortexd.anthropic import CountTokensRequest, MessagesRequest
 from cortexd.errors import InvalidType, InvalidValue, MissingParameter, UnsupportedParameter
-from cortexd.openai import ChatCompletionRequest, JsonObject
+from cortexd.openai import ChatCompletionRequest, EngineFields, JsonObject
 from cortexd.tools import shown, string_field
 from cortexd.translate_tools import translate_tool, translate_tool_choice
 
@@ -63,6 +63,7 @@ def to_chat_request(
             temperature=body.temperature,
             top_p=body.top_p,
             top_k=body.top_k,
+            **{name: getattr(body, name) for name in EngineFields.__struct_fields__},
         )
     return Translation(request, prefill)
 

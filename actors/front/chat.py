@@ -48,6 +48,8 @@ class ChatDialect:
 
     def response(self, answer: Answer, outputs: list[ChoiceOutput], usage: Usage) -> bytes:
         """Return the whole answer."""
+        part = outputs[0].prompt
+        maps = None if part is None else part.logprob_maps()
         return msgspec.json.encode(
             ChatCompletion(
                 id=answer.id,
@@ -64,6 +66,7 @@ class ChatDialect:
                     for output in outputs
                 ],
                 usage=usage,
+                prompt_logprobs=msgspec.UNSET if maps is None else maps,
             )
         )
 

@@ -16,6 +16,7 @@ from engine.text.answer import Piece, Text, ToolCall, add_piece
 from engine.text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
+    from actors.front.prompt_part import PromptPart
     from engine.text.answer_parser import AnswerParser
     from engine.text.text_model import TextModel
 
@@ -40,13 +41,17 @@ class TokenScore:
 
 @dataclass(slots=True)
 class ChoiceOutput:
-    """What one choice gained since the last output. `stop_string` is the one that ended it."""
+    """What one choice gained since the last output. `stop_string` is the one that ended it.
+
+    The first output of a choice holds what is to be told of its prompt.
+    """
 
     index: int
     pieces: list[Piece]
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: str | None = None
     stop_string: str | None = None
+    prompt: PromptPart | None = None
 
     def extend(self, later: ChoiceOutput) -> None:
         """Add what came after."""
@@ -62,7 +67,9 @@ class Choice:
 
     `is_first_answer` marks the one that counts its prompt's cached tokens; `continues_text` an
     answer that goes on with its prompt's text instead of opening a turn; `ends_at_tool_call` one
-    that may hold a single call. `parser` is None when all of the answer is text.
+    that may hold a single call. `parser` is None when all of the answer is text. Stop strings do
+    not count before `min_tokens`. Of a prompt with a `prompt_part` that comes first; until it is
+    complete, nothing is handed out.
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class Choice:
         is_first_answer: bool,
         continues_text: bool,
         ends_at_tool_call: bool = False,
+        min_tokens: int = 0,
+        prompt_part: PromptPart | None = None,
     ) -> None:
         self.index = index
         self.is_first_answer = is_first_answer
@@ -94,7 +103,10 @@ class Choice:
         self._ends_at_tool_call = ends_at_tool_call
         self._has_tool_call = False
         self._pieces: list[Piece] = []
-        self._text_length = 0
+        self._min_tokens = min_tokens
+        self._prompt_part = prompt_part
+        self._untold_prompt = prompt_part
+        self._text_length = 0 if prompt_part is None else len(prompt_part.echo)
         self._scores: list[TokenScore] = []
 
     def push(self, delta: SequenceDelta) -> None:
@@ -103,6 +115,8 @@ class Choice:
             return
         if delta.error is not None:
             raise delta.error.to_exception()
+        if delta.prompt_scores is not None and self._prompt_part is not None:
+            self._prompt_part.push(delta.prompt_scores)
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         if self._parser is None and self._stop_strings is None and not self._wants_scores:
             self.num_tokens += len(delta.token_ids)
@@ -115,10 +129,16 @@ class Choice:
 
     def take(self) -> ChoiceOutput | None:
         """Return what is ready to be sent, None when there is nothing."""
-        if not self._pieces and self.finish_reason is None:
+        prompt = self._untold_prompt
+        if prompt is not None and not prompt.is_complete:
             return None
+        if prompt is None and not self._pieces and self.finish_reason is None:
+            return None
+        self._untold_prompt = None
         stop = self._stop_strings.stop if self._stop_strings is not None else None
-        output = ChoiceOutput(self.index, self._pieces, self._scores, self.finish_reason, stop)
+        output = ChoiceOutput(
+            self.index, self._pieces, self._scores, self.finish_reason, stop, prompt
+        )
         self._pieces = []
         self._scores = []
         return output
@@ -156,7 +176,7 @@ class Choice:
         return False
 
     def _emit_text(self, text: str) -> bool:
-        if self._stop_strings is None:
+        if self._stop_strings is None or self.num_tokens <= self._min_tokens:
             self._add_text(text)
             return False
         safe, is_stopped = self._stop_strings.push(text)
@@ -183,6 +203,9 @@ class Choice:
             raise EngineRestarting("the engine dropped this request; try again")
         if reason not in {"stop", "length"}:
             raise Internal(f"the engine ended this request without a cause ({reason})")
+        prompt = self._prompt_part
+        if self.is_first_answer and prompt is not None and not prompt.is_complete:
+            raise Internal(f"the engine ended this request without its scores ({prompt!r})")
         if self._flush():
             return
         self._release_held()

@@ -32,7 +32,7 @@ class CompletionDialect:
 
     def response(self, answer: Answer, outputs: list[ChoiceOutput], usage: Usage) -> bytes:
         """Return the whole answer."""
-        choices = [_choice(output) for output in outputs]
+        choices = [_whole_choice(output) for output in outputs]
         return msgspec.json.encode(_document(answer, choices, usage))
 
 
@@ -45,7 +45,7 @@ class CompletionEncoder:
 
     def chunk(self, output: ChoiceOutput) -> bytes:
         """Return one event with the text, its scores and the finish reason."""
-        if output.scores or output.finish_reason is not None:
+        if output.scores or output.finish_reason is not None or output.prompt is not None:
             return self._event(_choice(output))
         head, tail = self._frame(output.index)
         return head + msgspec.json.encode(_text(output)) + tail
@@ -95,12 +95,36 @@ def _document(
     )
 
 
+def _whole_choice(output: ChoiceOutput) -> CompletionChoice:
+    maps = None if output.prompt is None else output.prompt.logprob_maps()
+    choice = _choice(output)
+    return choice if maps is None else msgspec.structs.replace(choice, prompt_logprobs=maps)
+
+
 def _choice(output: ChoiceOutput) -> CompletionChoice:
+    logprobs = _logprobs(output.scores)
+    text = _text(output)
+    if output.prompt is not None:
+        logprobs = _joined(output.prompt.echo_logprobs(), logprobs)
+        text = output.prompt.echo + text
     return CompletionChoice(
         index=output.index,
-        text=_text(output),
-        logprobs=_logprobs(output.scores),
+        text=text,
+        logprobs=logprobs,
         finish_reason=output.finish_reason,
+    )
+
+
+def _joined(
+    first: CompletionLogprobs | None, second: CompletionLogprobs | None
+) -> CompletionLogprobs | None:
+    if first is None or second is None:
+        return first or second
+    return CompletionLogprobs(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
+        text_offset=first.text_offset + second.text_offset,
     )
 
 

@@ -190,6 +190,7 @@ class Generation:
         self._leader = routed.leader
         answers = self._request.choices_per_prompt
         stop = self._request.stop
+        parts = [prepared.prompt_part(self._request, n) for n in range(len(prepared.prompts))]
         for index in range(len(prepared.prompts) * answers):
             answer_format = prepared.answer_format(self._request, index)
             choice = Choice(
@@ -201,6 +202,8 @@ class Generation:
                 is_first_answer=index % answers == 0,
                 continues_text=self._request.continues_text,
                 ends_at_tool_call=self._request.is_single_tool_call,
+                min_tokens=self._request.fields.min_tokens or 0,
+                prompt_part=parts[index // answers],
             )
             self._choices.append(choice)
             sequence_id = self._services.sequences.open(
@@ -230,6 +233,10 @@ class Generation:
             if choice.finish_reason is not None:
                 self._end_choice(choice)
             touched[index] = choice
+            if delta.prompt_scores is not None:
+                # The other answers to this prompt may have waited for it.
+                for sibling in range(index, index + self._request.choices_per_prompt):
+                    touched.setdefault(sibling, self._choices[sibling])
         if num_tokens:
             now = time.monotonic()
             self._record.first_token = self._record.first_token or now

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import cortexd
+from actors.front.prompt_part import PromptPart
 from actors.front.record import RequestRecord
 from actors.front.request import InferenceRequest, Prompt
 from actors.front.routing import route
 from actors.front.sampling import (
+    bad_word_ids,
     build_submit,
     check_prompt_ids,
     check_token_ids,
@@ -41,9 +43,13 @@ _LEADER_PAUSE_S = 0.01
 
 @dataclass(slots=True, frozen=True)
 class TokenisedPrompt:
-    """One prompt as packed int32, its length, how many tokens may follow it, how to read those."""
+    """One prompt as packed int32, its length, how many tokens may follow it, how to read those.
+
+    `text` is a legacy prompt as the client wrote it, if it did not send token ids.
+    """
 
     packed: bytes
+    text: str | None
     num_tokens: int
     max_tokens: int
     answer_format: AnswerFormat | None
@@ -57,6 +63,7 @@ class Prepared:
     text_model: TextModel
     defaults: SamplingFields
     prompts: list[TokenisedPrompt]
+    bad_words: list[bytes]
     lease_id: str
     fingerprint: str
 
@@ -77,6 +84,21 @@ class Prepared:
             prompt=prompt.packed,
             max_tokens=prompt.max_tokens,
             eos_token_ids=self.text_model.eos_token_ids,
+            bad_words=self.bad_words,
+        )
+
+    def prompt_part(self, request: InferenceRequest, prompt_index: int) -> PromptPart | None:
+        """Return what is to be told of a prompt, None when it is nothing."""
+        if not request.is_echoed and request.num_prompt_logprobs < 0:
+            return None
+        prompt = self.prompts[prompt_index]
+        return PromptPart(
+            self.text_model,
+            prompt.packed,
+            prompt.text,
+            is_echoed=request.is_echoed,
+            echo_top=request.echo_top,
+            map_top=request.num_prompt_logprobs,
         )
 
 
@@ -118,15 +140,18 @@ async def _prepare_for(
     text_model = await services.text_models.get(routed.files)
     check_token_ids(request.fields, routed.spec.vocab_size)
     prompts = []
-    for ids, answer_format in await tokenise(request, text_model):
+    for index, (ids, answer_format) in enumerate(await tokenise(request, text_model)):
         check_prompt_ids(ids, routed.spec.vocab_size)
         max_tokens = tokens_to_generate(request, len(ids), routed.limits)
-        prompts.append(TokenisedPrompt(pack_ids(ids), len(ids), max_tokens, answer_format))
+        sent = request.prompts[index] if request.prompts else None
+        text = sent if isinstance(sent, str) else None
+        prompts.append(TokenisedPrompt(pack_ids(ids), text, len(ids), max_tokens, answer_format))
     return Prepared(
         routed,
         text_model,
         _defaults(services, routed, text_model),
         prompts,
+        bad_word_ids(request.fields, text_model),
         lease_id,
         _fingerprint(routed),
     )

@@ -14,9 +14,9 @@ Prompt = str | list[int]
 class InferenceRequest:
     """One request, fully checked; nothing in it needs another look before tokenising.
 
-    Exactly one of `messages` and `prompts` is set. `num_logprobs` is -1 for none. `tools` are those
-    the model may call, in OpenAI's form; `prefill` is the beginning of the answer, given by the
-    client.
+    Exactly one of `messages` and `prompts` is set. `num_logprobs` is -1 for none, and so is
+    `num_prompt_logprobs`. With `is_echoed` an answer begins with its prompt. `tools` are those the
+    model may call, in OpenAI's form; `prefill` is the beginning of the answer, given by the client.
     """
 
     kind: Literal["chat", "completion"]
@@ -25,6 +25,8 @@ class InferenceRequest:
     max_tokens: int | None
     stop: tuple[str, ...]
     num_logprobs: int
+    num_prompt_logprobs: int = -1
+    is_echoed: bool = False
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     is_single_tool_call: bool = False
@@ -47,6 +49,11 @@ class InferenceRequest:
     def choices_per_prompt(self) -> int:
         """Return `n`."""
         return self.fields.n or 1
+
+    @property
+    def echo_top(self) -> int:
+        """Return how many likely tokens are told for each echoed one, -1 for no scores at all."""
+        return self.num_logprobs if self.is_echoed else -1
 
     @property
     def continues_text(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,6 +16,9 @@ from cortexd.errors import ContextLengthExceeded, InvalidValue
 from cortexd.messages import Submit
 from cortexd.models import ModelLimits
 from cortexd.openai import GenerationFields, SamplingFields
+
+if TYPE_CHECKING:
+    from engine.text.text_model import TextModel
 
 _SEED_RANGE = 2**64
 _SEED_MAX = 2**63 - 1
@@ -40,9 +43,30 @@ def check_token_ids(fields: GenerationFields, vocab_size: int) -> None:
     for token_id in fields.logit_bias or {}:
         if token_id >= vocab_size:
             raise _no_such_token("logit_bias", token_id, vocab_size)
-    for token_id in fields.stop_token_ids or []:
-        if token_id >= vocab_size:
-            raise _no_such_token("stop_token_ids", token_id, vocab_size)
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        for token_id in getattr(fields, name) or []:
+            if token_id >= vocab_size:
+                raise _no_such_token(name, token_id, vocab_size)
+
+
+def bad_word_ids(fields: GenerationFields, text_model: TextModel) -> list[bytes]:
+    """Return the token sequences, packed, that the output must not hold. Raises: InvalidValue.
+
+    A word is banned as it is and with a space before it, since most vocabularies tell the two
+    apart. Other ways to spell it with tokens are not found.
+    """
+    sequences: dict[bytes, None] = {}
+    for word in fields.bad_words or []:
+        for spelling in (word, " " + word.lstrip(" ")):
+            ids = text_model.encode(spelling, add_special_tokens=False)
+            if not ids:
+                raise InvalidValue(
+                    f'bad_words holds "{word}", of which the tokenizer makes no token; leave it '
+                    "out",
+                    param="bad_words",
+                )
+            sequences[pack_ids(ids)] = None
+    return list(sequences)
 
 
 def check_prompt_ids(ids: list[int], vocab_size: int) -> None:
@@ -61,6 +85,8 @@ def tokens_to_generate(request: InferenceRequest, prompt_len: int, limits: Model
     Raises: ContextLengthExceeded when not even one token fits.
     """
     room = limits.context - prompt_len
+    if request.max_tokens == 0 and room == 0:
+        return 0
     if room < 1:
         raise ContextLengthExceeded(
             f"this model's maximum context length is {limits.context} tokens; the prompt has "
@@ -84,8 +110,12 @@ def build_submit(
     prompt: bytes,
     max_tokens: int,
     eos_token_ids: tuple[int, ...],
+    bad_words: list[bytes],
 ) -> Submit:
-    """Return the message that starts one sequence; `answer_index` counts a prompt's `n` answers."""
+    """Return the message that starts one sequence; `answer_index` counts a prompt's `n` answers.
+
+    The first of them has the prompt scored for all.
+    """
     fields = request.fields
 
     def pick(name: str, fallback: float) -> Any:
@@ -115,6 +145,12 @@ def build_submit(
         min_tokens=min(fields.min_tokens or 0, max_tokens),
         stop_token_ids=pack_ids(sorted(stop_token_ids)),
         logit_bias=fields.logit_bias or {},
+        bad_words=bad_words,
+        cache_salt=fields.cache_salt or "",
+        num_prompt_logprobs=(
+            max(request.echo_top, request.num_prompt_logprobs) if answer_index == 0 else -1
+        ),
+        allowed_token_ids=pack_ids(fields.allowed_token_ids or []),
     )
 
 

@@ -27,7 +27,6 @@ _UNSUPPORTED = (
     "guided_grammar",
     "guided_json",
     "guided_regex",
-    "prompt_logprobs",
     "structured_outputs",
 )
 _UNSUPPORTED_IN_CHAT = ("functions", "function_call", "audio", "web_search_options")
@@ -62,6 +61,7 @@ def check_chat(fields: ChatCompletionRequest, *, prefill: str = "") -> Inference
         max_tokens=fields.max_completion_tokens or fields.max_tokens,
         stop=_stop_strings(fields),
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=_or_none_wanted(fields.prompt_logprobs),
         messages=[_message(index, message) for index, message in enumerate(fields.messages)],
         tools=_callable_tools(fields),
         is_single_tool_call=fields.parallel_tool_calls is False,
@@ -74,8 +74,6 @@ def parse_completion(body: bytes) -> InferenceRequest:
     """Return the checked request of `/v1/completions`. Raises: InvalidRequest's children."""
     fields = decode_body(body, CompletionRequest)
     model = _check_common(fields)
-    if fields.echo:
-        raise _unsupported("echo", "send the prompt's text back yourself")
     if fields.suffix:
         raise _unsupported("suffix", "only text after the prompt is generated")
     prompts = _prompts(fields.prompt)
@@ -84,13 +82,21 @@ def parse_completion(body: bytes) -> InferenceRequest:
             f"n is {fields.n} for {len(prompts)} prompts; at most {MAX_CHOICES} answers in all",
             param="n",
         )
+    if fields.max_tokens == 0 and not fields.echo and fields.prompt_logprobs is None:
+        raise InvalidValue(
+            "max_tokens is 0: nothing would be answered; allowed: at least 1, or 0 with echo or "
+            "prompt_logprobs",
+            param="max_tokens",
+        )
     return InferenceRequest(
         kind="completion",
         model=model,
         fields=fields,
         max_tokens=fields.max_tokens,
         stop=_stop_strings(fields),
-        num_logprobs=-1 if fields.logprobs is None else fields.logprobs,
+        num_logprobs=_or_none_wanted(fields.logprobs),
+        num_prompt_logprobs=_or_none_wanted(fields.prompt_logprobs),
+        is_echoed=fields.echo is True,
         prompts=prompts,
     )
 
@@ -111,6 +117,11 @@ def _check_common(fields: GenerationFields) -> str:
         isinstance(response_format, dict) and response_format.get("type") == "text"
     ):
         raise _unsupported("response_format", 'only {"type": "text"}')
+    if fields.prompt_logprobs is not None and fields.stream:
+        raise InvalidValue(
+            "prompt_logprobs cannot be streamed; leave out stream, or use echo with logprobs",
+            param="prompt_logprobs",
+        )
     if fields.stream_options is not None and not fields.stream:
         raise InvalidValue("stream_options needs stream to be true", param="stream_options")
     return fields.model
@@ -138,6 +149,10 @@ def _callable_tools(fields: ChatCompletionRequest) -> list[JsonObject] | None:
 
 def _unsupported(param: str, instead: str = "leave it out") -> UnsupportedParameter:
     return UnsupportedParameter(f"{param} is not supported here; {instead}", param=param)
+
+
+def _or_none_wanted(count: int | None) -> int:
+    return -1 if count is None else count
 
 
 def _stop_strings(fields: GenerationFields) -> tuple[str, ...]:

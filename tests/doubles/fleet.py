@@ -42,7 +42,7 @@ from cortexd.messages import (
 )
 from cortexd.messages.control import Message
 from cortexd.messages.fleet import DeviceReport
-from cortexd.messages.inference import SequenceDelta
+from cortexd.messages.inference import PromptScores, SequenceDelta
 from cortexd.models import (
     ModelFiles,
     ModelLimits,
@@ -87,6 +87,7 @@ class Fleet:
         self.finish_reason = "stop"
         self.delta_error: CortexError | None = None
         self.num_cached_tokens = 0
+        self.scores_prompts = True
         self.pause_after: int | None = None
         self.paused = asyncio.Event()
         self.load_error: CortexError | None = None
@@ -267,6 +268,7 @@ class Fleet:
             self._send(submit, [], error=self.delta_error.to_info(), finish_reason="error")
             return
         self._send(submit, [], num_prefilled=len(prompt))
+        await self._send_scores(submit, prompt)
         for position, token in enumerate(tokens):
             await self._pause_at(position)
             self._send(submit, [token], num_prefilled=len(prompt))
@@ -274,6 +276,18 @@ class Fleet:
         await self._pause_at(len(tokens))
         self._running.pop(submit.sequence_id, None)
         self._send(submit, [], finish_reason=reason)
+
+    async def _send_scores(self, submit: Submit, prompt: array[int]) -> None:
+        """Score the prompt's tokens from the second on, one a step: each is the second best."""
+        count = submit.num_prompt_logprobs if self.scores_prompts else -1
+        await asyncio.sleep(0)
+        for _ in prompt[1:] if count >= 0 else []:
+            top_ids = [ord("a") + rank for rank in range(count)]
+            tops = [-0.125 - rank for rank in range(count)]
+            scores = PromptScores([-0.75], [2], [top_ids], [tops])
+            delta = SequenceDelta(submit.sequence_id, [], prompt_scores=scores)
+            self.on_batch(TokenBatch(self.epoch, 1, [delta]))
+            await asyncio.sleep(0)
 
     async def _pause_at(self, position: int) -> None:
         if position == self.pause_after:

@@ -87,7 +87,11 @@ class ByteTextModel:
         return bytes([token_id])
 
     def detokenizer(
-        self, *, shows_markers: bool = False, continues_text: bool = False
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        shows_markers: bool = False,
+        continues_text: bool = False,
     ) -> ByteDetokenizer:
         """Return a fresh detokenizer."""
         return ByteDetokenizer()

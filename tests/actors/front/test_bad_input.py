@@ -124,9 +124,11 @@ COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [257]}, "invalid_value", "prompt"),
     ({"prompt": ["a"] * 65}, "invalid_value", "prompt"),
     ({"prompt": ["a"] * 10, "n": 16}, "invalid_value", "n"),
-    ({"logprobs": 6}, "invalid_value", "logprobs"),
+    ({"logprobs": 21}, "invalid_value", "logprobs"),
     ({"logprobs": True}, "invalid_type", "logprobs"),
-    ({"echo": True}, "unsupported_parameter", "echo"),
+    ({"echo": "yes"}, "invalid_type", "echo"),
+    ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+    ({"max_tokens": -1, "echo": True}, "invalid_value", "max_tokens"),
     ({"suffix": "x"}, "unsupported_parameter", "suffix"),
 ]
 
