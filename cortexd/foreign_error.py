@@ -1,7 +1,7 @@
 """What another OpenAI-compatible server's error means, in our own classes. Pure.
 
-Servers agree on the HTTP status and on `{"error": {"message": ...}}` (older vLLM: the object itself);
-their codes and types differ. An overlong prompt is told by its words, since agents act on it.
+Servers agree on the HTTP status and on `{"error": {"message": ...}}`; codes and types differ. An
+overlong prompt is told by its words, since agents act on it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def foreign_error(
     error_class = ERRORS_BY_CODE.get(str(fields.get("code"))) or _BY_STATUS.get(status)
     if error_class is None:
         return UpstreamError(text)
-    return error_class(text, retry_after_s=retry_after_s)
+    return error_class(text, retry_after_s=retry_after_s if error_class.retriable else None)
 
 
 def _fields(body: bytes) -> dict[str, object]:
@@ -57,5 +57,5 @@ def _fields(body: bytes) -> dict[str, object]:
         document = msgspec.json.decode(body, type=dict[str, object])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
-    error = document.get("error", document)
+    error = document.get("error")
     return error if isinstance(error, dict) else {"message": error}

@@ -9,16 +9,20 @@ from typing import Final
 import aiohttp
 from aiohttp import web
 
+from actors.front.decode import decode_body
 from actors.front.model_value import with_model
 from actors.front.record import RequestRecord
 from actors.front.routing import place
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.upstream import HEAD_TIMEOUT_S, ConnectFailed, request_headers
+from cortexd.anthropic import MessagesRequest
+from cortexd.chat_body import chat_body
 from cortexd.errors import CortexError, InvalidRequest, UpstreamUnavailable
 from cortexd.messages import EndRequest, NodeFailed, RoutedHere, RoutedRemote
 from cortexd.settings import NeuronKind
 
 _MESSAGES: Final = "/v1/messages"
+_CHAT: Final = "/v1/chat/completions"
 
 
 class Dispatch:
@@ -110,15 +114,27 @@ class Dispatch:
             raise error
         return routed
 
-    async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
+    @property
+    def is_translated(self) -> bool:
+        """Tell whether the node answers in another dialect than the client's."""
+        return self.kind == "openai" and self._request.path.startswith(_MESSAGES)
+
+    def _addressed(self, routed: RoutedRemote) -> tuple[str, bytes]:
+        """Return the path and the body the node gets: the client's own wherever it can be."""
         path = self._request.path
-        if routed.kind == "openai" and path.startswith(_MESSAGES):
-            raise InvalidRequest(
-                f'model "{routed.model_id}" runs on "{routed.node}", an external server that is '
-                "only spoken to in the OpenAI dialect; use /v1/chat/completions",
-                param="model",
-            )
+        if self.is_translated:
+            if path != _MESSAGES:
+                raise InvalidRequest(
+                    f'model "{routed.model_id}" runs on "{routed.node}", an external server that '
+                    f"has no {path}",
+                    param="model",
+                )
+            return _CHAT, chat_body(decode_body(self._body, MessagesRequest), routed.model_id)
         is_alias = routed.model_id != self._model
+        return path, with_model(self._body, routed.model_id) if is_alias else self._body
+
+    async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
+        path, body = self._addressed(routed)
         head_timeout_s = self._services.settings.gateway.request_timeout_s
         if self._is_stream and routed.kind == "cortex":
             head_timeout_s = HEAD_TIMEOUT_S
@@ -127,7 +143,7 @@ class Dispatch:
             routed.node,
             routed.base_url + path,
             request_headers(self._request.headers, self._request[REQUEST_ID]),
-            with_model(self._body, routed.model_id) if is_alias else self._body,
+            body,
             head_timeout_s,
         )
         return self._upstream

@@ -205,7 +205,7 @@ class ForeignStream:
         if self._call_index is None or index > self._call_index:
             self._call_index = index
             events += self._blocks.begin_call(*_identity(call, index))
-        elif index < self._call_index:
+        elif index < self._call_index or not self._blocks.is_call_open:
             self._fail("went back to a tool call it had finished")
             return b""
         if call.function.arguments:

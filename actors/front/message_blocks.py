@@ -29,6 +29,11 @@ class MessageBlocks:
         self._open: type[TextBlock | ThinkingBlock | ToolUseBlock] | None = None
         self._signer = Signer()
 
+    @property
+    def is_call_open(self) -> bool:
+        """Tell whether arguments can be added."""
+        return self._open is ToolUseBlock
+
     def text(self, text: str) -> bytes:
         """Add words for the reader."""
         events = self._switch_to(TextBlock(""))
