@@ -19,6 +19,7 @@ from cortexd.errors import (
     NoHealthyNode,
     NotFound,
 )
+from cortexd.keys import node_keys
 from cortexd.messages import NeuronReport
 from cortexd.messages.neurons import NodeDevice, NodeModel
 from cortexd.models import LoadOptions
@@ -56,8 +57,10 @@ class NeuronClient:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
             connector=aiohttp.TCPConnector(limit=0),
         )
+        keys = node_keys(neurons)
         self._neurons = {
-            entry.name: _PolledNeuron(entry, self._session, on_report) for entry in neurons
+            entry.name: _PolledNeuron(entry, keys.get(entry.name), self._session, on_report)
+            for entry in neurons
         }
         self._tasks = [
             asyncio.create_task(neuron.poll_forever()) for neuron in self._neurons.values()
@@ -94,7 +97,9 @@ class NeuronClient:
         try:
             async with asyncio.timeout(timeout_s):
                 async with self._session.post(
-                    neuron.url + path, data=body, headers={"Content-Type": "application/json"}
+                    neuron.url + path,
+                    data=body,
+                    headers={"Content-Type": "application/json", **neuron.headers},
                 ) as response:
                     answer = await _read(response)
                     if response.status != 200:
@@ -111,11 +116,13 @@ class _PolledNeuron:
     def __init__(
         self,
         entry: NeuronEntry,
+        key: str | None,
         session: aiohttp.ClientSession,
         on_report: Callable[[NeuronReport], None],
     ) -> None:
         self.entry = entry
         self.url = base_url(entry)
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.report: NeuronReport | None = None
         self._session = session
         self._on_report = on_report
@@ -193,7 +200,7 @@ class _PolledNeuron:
         self._models = read_openai_models(models_body, is_ready=status != _UNAVAILABLE)
 
     async def _get(self, path: str) -> bytes:
-        async with self._session.get(self.url + path) as response:
+        async with self._session.get(self.url + path, headers=self.headers) as response:
             if response.status != 200:
                 raise BadAnswer(f"{path} answered HTTP {response.status}")
             return await _read(response)
@@ -206,7 +213,7 @@ class _PolledNeuron:
 
     async def _status(self, path: str) -> int:
         try:
-            async with self._session.get(self.url + path) as response:
+            async with self._session.get(self.url + path, headers=self.headers) as response:
                 return response.status
         except (aiohttp.ClientError, OSError):
             return 0

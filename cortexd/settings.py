@@ -48,6 +48,13 @@ class Eviction(Section, frozen=True):
     idle_ttl_s: NonNegativeFloat = 0.0
 
 
+class Entitlements(Section, frozen=True):
+    """Who may use the API; without a keys file everybody who reaches it."""
+
+    keys_file: str | None = None
+    require_auth: bool = True
+
+
 class NeuronEntry(Section, frozen=True):
     """One `[[neurons]]` table: a host whose models the gateway offers.
 
@@ -57,6 +64,7 @@ class NeuronEntry(Section, frozen=True):
     name: str
     endpoint: str
     kind: NeuronKind = "cortex"
+    key_file: str | None = None
 
 
 class Neuron(Section, frozen=True):
@@ -142,6 +150,7 @@ class Settings(Section, frozen=True):
     role: Role = "all"
     models_config: str | None = None
     gateway: Gateway = Gateway()
+    entitlements: Entitlements = Entitlements()
     eviction: Eviction = Eviction()
     neuron: Neuron = Neuron()
     engine: Engine = Engine()

@@ -8,8 +8,11 @@ from typing import Final
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 
+from actors.front.auth import ANONYMOUS
 from actors.front.decode import decode_body
+from actors.front.entitlement import hold
 from actors.front.model_value import with_model
 from actors.front.record import RequestRecord
 from actors.front.routing import place
@@ -17,12 +20,13 @@ from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.upstream import HEAD_TIMEOUT_S, ConnectFailed, request_headers
 from cortexd.anthropic import MessagesRequest
 from cortexd.chat_body import chat_body
-from cortexd.errors import CortexError, InvalidRequest, UpstreamUnavailable
+from cortexd.errors import CortexError, InvalidRequest, UpstreamError, UpstreamUnavailable
 from cortexd.messages import EndRequest, NodeFailed, RoutedHere, RoutedRemote
 from cortexd.settings import NeuronKind
 
 _MESSAGES: Final = "/v1/messages"
 _CHAT: Final = "/v1/chat/completions"
+_KEY_REFUSED: Final = frozenset({401, 403})
 
 
 class Dispatch:
@@ -88,6 +92,7 @@ class Dispatch:
             self.lease_id,
             wait_s=max(self._patience_until - asyncio.get_running_loop().time(), 0.0),
             exclude=exclude,
+            account=self._record.principal.account,
         )
         if isinstance(routed, RoutedRemote):
             self._routed = routed
@@ -135,6 +140,8 @@ class Dispatch:
 
     async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
         path, body = self._addressed(routed)
+        if self._record.estimate is not None:
+            await hold(self._services, self._record, self._record.estimate.total)
         head_timeout_s = self._services.settings.gateway.request_timeout_s
         if self._is_stream and routed.kind == "cortex":
             head_timeout_s = HEAD_TIMEOUT_S
@@ -142,8 +149,28 @@ class Dispatch:
         self._upstream = await self._services.upstream.post(
             routed.node,
             routed.base_url + path,
-            request_headers(self._request.headers, self._request[REQUEST_ID]),
+            self._headers(routed),
             body,
             head_timeout_s,
         )
+        if self._upstream.status in _KEY_REFUSED and self._own_key(routed.node) is not None:
+            raise UpstreamError(
+                f'node "{routed.node}" refuses this gateway\'s key (HTTP {self._upstream.status}); '
+                "its operator can mend key_file in [[neurons]]"
+            )
         return self._upstream
+
+    def _headers(self, routed: RoutedRemote) -> CIMultiDict[str]:
+        """Return what the node is sent; whose request it is is told to our own neurons only."""
+        is_ours = routed.kind == "cortex" and routed.node in self._services.node_keys
+        return request_headers(
+            self._request.headers,
+            self._request[REQUEST_ID],
+            self._record.principal if is_ours else ANONYMOUS,
+            self._own_key(routed.node),
+        )
+
+    def _own_key(self, node: str) -> str | None:
+        """Return the key for a node; keys of this gateway's clients never leave it."""
+        key = self._services.node_keys.get(node)
+        return "" if key is None and self._services.keys.is_used else key

@@ -106,6 +106,11 @@ class ForeignStream:
         return self._num_chunks > 0
 
     @property
+    def num_tokens(self) -> int:
+        """Return how many tokens have passed if each had a chunk of its own."""
+        return self._num_chunks
+
+    @property
     def finish_reason(self) -> str | None:
         """Return why the model stopped, None when the stream did not say."""
         return None if self._stop is None else self._stop.stop_reason

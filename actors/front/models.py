@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import msgspec
 from aiohttp import web
 
+from actors.front.auth import PRINCIPAL
 from actors.front.error_response import speaks_anthropic
 from actors.front.health import json_response
 from actors.front.model_merge import OWNER, merged_cards, model_limit
@@ -27,7 +28,7 @@ _MIB = 2**20
 async def list_models(request: web.Request) -> web.Response:
     """Answer all models and aliases."""
     services = request.app[SERVICES]
-    cards = await _cards(services, await known_models(services))
+    cards = _open_to(request, await _cards(services, await known_models(services)))
     if not speaks_anthropic(request):
         return json_response(ModelCards(data=cards))
     infos = [_info(card) for card in cards]
@@ -39,13 +40,19 @@ async def get_model(request: web.Request) -> web.Response:
     """Answer one model; ids may hold slashes. Raises: ModelNotFound."""
     services = request.app[SERVICES]
     wanted = request.match_info["model_id"]
-    cards = await _cards(services, await known_models(services))
+    cards = _open_to(request, await _cards(services, await known_models(services)))
     for card in cards:
         if card.id == wanted:
             return json_response(_info(card) if speaks_anthropic(request) else card)
     close = difflib.get_close_matches(wanted, [card.id for card in cards], n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(close)}?" if close else "; see GET /v1/models"
     raise ModelNotFound(f'model "{wanted}" is not known here{hint}', param="model")
+
+
+def _open_to(request: web.Request, cards: list[ModelCard]) -> list[ModelCard]:
+    """Return the models that the request's key opens; of others not even the name is told."""
+    principal = request[PRINCIPAL]
+    return [card for card in cards if principal.may_use(card.id)]
 
 
 @dataclass(slots=True, frozen=True)

@@ -37,6 +37,7 @@ from cortexd.errors import (
 )
 from cortexd.foreign_error import foreign_error
 from cortexd.neuron_wire import answered_error
+from cortexd.token_estimate import estimate_answer
 
 # A neuron says something every second of a stream; another server may be silent for a long prompt.
 _MAX_SILENCE_S: Final = {"cortex": 60.0, "openai": 300.0}
@@ -62,6 +63,7 @@ async def forward(
         wanted = msgspec.json.decode(body, type=_Wanted)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    record.principal.check_model(wanted.model)
     forwarding = _Forwarding(request, record, dialect, body, wanted)
     try:
         return await forwarding.answer()
@@ -149,6 +151,8 @@ class _Forwarding:
             record.prompt_tokens = counts.prompt_tokens
             record.completion_tokens = counts.completion_tokens
             record.cached_tokens = counts.cached_tokens
+        elif status == 200:
+            record.completion_tokens = estimate_answer(body)
         record.finish_reason = finish_reason(body)
         headers = response_headers(upstream.headers)
         if self._dispatch.is_translated:
@@ -238,6 +242,7 @@ class _Forwarding:
     async def _relay(self, upstream: aiohttp.ClientResponse, writer: EventWriter) -> None:
         """Pass the bytes on as they arrive. Raises: UpstreamInterrupted, Cancelled."""
         stream = self._new_relay()
+        self._record.progress = lambda: (0, stream.num_tokens)
         try:
             await self._pass_on(upstream.content, stream, writer)
         except _READ_ERRORS as error:
@@ -297,6 +302,7 @@ class _Forwarding:
     def _note(self, stream: Relay) -> None:
         counts = stream.counts()
         record = self._record
+        record.progress = None
         record.prompt_tokens = counts.prompt_tokens
         record.completion_tokens = counts.completion_tokens
         record.cached_tokens = counts.cached_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cortexd.errors import ErrorInfo
 from cortexd.messages.admin import AdminCommand, AdminProgress, AdminReply
+from cortexd.messages.budgets import KeysChanged, ReportUsage, Reserve, UsageEntry
 from cortexd.messages.control import (
     ActorDown,
     ActorInfo,
@@ -93,7 +94,10 @@ Body = (
     | StopGroup
     | Welcome
     | Gauges
+    | KeysChanged
     | Measured
+    | ReportUsage
+    | Reserve
     | LoadOnNode
     | NeuronReport
     | NodeFailed
@@ -154,6 +158,7 @@ __all__ = [
     "GroupUp",
     "Hello",
     "HostReport",
+    "KeysChanged",
     "ListModels",
     "LoadModel",
     "LoadOnNode",
@@ -174,7 +179,9 @@ __all__ = [
     "QueryLoad",
     "Ready",
     "ReloadFiles",
+    "ReportUsage",
     "RequestFinished",
+    "Reserve",
     "ResolveFiles",
     "ResolveProgress",
     "ResolvedFiles",
@@ -192,5 +199,6 @@ __all__ = [
     "UnloadIdle",
     "UnloadModelNow",
     "UnloadOnNode",
+    "UsageEntry",
     "Welcome",
 ]

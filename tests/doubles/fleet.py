@@ -20,6 +20,7 @@ from cortexd.errors import (
     ModelNotFound,
     NoHealthyNode,
 )
+from cortexd.ledger import Charge, Ledger, Reservation
 from cortexd.messages import (
     Cancel,
     EndRequest,
@@ -31,7 +32,9 @@ from cortexd.messages import (
     Ok,
     Place,
     QueryHost,
+    ReportUsage,
     RequestFinished,
+    Reserve,
     Route,
     Routed,
     RoutedHere,
@@ -97,7 +100,14 @@ class Fleet:
         self.host_answers = True
         self.context = CONTEXT
         self.spec = SPEC
-        self.incarnations: dict[str, int | None] = {"router": 1, LEADER: 1, "poller": 1}
+        self.incarnations: dict[str, int | None] = {
+            "router": 1,
+            LEADER: 1,
+            "poller": 1,
+            "budgets": 1,
+        }
+        self.ledger = Ledger()
+        self.charges: list[Charge] = []
         self.epoch = 1
         self.on_batch: Callable[[TokenBatch], None] = lambda batch: None
         self._resume = asyncio.Event()
@@ -183,6 +193,14 @@ class Fleet:
                 await self._changed.wait()
         return self.all_sent(kind)
 
+    async def wait_for_charge(self, count: int = 1) -> Charge:
+        """Wait until so many requests were settled; return the last one's charge."""
+        async with asyncio.timeout(5):
+            while len(self.charges) < count:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.charges[-1]
+
     @property
     def submits(self) -> list[Submit]:
         """Return what the leader was asked to run."""
@@ -235,7 +253,22 @@ class Fleet:
                 return replica
         raise NoHealthyNode("no node answers; retry later", retry_after_s=5)
 
+    def _budget(self, body: Reserve | ReportUsage) -> Message:
+        if isinstance(body, Reserve):
+            reservation = Reservation(body.key_id, "front.0.1", body.tokens, 0.0)
+            self.ledger.reserve(body.request_id, reservation, 0.0)
+            return Ok()
+        for entry in body.entries:
+            self.ledger.report(entry.request_id, entry.prompt_tokens, entry.completion_tokens, 0.0)
+            charge = self.ledger.settle(entry.request_id, 0.0) if entry.is_final else None
+            if charge is not None:
+                self.charges.append(charge)
+        self._changed.set()
+        return Ok()
+
     def _answer(self, body: Message) -> Message:
+        if isinstance(body, Reserve | ReportUsage):
+            return self._budget(body)
         if isinstance(body, ListModels):
             state: ModelState = "loaded" if self._loaded.is_set() else "loading"
             limits = ModelLimits(context=self.context, output=self.context)
