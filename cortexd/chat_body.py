@@ -1,8 +1,8 @@
 """A Messages request as the chat request that another OpenAI-compatible server understands. Pure.
 
 Beyond the fields of OpenAI's own API it uses those that vLLM, SGLang and llama-server share, and
-only when the client asked for what they do: `top_k`, `chat_template_kwargs` (thinking), and
-`continue_final_message` (an answer that the client has begun).
+only when the client asked for what they do: `top_k` and its like, `chat_template_kwargs` for
+thinking, and `continue_final_message` for an answer that the client has begun.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from cortexd.anthropic import MessagesRequest
-from cortexd.openai import JsonObject
+from cortexd.openai import EngineFields, JsonObject
 from cortexd.translate import to_chat_request
 
 
@@ -37,6 +37,10 @@ def chat_body(body: MessagesRequest, model: str) -> bytes:
         document["tools"] = request.tools
         document["tool_choice"] = request.tool_choice
         document["parallel_tool_calls"] = None if request.parallel_tool_calls else False
+    document |= {name: getattr(body, name) for name in EngineFields.__struct_fields__}
+    if translation.answer_schema is not None:
+        schema = {"name": "answer", "strict": True, "schema": translation.answer_schema[1]}
+        document["response_format"] = {"type": "json_schema", "json_schema": schema}
     if body.thinking is not None:
         document["chat_template_kwargs"] = request.chat_template_kwargs
     if translation.prefill:

@@ -46,7 +46,8 @@ _LEADER_PAUSE_S = 0.01
 class TokenisedPrompt:
     """One prompt as packed int32, its length, how many tokens may follow it, how to read those.
 
-    `text` is a legacy prompt as the client wrote it, if it did not send token ids.
+    `text` is a legacy prompt as the client wrote it, if it did not send token ids; `grammar` is
+    what the answer must be, "" when it is free.
     """
 
     packed: bytes
@@ -54,6 +55,7 @@ class TokenisedPrompt:
     num_tokens: int
     max_tokens: int
     answer_format: AnswerFormat | None
+    grammar: str
 
 
 @dataclass(slots=True, frozen=True)
@@ -91,6 +93,7 @@ class Prepared:
             prompt=prompt.packed,
             max_tokens=prompt.max_tokens,
             eos_token_ids=self.text_model.eos_token_ids,
+            grammar=prompt.grammar,
             bad_words=self.bad_words,
         )
         return msgspec.structs.replace(
@@ -163,10 +166,17 @@ async def _prepare_for(
     prompts = []
     for index, (ids, answer_format) in enumerate(await tokenise(request, text_model)):
         check_prompt_ids(ids, routed.spec.vocab_size)
-        max_tokens = tokens_to_generate(request, len(ids), routed.limits)
+        max_tokens = tokens_to_generate(
+            request, len(ids), routed.limits, routed.defaults.get("max_tokens")
+        )
         sent = request.prompts[index] if request.prompts else None
         text = sent if isinstance(sent, str) else None
-        prompts.append(TokenisedPrompt(pack_ids(ids), text, len(ids), max_tokens, answer_format))
+        grammar = ""
+        if request.structure is not None:
+            grammar = await services.grammars.write(request.structure, answer_format)
+        prompts.append(
+            TokenisedPrompt(pack_ids(ids), text, len(ids), max_tokens, answer_format, grammar)
+        )
     return Prepared(
         routed,
         text_model,
@@ -220,7 +230,7 @@ def _num_characters(request: InferenceRequest) -> int:
 
 def _defaults(services: Services, routed: Routed, text_model: TextModel) -> SamplingFields:
     try:
-        return model_defaults(text_model.default_sampling)
+        return model_defaults({**text_model.default_sampling, **routed.defaults})
     except msgspec.ValidationError as error:
         event(services.log, "model.bad_defaults", 30, model=routed.model_id, error=str(error))
         return SamplingFields()

@@ -22,6 +22,7 @@ from actors.front.dialect import Answer, Dialect
 from actors.front.dispatch import Dispatch
 from actors.front.error_response import envelope, set_request_id
 from actors.front.foreign_messages import ForeignStream, whole_message
+from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.relayed import Relay, RelayedStream, finish_reason, read_counts
 from actors.front.services import REQUEST_ID, SERVICES
@@ -88,6 +89,7 @@ class _Forwarding:
         self._record = record
         self._deadline = asyncio.get_running_loop().time() + self._gateway.request_timeout_s
         self._is_stream = wanted.stream is True
+        self._model = wanted.model
         self._dispatch = Dispatch(request, record, body, wanted.model, is_stream=self._is_stream)
         self._opening: asyncio.Task[aiohttp.ClientResponse | None] | None = None
         self._answer = Answer(
@@ -196,7 +198,7 @@ class _Forwarding:
 
         async def run() -> None:
             while not opening.done():
-                await writer.write_keepalive()
+                await writer.write_keepalive(await load_note(self._services, self._model))
                 await asyncio.wait({opening}, timeout=self._gateway.keepalive_s)
             upstream = opening.result()
             if upstream is None:
@@ -274,6 +276,7 @@ class _Forwarding:
                     chunk = await content.readany()
             except TimeoutError:
                 if time.monotonic() - heard_at > max_silence_s:
+                    self._dispatch.failed(f"silent for {max_silence_s:g} s")
                     raise UpstreamInterrupted(
                         f'node "{self._dispatch.node}" said nothing for {max_silence_s:g} s; '
                         "try again"
@@ -311,6 +314,7 @@ class _Forwarding:
 
     def _interrupted(self, error: Exception) -> UpstreamInterrupted:
         cause = str(error) or type(error).__name__
+        self._dispatch.failed(cause)
         return UpstreamInterrupted(
             f'node "{self._dispatch.node}" ended in the middle of its answer ({cause}); try again',
             retry_after_s=2,
