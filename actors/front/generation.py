@@ -208,6 +208,7 @@ class Generation:
                 is_first_answer=index % answers == 0,
                 continues_text=self._request.continues_text,
                 ends_at_tool_call=self._request.is_single_tool_call,
+                call_ending=self._request.call_ending,
                 min_tokens=self._request.fields.min_tokens or 0,
                 prompt_part=parts[index // answers],
             )

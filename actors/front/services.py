@@ -13,6 +13,7 @@ from aiohttp import web
 
 from actors.front.auth import KeyRing
 from actors.front.bus import Bus
+from actors.front.grammars import Grammars
 from actors.front.sequences import SequenceTable
 from actors.front.spending import Spending
 from actors.front.text_models import TextModels
@@ -36,6 +37,7 @@ class Services:
     sequences: SequenceTable
     text_models: TextModels
     upstream: Upstream = field(default_factory=Upstream)
+    grammars: Grammars = field(default_factory=Grammars)
     keys: KeyRing = field(init=False)
     spending: Spending = field(init=False)
     node_keys: dict[str, str] = field(init=False, repr=False)

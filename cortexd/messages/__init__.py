@@ -45,6 +45,7 @@ from cortexd.messages.fleet import (
     ProposeEviction,
     QueryHost,
     QueryLoad,
+    RecycleModel,
     RequestFinished,
     ResolvedFiles,
     ResolveFiles,
@@ -57,10 +58,14 @@ from cortexd.messages.fleet import (
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
 from cortexd.messages.metrics import Gauges, Measured, Sample
 from cortexd.messages.neurons import (
+    Loading,
     LoadOnNode,
     NeuronReport,
     NodeFailed,
+    NodeView,
     Place,
+    QueryLoading,
+    QueryNode,
     RoutedHere,
     RoutedRemote,
     UnloadOnNode,
@@ -96,12 +101,16 @@ Body = (
     | Gauges
     | KeysChanged
     | Measured
+    | Loading
     | ReportUsage
     | Reserve
     | LoadOnNode
     | NeuronReport
     | NodeFailed
+    | NodeView
     | Place
+    | QueryLoading
+    | QueryNode
     | RoutedHere
     | RoutedRemote
     | UnloadOnNode
@@ -121,6 +130,7 @@ Body = (
     | ResolveFiles
     | ResolvedFiles
     | ResolveProgress
+    | RecycleModel
     | RequestFinished
     | Route
     | Routed
@@ -164,11 +174,13 @@ __all__ = [
     "LoadOnNode",
     "LoadProgress",
     "LoadReport",
+    "Loading",
     "Measured",
     "ModelList",
     "ModelLoaded",
     "NeuronReport",
     "NodeFailed",
+    "NodeView",
     "Ok",
     "Ping",
     "Place",
@@ -177,7 +189,10 @@ __all__ = [
     "ProposeEviction",
     "QueryHost",
     "QueryLoad",
+    "QueryLoading",
+    "QueryNode",
     "Ready",
+    "RecycleModel",
     "ReloadFiles",
     "ReportUsage",
     "RequestFinished",

@@ -26,12 +26,16 @@ from cortexd.messages import (
     EndRequest,
     HostReport,
     ListModels,
+    Loading,
     LoadModel,
     LoadReport,
     ModelList,
+    NodeView,
     Ok,
     Place,
     QueryHost,
+    QueryLoading,
+    QueryNode,
     ReportUsage,
     RequestFinished,
     Reserve,
@@ -46,6 +50,7 @@ from cortexd.messages import (
 from cortexd.messages.control import Message
 from cortexd.messages.fleet import DeviceReport
 from cortexd.messages.inference import PromptScores, SequenceDelta
+from cortexd.messages.neurons import CatalogueCard
 from cortexd.models import (
     ModelFiles,
     ModelLimits,
@@ -95,6 +100,11 @@ class Fleet:
         self.paused = asyncio.Event()
         self.load_error: CortexError | None = None
         self.replicas: list[RoutedRemote] = []  # remote ones, in the order of choice
+        self.loading = Loading()
+        self.catalogue: list[CatalogueCard] = []
+        self.is_draining = False
+        self.defaults: dict[str, float] = {}
+        self.lost_nodes: set[str] = set()
         self.placing = asyncio.Event()  # cleared: the model loads at its node
         self.placing.set()
         self.host_answers = True
@@ -144,6 +154,10 @@ class Fleet:
         if isinstance(body, Place):
             await self.placing.wait()
             return self._place(body)
+        if isinstance(body, QueryLoading):
+            return self.loading
+        if isinstance(body, QueryNode):
+            return NodeView(body.node not in self.lost_nodes)
         if isinstance(body, QueryHost) and not self.host_answers:
             raise ActorDown("poller did not answer")
         return self._answer(body)
@@ -241,6 +255,7 @@ class Fleet:
             self.spec,
             ModelLimits(context=self.context, output=self.context),
             is_cold,
+            self.defaults,
         )
 
     def _place(self, body: Place) -> RoutedHere | RoutedRemote:
@@ -279,8 +294,11 @@ class Fleet:
                 limits=limits,
                 memory_bytes=5 * 2**20,
                 loaded_at=1.7e9,
+                progress=0.25 if state == "loading" else None,
             )
-            return ModelList([status], {ALIAS: MODEL})
+            return ModelList(
+                [status], {ALIAS: MODEL}, catalogue=self.catalogue, is_draining=self.is_draining
+            )
         if isinstance(body, QueryHost):
             device = DeviceReport(0, "test cpu", "cpu", 8 * 2**30, 2 * 2**30, 12.5)
             load = LoadReport(MODEL, 2, 1, 3, 10, 100.0, 20.0, 0, 5, 6, 7)
