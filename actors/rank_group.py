@@ -66,11 +66,12 @@ class RankGroup:
         model_id: str = "",
     ) -> None:
         """Take the leader's address; the workers' are those of the next ranks, same epoch."""
+        from engine.tp.step_codec import StepEncoder
+
         group = leader.name.rpartition("/")[0]
         self.world_size = world_size
         self.devices: list[str] = []
         self.read_bytes: list[int] = []
-        self.step = 0
         self._asker = asker
         self._workers = [
             Address(f"{group}/{rank}", leader.incarnation) for rank in range(1, world_size)
@@ -78,6 +79,12 @@ class RankGroup:
         self._deadlines = deadlines
         self._model_id = model_id
         self._open: list[SyncAsk] = []
+        self._steps = StepEncoder(model_id)
+
+    @property
+    def step(self) -> int:
+        """The number of the last step that was sent."""
+        return self._steps.num_steps
 
     def __repr__(self) -> str:
         return f"RankGroup({self.world_size} ranks, step {self.step})"
@@ -133,17 +140,16 @@ class RankGroup:
 
     def make_cache(self, size: CacheBounds) -> int:
         """Let all workers make their cache; return the bytes they hold. Raises: CortexError."""
+        from engine.tp.step_codec import StepEncoder
+
         clear = rpc.ClearKvCache(self._model_id, size.num_blocks, size.num_state_slots)
         replies = self._ask(clear, rpc.KvCacheCleared, self._deadlines.load_s)
+        self._steps = StepEncoder(self._model_id)
         return sum(reply.memory_bytes for reply in replies)
 
     def begin_step(self, plan: StepPlan) -> None:
         """Send one step to all workers."""
-        from engine.tp.step_codec import encode_step
-
-        self.step += 1
-        message = encode_step(self._model_id, self.step, plan)
-        self._open = self._begin(message, self._deadlines.step_s)
+        self._open = self._begin(self._steps.encode(plan), self._deadlines.step_s)
 
     def end_step(self) -> None:
         """Take every worker's ack. Raises: CortexError when one failed, is late or out of step."""
@@ -151,6 +157,25 @@ class RankGroup:
         for rank, ack in enumerate(self._end(asks, rpc.GenerateStepOk), start=1):
             if ack.step != self.step:
                 raise Internal(f"rank {rank} acknowledged step {ack.step} instead of {self.step}")
+
+    def snapshot(self, snapshot_id: int, blocks: Sequence[int], state_slot: int) -> int:
+        """Let all workers keep a copy of blocks and a state; return its bytes. Raises: CortexError.
+
+        Only between two steps, and for what the leader keeps of its own cache at the same time.
+        """
+        body = rpc.SnapshotKvCache(self._model_id, snapshot_id, _packed(blocks), state_slot)
+        replies = self._ask(body, rpc.KvSnapshotStored, self._deadlines.step_s)
+        return sum(reply.num_bytes for reply in replies)
+
+    def restore(self, snapshot_id: int, blocks: Sequence[int], state_slot: int) -> None:
+        """Let all workers put a kept copy into blocks and a slot. Raises: CortexError."""
+        body = rpc.RestoreKvCache(self._model_id, snapshot_id, _packed(blocks), state_slot)
+        self._ask(body, rpc.KvCacheRestored, self._deadlines.step_s)
+
+    def drop_snapshot(self, snapshot_id: int) -> None:
+        """Let all workers forget a kept copy. Raises: CortexError."""
+        body = rpc.DropKvSnapshot(self._model_id, snapshot_id)
+        self._ask(body, rpc.KvSnapshotDropped, self._deadlines.step_s)
 
     def vram(self) -> list[rpc.VramInfo]:
         """Return the workers' memory. Raises: CortexError."""
@@ -188,6 +213,12 @@ class RankGroup:
         if error is not None:
             raise error
         return replies
+
+
+def _packed(numbers: Sequence[int]) -> bytes:
+    from engine.token_ids import pack_token_ids
+
+    return pack_token_ids(list(numbers))
 
 
 def _failure(rank: int, outcome: Outcome, expected: type[rpc.RpcMessage]) -> CortexError:

@@ -16,7 +16,7 @@ import msgspec
 
 from actors.actor import ActorContext, handles
 from actors.sync_actor import SyncActor
-from cortexd.errors import CortexError, UnsupportedArchitecture
+from cortexd.errors import CortexError, InvalidValue, UnsupportedArchitecture
 from cortexd.log import event
 from cortexd.messages import rpc
 from cortexd.messages.envelope import Envelope
@@ -137,22 +137,27 @@ class Worker(SyncActor):
 
     @handles(rpc.GenerateStep)
     def on_step(self, message: rpc.GenerateStep, envelope: Envelope) -> rpc.RpcMessage:
-        """Run the leader's step, whose collectives complete only with this rank."""
+        """Run the leader's step, whose collectives complete only with this rank.
+
+        The other ranks are in it by now, so one that cannot be run ends the process, which they
+        notice at once; a refusal would leave them to their deadline.
+        """
         from engine.device import is_device_poisoned
-        from engine.tp.step_codec import decode_step
 
         with self._answers("bad_request") as answer:
             self._check_epoch(envelope)
             runner = self._loaded(message.model_id)
             if runner.cache is None:
                 raise RpcFailure("model_not_loaded", "there is no KV cache yet")
-            step = decode_step(message, runner.cache.size, runner.cache.block_size)
             try:
-                runner.step(step.rows, step.state_copies)
+                runner.step(message)
             except Exception as error:
                 event(self.log, "shard.step_failed", 40, exc_info=True, error=repr(error))
                 text = f"step {message.step} failed: {error!r}"
-                self.reply(envelope, rpc.Error("forward_failed", text))
+                kind: rpc.ErrorKind = "forward_failed"
+                if isinstance(error, InvalidValue):
+                    kind = "bad_request"
+                self.reply(envelope, rpc.Error(kind, text))
                 self.exit_poisoned(text, is_device_lost=is_device_poisoned(error))
             self.count_progress()
             answer.reply = rpc.GenerateStepOk(message.step)
@@ -160,18 +165,35 @@ class Worker(SyncActor):
 
     @handles(rpc.SnapshotKvCache)
     def on_snapshot(self, message: rpc.SnapshotKvCache, envelope: Envelope) -> rpc.RpcMessage:
-        """Refuse: blocks of the cache are shared, not copied."""
-        return _no_snapshots("snapshot_failed")
+        """Keep a copy of a sequence's blocks and state."""
+        with self._answers("snapshot_failed") as answer:
+            self._check_epoch(envelope)
+            kept = self._loaded(message.model_id).kept
+            num_bytes = kept.keep(message.snapshot_id, message.blocks, message.state_slot)
+            answer.reply = rpc.KvSnapshotStored(num_bytes)
+        return answer.reply
 
     @handles(rpc.RestoreKvCache)
     def on_restore(self, message: rpc.RestoreKvCache, envelope: Envelope) -> rpc.RpcMessage:
-        """Refuse: there are no snapshots."""
-        return _no_snapshots("snapshot_not_found")
+        """Put a kept copy into blocks and a state slot."""
+        with self._answers("restore_failed") as answer:
+            self._check_epoch(envelope)
+            kept = self._loaded(message.model_id).kept
+            if message.snapshot_id not in kept:
+                text = f"there is no snapshot {message.snapshot_id}"
+                raise RpcFailure("snapshot_not_found", text)
+            kept.restore(message.snapshot_id, message.blocks, message.state_slot)
+            answer.reply = rpc.KvCacheRestored()
+        return answer.reply
 
     @handles(rpc.DropKvSnapshot)
     def on_drop(self, message: rpc.DropKvSnapshot, envelope: Envelope) -> rpc.RpcMessage:
-        """An unknown snapshot is dropped already."""
-        return rpc.KvSnapshotDropped()
+        """Forget a kept copy; an unknown one is dropped already."""
+        with self._answers("bad_request") as answer:
+            self._check_epoch(envelope)
+            self._loaded(message.model_id).kept.drop(message.snapshot_id)
+            answer.reply = rpc.KvSnapshotDropped()
+        return answer.reply
 
     @handles(rpc.QueryVram)
     def on_query_vram(self, message: rpc.QueryVram, envelope: Envelope) -> rpc.RpcMessage:
@@ -253,7 +275,3 @@ class _Answer:
     """The reply of one request, filled in by its handler."""
 
     reply: rpc.RpcMessage
-
-
-def _no_snapshots(kind: rpc.ErrorKind) -> rpc.Error:
-    return rpc.Error(kind, "snapshots of the KV cache are not supported on this rank")

@@ -22,10 +22,14 @@ _THINKING: Final = ("enabled", "adaptive", "between_tools", "disabled")
 
 
 class Translation(msgspec.Struct, frozen=True):
-    """The chat request, and the beginning of the answer when the client gave one."""
+    """The chat request, and the beginning of the answer when the client gave one.
+
+    `answer_schema` is the schema the answer must follow, after the field that holds it.
+    """
 
     request: ChatCompletionRequest
     prefill: str = ""
+    answer_schema: tuple[str, object] | None = None
 
 
 def to_chat_request(body: MessagesRequest | CountTokensRequest) -> Translation:
@@ -60,16 +64,29 @@ def to_chat_request(body: MessagesRequest | CountTokensRequest) -> Translation:
             top_k=body.top_k,
             **{name: getattr(body, name) for name in EngineFields.__struct_fields__},
         )
-    return Translation(request, prefill)
+    return Translation(request, prefill, _answer_schema(body))
+
+
+def _answer_schema(body: CountTokensRequest) -> tuple[str, object] | None:
+    """Return the schema an answer must follow; the beta's field and its successor say the same."""
+    config = body.output_config or {}
+    for at, wanted in (
+        ("output_format", body.output_format),
+        ("output_config.format", config.get("format")),
+    ):
+        if wanted is None:
+            continue
+        if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+            raise InvalidValue(f"{at}.type must be json_schema", param=f"{at}.type")
+        if wanted.get("schema") is None:
+            raise MissingParameter(f"{at}.schema is missing", param=f"{at}.schema")
+        return f"{at}.schema", wanted["schema"]
+    return None
 
 
 def _check_supported(body: CountTokensRequest) -> None:
     if body.mcp_servers:
         raise _unsupported("mcp_servers")
-    if body.output_format is not None:
-        raise _unsupported("output_format")
-    if (body.output_config or {}).get("format") is not None:
-        raise _unsupported("output_config.format")
     if isinstance(body, MessagesRequest):
         if body.container is not None:
             raise _unsupported("container")

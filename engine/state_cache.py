@@ -8,6 +8,7 @@ does a copy into it.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cortexd.models import ModelSpec
 from engine.slot_pool import NULL_SLOT
@@ -30,6 +31,11 @@ class StateCache:
         self.conv_tails = torch.zeros(*outer, *tail, dtype=dtype, device=device)
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All that a state consists of: (num_linear_layers, num_slots + 1, ...) each."""
+        return self.recurrent, self.conv_tails
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of all slots."""
         return self.recurrent.nbytes + self.conv_tails.nbytes
@@ -37,5 +43,5 @@ class StateCache:
     def copy(self, source: int, target: int) -> None:
         """Make slot `target` hold what `source` holds, in all layers."""
         assert NULL_SLOT not in (source, target), "the null slot holds nothing"
-        for states in (self.recurrent, self.conv_tails):
+        for states in self.tensors:
             states[:, target].copy_(states[:, source])

@@ -48,6 +48,7 @@ TORCH_FREE_ENGINE = (
     "engine.scheduler",
     "engine.tp.sharding",
     "engine.tp.step_codec",
+    "engine.token_ids",
 )
 STDLIB_AND_MSGSPEC = sys.stdlib_module_names | {"msgspec", "cortexd"}
 

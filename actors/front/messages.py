@@ -7,6 +7,7 @@ fills and closes the very same blocks.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import assert_never
 
 import msgspec
@@ -15,6 +16,7 @@ from actors.front.choice import ChoiceOutput
 from actors.front.decode import decode_body
 from actors.front.dialect import Answer, ChunkEncoder
 from actors.front.request import InferenceRequest
+from actors.front.structure import schema_rule
 from actors.front.validate import check_chat
 from cortexd.anthropic import (
     BlockDelta,
@@ -82,7 +84,14 @@ class MessagesDialect:
 def parse_messages(body: bytes, struct: type[CountTokensRequest]) -> InferenceRequest:
     """Return the checked request of a messages endpoint. Raises: InvalidRequest's children."""
     translation = to_chat_request(decode_body(body, struct))
-    return check_chat(translation.request, prefill=translation.prefill)
+    wanted = translation.answer_schema
+    request = check_chat(
+        translation.request,
+        prefill=translation.prefill,
+        answer=None if wanted is None else schema_rule(*wanted),
+        schema_path="input_schema",
+    )
+    return replace(request, call_ending="tool_calls")
 
 
 class MessagesEncoder:

@@ -19,6 +19,7 @@ from aiohttp import web
 from actors.front.dialect import Answer, Dialect
 from actors.front.dispatch import Dispatch
 from actors.front.error_response import envelope, set_request_id
+from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.relayed import RelayedStream, finish_reason, read_counts
 from actors.front.services import REQUEST_ID, SERVICES
@@ -33,6 +34,7 @@ from cortexd.errors import (
     UpstreamInterrupted,
 )
 from cortexd.neuron_wire import answered_error
+from cortexd.token_estimate import estimate_answer
 
 # A neuron says something every second of a stream; another server may be silent for a long prompt.
 _MAX_SILENCE_S: Final = {"cortex": 60.0, "openai": 300.0}
@@ -58,6 +60,7 @@ async def forward(
         wanted = msgspec.json.decode(body, type=_Wanted)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    record.principal.check_model(wanted.model)
     forwarding = _Forwarding(request, record, dialect, body, wanted)
     try:
         return await forwarding.answer()
@@ -82,6 +85,7 @@ class _Forwarding:
         self._record = record
         self._deadline = asyncio.get_running_loop().time() + self._gateway.request_timeout_s
         self._is_stream = wanted.stream is True
+        self._model = wanted.model
         self._dispatch = Dispatch(request, record, body, wanted.model, is_stream=self._is_stream)
         self._opening: asyncio.Task[aiohttp.ClientResponse | None] | None = None
         self._encoder = dialect.encoder(
@@ -146,6 +150,8 @@ class _Forwarding:
             record.prompt_tokens = counts.prompt_tokens
             record.completion_tokens = counts.completion_tokens
             record.cached_tokens = counts.cached_tokens
+        elif status == 200:
+            record.completion_tokens = estimate_answer(body)
         record.finish_reason = finish_reason(body)
         headers = response_headers(upstream.headers)
         if status >= 400:
@@ -181,7 +187,7 @@ class _Forwarding:
 
         async def run() -> None:
             while not opening.done():
-                await writer.write_keepalive()
+                await writer.write_keepalive(await load_note(self._services, self._model))
                 await asyncio.wait({opening}, timeout=self._gateway.keepalive_s)
             upstream = opening.result()
             if upstream is None:
@@ -227,6 +233,7 @@ class _Forwarding:
     async def _relay(self, upstream: aiohttp.ClientResponse, writer: EventWriter) -> None:
         """Pass the bytes on as they arrive. Raises: UpstreamInterrupted, Cancelled."""
         stream = RelayedStream()
+        self._record.progress = lambda: (0, stream.num_tokens)
         try:
             await self._pass_on(upstream.content, stream, writer)
         except _READ_ERRORS as error:
@@ -252,6 +259,7 @@ class _Forwarding:
                     chunk = await content.readany()
             except TimeoutError:
                 if time.monotonic() - heard_at > max_silence_s:
+                    self._dispatch.failed(f"silent for {max_silence_s:g} s")
                     raise UpstreamInterrupted(
                         f'node "{self._dispatch.node}" said nothing for {max_silence_s:g} s; '
                         "try again"
@@ -280,6 +288,7 @@ class _Forwarding:
     def _note(self, stream: RelayedStream) -> None:
         counts = stream.counts()
         record = self._record
+        record.progress = None
         record.prompt_tokens = counts.prompt_tokens
         record.completion_tokens = counts.completion_tokens
         record.cached_tokens = counts.cached_tokens
@@ -288,6 +297,7 @@ class _Forwarding:
 
     def _interrupted(self, error: Exception) -> UpstreamInterrupted:
         cause = str(error) or type(error).__name__
+        self._dispatch.failed(cause)
         return UpstreamInterrupted(
             f'node "{self._dispatch.node}" ended in the middle of its answer ({cause}); try again',
             retry_after_s=2,

@@ -96,11 +96,16 @@ class RelayedStream:
         code = _ERROR_CODE.search(self._tail, found.start())
         return code[1].decode() if code is not None else "upstream_error"
 
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens have passed if each had an event of its own."""
+        return max(self.num_events - _END_EVENTS, 0)
+
     def counts(self) -> Counts:
         """Return the tokens; without a usage object the events are counted instead."""
         tail, head = read_counts(self._tail), read_counts(self._head, is_first=True)
         if tail is None or head is None:
-            return Counts(completion_tokens=max(self.num_events - _END_EVENTS, 0))
+            return Counts(completion_tokens=self.num_tokens)
         return Counts(
             tail.prompt_tokens or head.prompt_tokens,
             tail.completion_tokens,

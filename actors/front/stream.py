@@ -15,6 +15,7 @@ from aiohttp import web
 from actors.front.dialect import Answer, ChunkEncoder
 from actors.front.error_response import set_request_id
 from actors.front.generation import Generation
+from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.services import REQUEST_ID, SERVICES
 from cortexd.errors import Cancelled, CortexError, Internal
@@ -54,7 +55,11 @@ async def stream_answer(
             if outputs:
                 await writer.write_event(b"".join(map(encoder.chunk, outputs)))
             else:
-                await writer.write_keepalive()
+                is_waiting = not generation.is_submitted
+                services = request.app[SERVICES]
+                await writer.write_keepalive(
+                    await load_note(services, answer.model) if is_waiting else b""
+                )
             if generation.is_finished:
                 break
             outputs = await generation.next(gateway.keepalive_s)
@@ -103,14 +108,17 @@ class EventWriter:
         self._last_event = self._clock()
         await self._write(data)
 
-    async def write_keepalive(self) -> None:
-        """Write a comment, or an event when the last one is too long ago."""
+    async def write_keepalive(self, note: bytes = b"") -> None:
+        """Write a comment, or an event when the last one is too long ago.
+
+        `note` is a comment line that says what the silence is for, in either case.
+        """
         if self._clock() - self._last_event >= self._event_period_s:
             self._record.num_keepalive_events += 1
-            await self.write_event(self._encoder.keepalive())
+            await self.write_event(note + self._encoder.keepalive())
         else:
             self._record.num_comments += 1
-            await self._write(self._encoder.comment())
+            await self._write(note or self._encoder.comment())
 
     async def write_error(self, error: CortexError) -> None:
         """Write the error event; the body then ends properly.

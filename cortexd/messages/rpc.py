@@ -84,11 +84,12 @@ class LoadDenseShardOk(RpcMessage, frozen=True, tag="load_dense_shard_ok"):
 class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     """Run one step of the whole batch; every data-dependent decision is in here.
 
-    Row i computes `lengths[i]` of `tokens` from position `starts[i]` on, with its KV in
-    `num_blocks[i]` of `blocks` and a hybrid's state in `state_slots[i]`; of its last
-    `num_logits[i]` tokens the logits are wanted. A row that starts at 0 is fresh: it begins from a
-    state of zero. Before anything is computed, states are copied by `state_copies`, pairs of slots
-    (from, to) in order: a snapshot is kept or taken up again by one.
+    Row i computes `lengths[i]` of `tokens` from position `starts[i]` on, with its KV in the blocks
+    of table `tables[i]` and a hybrid's state in `state_slots[i]`; of its last `num_logits[i]`
+    tokens the logits are wanted. Of a table only changes travel: its first `num_kept_blocks[i]` are
+    as the worker knows them, followed by `num_new_blocks[i]` of `blocks`. A row that starts at 0 is
+    fresh: it begins from a state of zero. Before anything is computed, states are copied by
+    `state_copies`, pairs of slots (from, to) in order: a snapshot is kept or taken up again by one.
     """
 
     model_id: str
@@ -96,7 +97,10 @@ class GenerateStep(RpcMessage, frozen=True, tag="generate_step"):
     starts: bytes
     lengths: bytes
     tokens: bytes
-    num_blocks: bytes
+    dropped_tables: bytes
+    tables: bytes
+    num_kept_blocks: bytes
+    num_new_blocks: bytes
     blocks: bytes
     state_slots: bytes
     state_copies: bytes
@@ -124,10 +128,15 @@ class KvCacheCleared(RpcMessage, frozen=True, tag="kv_cache_cleared"):
 
 
 class SnapshotKvCache(RpcMessage, frozen=True, tag="snapshot_kv_cache"):
-    """Keep the state of a sequence under an id."""
+    """Keep a copy of a sequence's KV blocks, and of a hybrid's state slot, under a new id.
+
+    The slot is 0 for a model without recurrent state.
+    """
 
     model_id: str
     snapshot_id: int
+    blocks: bytes
+    state_slot: int
 
 
 class KvSnapshotStored(RpcMessage, frozen=True, tag="kv_snapshot_stored"):
@@ -137,10 +146,12 @@ class KvSnapshotStored(RpcMessage, frozen=True, tag="kv_snapshot_stored"):
 
 
 class RestoreKvCache(RpcMessage, frozen=True, tag="restore_kv_cache"):
-    """Take the state that was kept under an id."""
+    """Put what was kept under an id into as many blocks, and into a slot. It stays kept."""
 
     model_id: str
     snapshot_id: int
+    blocks: bytes
+    state_slot: int
 
 
 class KvCacheRestored(RpcMessage, frozen=True, tag="kv_cache_restored"):

@@ -5,18 +5,18 @@ It has no scheduler and never samples: it runs what it is sent, so that the coll
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from cortexd.messages.rpc import GenerateStep
 from cortexd.models import ModelFiles, ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine import device as devices
-from engine.batch import StepRow, build_batch
+from engine.batch import build_batch
 from engine.kv_cache import CacheSize, KVCache
 from engine.model_load import LoadedModel, Progress, load_model
-from engine.snapshots import StateCopy
 from engine.tp.comm import Comm
+from engine.tp.kept_states import KeptStates
+from engine.tp.step_codec import StepDecoder
 
 
 class ShardRunner:
@@ -26,7 +26,9 @@ class ShardRunner:
         self.comm = comm
         self.loaded = loaded
         self.cache: KVCache | None = None
+        self.kept = KeptStates(lambda: self.cache)
         self._block_size = block_size
+        self._steps: StepDecoder | None = None
 
     @classmethod
     def load(
@@ -60,17 +62,22 @@ class ShardRunner:
     def make_cache(self, num_blocks: int, num_state_slots: int) -> None:
         """Make the cache, or make it anew, of as many blocks and slots as the leader's has."""
         self.cache = None  # first, so that both never lie in memory together
+        self.kept.clear()
         loaded = self.loaded
         size = CacheSize(num_blocks, num_blocks * self._block_size, num_state_slots)
         self.cache = KVCache(loaded.spec, size, self._block_size, loaded.dtype, loaded.device)
+        self._steps = StepDecoder(size, self._block_size)
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[StepRow], state_copies: Sequence[StateCopy]) -> None:
-        """Run one step of the leader's plan. Raises: RuntimeError when it, or a collective, fails.
+    def step(self, message: GenerateStep) -> None:
+        """Run one step of the leader's plan.
 
         Rank 0 sees the logits; here they only complete its gather.
+        Raises: InvalidValue before anything is run; RuntimeError when it, or a collective, fails.
         """
         assert self.cache is not None, "the leader makes the cache before the first step"
-        self.cache.copy_states(state_copies)
-        batch = build_batch(rows, self._block_size, self.loaded.device)
+        assert self._steps is not None, "made with the cache"
+        received = self._steps.decode(message)
+        self.cache.copy_states(received.state_copies)
+        batch = build_batch(received.rows, self._block_size, self.loaded.device)
         self.loaded.model.forward(batch, self.cache)

@@ -1,9 +1,10 @@
-"""Makes a tiny random Llama or Qwen3 chat model on disk: weights, tokenizer and chat template."""
+"""Makes a tiny random chat model on disk: weights, tokenizer and chat template."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -12,11 +13,23 @@ TEMPLATE = (
 )
 # Long enough that a stream is still running when a test has done something to it.
 CONTEXT = 4096
+HYBRIDS = ("qwen3_5", "qwen3_next")
+HYBRID_SIZES = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def make_tiny_model(
-    directory: Path, *, architecture: str = "llama", seed: int = 0, **sizes: int
+    directory: Path, *, architecture: str = "llama", seed: int = 0, **sizes: Any
 ) -> Path:
     """Write a byte-level model that transformers and cortexd both load; return its directory.
 
@@ -43,7 +56,12 @@ def make_tiny_model(
     )
     vocabulary = tokenizer.get_vocab()
     torch.manual_seed(seed)
-    config_class = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
+    config_class = {
+        "llama": transformers.LlamaConfig,
+        "qwen3": transformers.Qwen3Config,
+        "qwen3_5": transformers.Qwen3_5TextConfig,
+        "qwen3_next": transformers.Qwen3NextConfig,
+    }
     fields = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -52,6 +70,7 @@ def make_tiny_model(
         "num_key_value_heads": 2,
         "head_dim": 16,
         "max_position_embeddings": CONTEXT,
+        **(HYBRID_SIZES if architecture in HYBRIDS else {}),
         **sizes,
     }
     config = config_class[architecture](

@@ -22,7 +22,7 @@ from engine.scheduler import StepPlan
 from engine.tp.comm import Comm
 from engine.tp.shard_runner import ShardRunner
 from engine.tp.sharding import Shard
-from engine.tp.step_codec import decode_step, encode_step
+from engine.tp.step_codec import StepEncoder
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 20.0
@@ -78,6 +78,7 @@ class ThreadLockstep:
     orders: list[queue.Queue[Callable[[ShardRunner], int] | None]] = field(default_factory=list)
     answers: queue.Queue[int | Exception] = field(default_factory=queue.Queue)
     runners: list[ShardRunner] = field(default_factory=list)
+    encoder: StepEncoder = field(default_factory=lambda: StepEncoder("m"))
 
     def _all(self, order: Callable[[ShardRunner], int] | None) -> None:
         for inbox in self.orders:
@@ -103,12 +104,10 @@ class ThreadLockstep:
 
     def begin_step(self, plan: StepPlan) -> None:
         # Through the codec, since only what it carries is known to a worker.
-        message = encode_step("m", 1, plan)
+        message = self.encoder.encode(plan)
 
         def step(runner: ShardRunner) -> int:
-            assert runner.cache is not None
-            received = decode_step(message, runner.cache.size, runner.cache.block_size)
-            runner.step(received.rows, received.state_copies)
+            runner.step(message)
             return 0
 
         self._all(step)
