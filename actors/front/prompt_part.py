@@ -41,7 +41,7 @@ class PromptPart:
         self._scores = PromptScores([], [], [], [])
         self.echo = ""
         if is_echoed:
-            self.echo = text_model.decode(self._token_ids) if text is None else text
+            self.echo = text_model.decode(list(self._token_ids)) if text is None else text
 
     def __repr__(self) -> str:
         return f"<PromptPart of {len(self._token_ids)} tokens, {len(self._scores.logprobs)} scored>"
