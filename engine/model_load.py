@@ -82,4 +82,6 @@ def load_model(
         weights.check_all_used()
     finally:
         weights.close()
+    if model.backend_name == "native":
+        devices.leave_threads_to_native()
     return LoadedModel(model, local_spec, device, dtype, weights.memory_bytes, weights.total_bytes)
