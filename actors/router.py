@@ -111,7 +111,7 @@ class Router(AsyncActor):
         self.is_draining = is_draining(context.runtime_dir)
         self._waiting: set[str] = set()  # requests that wait for a model
         self._ended: set[str] = set()  # those of them that ended meanwhile
-        self._loader = ModelLoader(self)
+        self.loader = ModelLoader(self)
         self._admin = RouterAdmin(self)
         self._background: set[asyncio.Task[None]] = set()
         self.node_name = local_node_name(context.settings, platform.node())
@@ -211,7 +211,7 @@ class Router(AsyncActor):
             model.become("unloaded", stage=f"its registry did not answer; again in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             try:
-                await self._loader.ensure_loaded(model)
+                await self.loader.ensure_loaded(model)
                 return
             except RegistryUnreachable:
                 continue
@@ -220,7 +220,7 @@ class Router(AsyncActor):
         """Load default models one after another; one that fails does not stop the next."""
         for model in models:
             try:
-                await self._loader.ensure_loaded(model)
+                await self.loader.ensure_loaded(model)
             except RegistryUnreachable:
                 self.spawn(self._retry_later(model))
             except CortexError as error:
@@ -250,7 +250,7 @@ class Router(AsyncActor):
             ):
                 raise load_failed(model)
             if model.state in {"unloaded", "failed"}:
-                self._loader.begin_load(model)
+                self.loader.begin_load(model)
             if not message.wait:
                 raise loading_error(model)
             await self._wait(model, message, envelope)
@@ -353,7 +353,7 @@ class Router(AsyncActor):
         model = self.models.get(message.model_id)
         if model and model.state == "loaded" and not model.leases:
             event(self.log, "model.idle", model=message.model_id, idle_s=message.idle_s)
-            await self._loader.unload(model, force=False, reason="idle")
+            await self.loader.unload(model, force=False, reason="idle")
 
     @handles(RecycleModel)
     async def on_recycle(self, message: RecycleModel, envelope: Envelope) -> None:
@@ -361,7 +361,7 @@ class Router(AsyncActor):
         model = self.models.get(message.model_id)
         if model and model.state == "loaded" and not model.leases:
             event(self.log, "model.recycling", model=message.model_id, cycles=model.num_cycles)
-            await self._loader.recycle(model)
+            await self.loader.recycle(model)
 
     @handles(AdminCommand)
     async def on_admin(self, message: AdminCommand, envelope: Envelope) -> AdminReply:
@@ -444,7 +444,7 @@ class Router(AsyncActor):
         else:
             error = down.error.to_exception() if down.error else ModelLoadFailed(down.reason)
             model.become("failed", error=error)
-            self._loader.measure_failed(model)
+            self.loader.measure_failed(model)
             self.local.remember()
             event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
 
@@ -461,7 +461,7 @@ class Router(AsyncActor):
         assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
         if model.is_in("loading", "recovering", "failed"):
             model.set_loaded(loaded, leader, incarnation, epoch)
-            self._loader.measure_loaded(model, loaded.load_s)
+            self.loader.measure_loaded(model, loaded.load_s)
 
     # For the loader and the admin commands
 
@@ -488,7 +488,7 @@ class Router(AsyncActor):
             model = self.local.add(options, is_known=False)
         if policy is not None:
             model.policy = policy
-        await self._loader.ensure_loaded(model)
+        await self.loader.ensure_loaded(model)
 
     async def unload(self, model_id: str, *, force: bool) -> None:
         """Unload by id or alias, a gateway at its neurons; ModelNotFound when it is not loaded."""
@@ -501,4 +501,4 @@ class Router(AsyncActor):
             raise ModelNotFound(
                 f'model "{model_id}" is not loaded; loaded: {quoted(self.local.ids_in("loaded"))}'
             )
-        await self._loader.unload(model, force=force, reason="operator")
+        await self.loader.unload(model, force=force, reason="operator")

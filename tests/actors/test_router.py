@@ -170,6 +170,7 @@ class World:
         self.router.spawn(self.router.on_group_up(GroupUp(0, group, epoch, leader)))
 
     async def _stop_group(self, message: StopGroup) -> Message:
+        self.used_bytes = 0
         self.router.on_group_down(
             GroupDown(0, message.group, self.epoch, "stopped", will_restart=False, commanded=True)
         )
@@ -447,8 +448,7 @@ def test_no_room_asks_the_evictor_and_unloads_its_victims(tmp_path: Path) -> Non
         router = make_router(world, tmp_path)
         await routed(router, model=OTHER)
         router.on_end_request(EndRequest("r1"), envelope())
-        full = DeviceReport(0, "cpu", "cpu", 4 * GIB, 3 * GIB)
-        router.on_host_report(HostReport("host", "Linux", "6", None, [full], []), envelope())
+        world.used_bytes = 3 * GIB
         world.size_bytes = 2 * GIB
         world.victims = [OTHER]
         await routed(router, "r2")
@@ -636,5 +636,54 @@ def test_offered_context_follows_the_engines_speed(tmp_path: Path) -> None:
             router.on_host_report(HostReport("h", "Linux", "6", None, [], [load]), envelope())
             limits = (await routed(router, f"r{context}")).limits
             assert (limits.context, limits.output) == (expected, expected - 1)
+
+    run(work)
+
+
+def test_load_waits_for_a_busy_model_to_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease wins over an eviction; the newcomer gets its turn when it ends."""
+    monkeypatch.setattr("actors.room_maker._RECHECK_S", 0.01)
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router, "r1", OTHER)
+        world.used_bytes, world.size_bytes, world.victims = 3 * GIB, 2 * GIB, [OTHER]
+        waiting = asyncio.create_task(routed(router, "r2"))
+        while router.models[MODEL].stage != "waiting for room":
+            await router.models[MODEL].wait_changed()
+        assert state_of(router, OTHER) == "loaded"
+        router.on_end_request(EndRequest("r1"), envelope())
+        await waiting
+        assert (state_of(router, OTHER), state_of(router)) == ("unloaded", "loaded")
+
+    run(work)
+
+
+def test_two_loads_at_once_do_not_count_on_the_same_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second sees what the first will take, although the device does not show it yet."""
+    monkeypatch.setattr("actors.room_maker._RECHECK_S", 0.01)
+
+    async def work() -> None:
+        world = World()
+        world.size_bytes = 2 * GIB
+        world.loads_by_itself = False
+        router = make_router(world, tmp_path)
+        first = asyncio.create_task(routed(router, "r1"))
+        await world.started.wait()
+        second = asyncio.create_task(routed(router, "r2", OTHER))
+        while router.models[OTHER].stage != "waiting for room":
+            await router.models[OTHER].wait_changed()
+        assert world.count(StartGroup) == 1
+        world.spawn_up(router.models[MODEL].group, 1)
+        await first
+        world.loads_by_itself = True
+        router.on_end_request(EndRequest("r1"), envelope())
+        await second
+        assert world.count(StartGroup) == 2
 
     run(work)
