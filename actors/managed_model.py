@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cortexd.catalogue import DEFAULT_PRIORITY
 from cortexd.errors import CortexError
@@ -25,6 +26,14 @@ from cortexd.models import (
 
 _FIRST_COOLDOWN_S = 10.0
 _MAX_COOLDOWN_S = 600.0
+
+
+class Lease(NamedTuple):
+    """One request that holds a model, here or at a node: for whom, and which front asked."""
+
+    model_id: str
+    front: str  # "name.incarnation"
+    account: str
 
 
 @dataclass(slots=True)
@@ -46,7 +55,7 @@ class ManagedModel:
     progress: float | None = None
     stage: str | None = None
     error: CortexError | None = None
-    leases: dict[str, str] = field(default_factory=dict)  # request id → front "name.incarnation"
+    leases: dict[str, Lease] = field(default_factory=dict)  # by request
     last_used: float = field(default_factory=time.monotonic)
     loaded_at: float | None = None
     state_since: float = field(default_factory=time.monotonic)

@@ -68,7 +68,7 @@ from cortexd.models import (
     RopeSpec,
     WeightBytes,
 )
-from cortexd.settings import Gateway, Settings
+from cortexd.settings import Engine, Gateway, Settings
 
 MODEL = "org/small"
 OTHER = "org/other"
@@ -606,7 +606,7 @@ def test_default_model_whose_registry_is_out_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others load meanwhile; it waits as unloaded, not failed, and comes at last."""
-    monkeypatch.setattr("actors.router._REGISTRY_DELAY_S", 0.01)
+    monkeypatch.setattr("actors.activation._FIRST_DELAY_S", 0.01)
 
     async def work() -> None:
         world = World()
@@ -685,5 +685,54 @@ def test_two_loads_at_once_do_not_count_on_the_same_memory(
         router.on_end_request(EndRequest("r1"), envelope())
         await second
         assert world.count(StartGroup) == 2
+
+    run(work)
+
+
+def test_requests_beyond_the_engines_seats_wait_in_turn(tmp_path: Path) -> None:
+    """Accounts take turns, the queue is bounded, and who leaves frees its place."""
+
+    async def work() -> None:
+        engine = Engine(max_num_seqs=1, max_queue_depth=2)
+        router = make_router(World(), tmp_path, engine=engine)
+
+        async def ask(name: str, account: str) -> Routed:
+            message = msgspec.structs.replace(route(name), account=account)
+            return await router.on_route(message, envelope())
+
+        await ask("g1", "greedy")
+        await ask("g2", "greedy")  # one more than runs, so that the engine never idles
+        waiting = {
+            name: asyncio.create_task(ask(name, account))
+            for name, account in (("g3", "greedy"), ("m1", "modest"))
+        }
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match=r"engine\.max_queue_depth"):
+            await ask("m2", "modest")
+        router.on_end_request(EndRequest("g1"), envelope())
+        await waiting["m1"]
+        assert not waiting["g3"].done()
+        router.on_end_request(EndRequest("g3"), envelope())
+        with pytest.raises(Cancelled):
+            await waiting["g3"]
+        assert set(router.models[MODEL].leases) == {"g2", "m1"}
+
+    run(work)
+
+
+def test_requests_in_the_queue_ask_again_when_the_engine_ends(tmp_path: Path) -> None:
+    """They are told that it loads, which their front waits for."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path, engine=Engine(max_num_seqs=1))
+        for name in ("r1", "r2"):
+            await routed(router, name)
+        waiting = asyncio.create_task(routed(router, "r3"))
+        await asyncio.sleep(0)
+        group = router.models[MODEL].group
+        router.on_group_down(GroupDown(0, group, 1, "killed", will_restart=True, commanded=False))
+        with pytest.raises(ModelLoading):
+            await waiting
 
     run(work)

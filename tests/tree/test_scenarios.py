@@ -71,6 +71,7 @@ def fleet(hosts: Fleet) -> Fleet:
     for neuron in (hosts.one, hosts.two):
         neuron.answer_s = neuron.load_s = 0.0
         neuron.seats, neuron.is_up, neuron.hangs = 0, True, False
+        neuron.max_running = 0
     for name in ("one", "two"):
         wait_for(lambda name=name: hosts.sees(name, MODEL, "loaded"), 15, f"seeing {name}")
     return hosts
