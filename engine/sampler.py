@@ -235,10 +235,15 @@ def _has_penalties(submit: Submit) -> bool:
 
 
 def _is_plain_greedy(sequence: Sequence) -> bool:
+    return sequence.submit.temperature == 0 and is_plain(sequence)
+
+
+def is_plain(sequence: Sequence) -> bool:
+    """Tell whether logits, temperature, top-k, top-p and min-p decide the next token alone."""
     submit = sequence.submit
     return (
-        submit.temperature == 0
-        and submit.num_logprobs < 0
+        submit.num_logprobs < 0
+        and not submit.grammar
         and not submit.logit_bias
         and not sequence.bad_words
         and not sequence.allowed_token_ids
