@@ -102,7 +102,7 @@ class Engine(Section, frozen=True):
     bootstrap_prefill_tok_s: PositiveFloat = 800.0
     max_queue_depth: PositiveInt = 256
     prefix_cache: bool = True
-    backend: Literal["auto", "triton", "reference"] = "auto"
+    backend: Literal["auto", "triton", "exact", "reference"] = "auto"
 
 
 class Store(Section, frozen=True):

@@ -141,7 +141,8 @@ class Weights:
     def check_memory(self) -> None:
         """Raise InsufficientMemory when the device has no room for the weights; none is read."""
         # The CPU's kernels multiply dense weights as they are stored.
-        is_native = self.backend == "auto" and self.device.type == "cpu" and native.available()
+        is_wanted = self.backend in ("auto", "exact") and self.device.type == "cpu"
+        is_native = is_wanted and native.available()
         check_weights_fit(
             {name: self._local(name) for name in self._checked},
             None if is_native and self.dtype == torch.float32 else self.dtype.itemsize,

@@ -11,6 +11,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from actors.front.auth import ANONYMOUS
+from actors.front.decode import decode_body
 from actors.front.entitlement import hold
 from actors.front.model_value import with_model
 from actors.front.node_watch import refuses_new_work, watched
@@ -19,11 +20,14 @@ from actors.front.routing import place
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.upstream import HEAD_TIMEOUT_S, ConnectFailed, request_headers
 from cortexd.affinity import prefix_chain
+from cortexd.anthropic import MessagesRequest
+from cortexd.chat_body import chat_body
 from cortexd.errors import CortexError, InvalidRequest, UpstreamError, UpstreamUnavailable
 from cortexd.messages import EndRequest, NodeFailed, Place, RoutedHere, RoutedRemote
 from cortexd.settings import NeuronKind
 
 _MESSAGES: Final = "/v1/messages"
+_CHAT: Final = "/v1/chat/completions"
 _KEY_REFUSED: Final = frozenset({401, 403})
 # Statuses by which a node says that it is at fault, not the request and not its load.
 _NODE_FAULTS: Final = frozenset({500, 502})
@@ -127,24 +131,36 @@ class Dispatch:
             raise error
         return routed
 
-    async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
+    @property
+    def is_translated(self) -> bool:
+        """Tell whether the node answers in another dialect than the client's."""
+        return self.kind == "openai" and self._request.path.startswith(_MESSAGES)
+
+    def _addressed(self, routed: RoutedRemote) -> tuple[str, bytes]:
+        """Return the path and the body the node gets: the client's own wherever it can be."""
         path = self._request.path
-        if routed.kind == "openai" and path.startswith(_MESSAGES):
-            raise InvalidRequest(
-                f'model "{routed.model_id}" runs on "{routed.node}", an external server that is '
-                "only spoken to in the OpenAI dialect; use /v1/chat/completions",
-                param="model",
-            )
+        if self.is_translated:
+            if path != _MESSAGES:
+                raise InvalidRequest(
+                    f'model "{routed.model_id}" runs on "{routed.node}", an external server that '
+                    f"has no {path}",
+                    param="model",
+                )
+            return _CHAT, chat_body(decode_body(self._body, MessagesRequest), routed.model_id)
+        is_alias = routed.model_id != self._model
+        return path, with_model(self._body, routed.model_id) if is_alias else self._body
+
+    async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
+        path, body = self._addressed(routed)
         if self._record.estimate is not None:
             await hold(self._services, self._record, self._record.estimate.total)
-        is_alias = routed.model_id != self._model
         is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
         self._record.submitted = self._record.submitted or time.monotonic()
         post = self._services.upstream.post(
             routed.node,
             routed.base_url + path,
             self._headers(routed),
-            with_model(self._body, routed.model_id) if is_alias else self._body,
+            body,
             HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
         )
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -194,10 +195,16 @@ async def tokenise(
 ) -> list[tuple[list[int], AnswerFormat | None]]:
     """Return each prompt's token ids and how to read its answer.
 
-    Long ones are done in a thread, so streams go on. Raises: InvalidRequest, TemplateRenderFailed.
+    Long ones, and templates that take their time, are done in a thread, so streams go on.
+
+    Raises: InvalidRequest, TemplateRenderFailed.
     """
+    # Light, but part of the text side, which a front imports with its first model only.
+    from engine.text.render_time import SlowTemplateError, quick_render
+
     if request.tools is None and _num_characters(request) <= _INLINE_CHARACTERS:
-        return _tokenise_now(request, text_model)
+        with suppress(SlowTemplateError), quick_render():
+            return _tokenise_now(request, text_model)
     return await asyncio.to_thread(_tokenise_now, request, text_model)
 
 

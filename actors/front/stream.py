@@ -9,10 +9,12 @@ events. A failure after the first byte is an error event and the end of the stre
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from aiohttp import web
 
-from actors.front.dialect import Answer, ChunkEncoder
+from actors.front.choice import ChoiceOutput
+from actors.front.dialect import Answer, ChunkEncoder, encoded
 from actors.front.error_response import set_request_id
 from actors.front.generation import Generation
 from actors.front.load_note import load_note
@@ -53,7 +55,7 @@ async def stream_answer(
         while True:
             answer.fingerprint = generation.fingerprint
             if outputs:
-                await writer.write_event(b"".join(map(encoder.chunk, outputs)))
+                await writer.write_event(await encoded(outputs, partial(_chunks, encoder, outputs)))
             else:
                 is_waiting = not generation.is_submitted
                 services = request.app[SERVICES]
@@ -82,6 +84,10 @@ async def stream_answer(
         record.fail(fault, status=response.status)
         await writer.write_error(fault)
     return response
+
+
+def _chunks(encoder: ChunkEncoder, outputs: list[ChoiceOutput]) -> bytes:
+    return b"".join(map(encoder.chunk, outputs))
 
 
 class EventWriter:

@@ -3,7 +3,7 @@
 The models call `Linear`; what computes is decided once, when it is built. The reference way is
 torch alone: dense `F.linear`, or dequantising slabs of rows into a bounded scratch tensor. Native
 kernels are used on the CPU, and Triton's for quantised weights on CUDA, unless the backend is
-"reference".
+"reference"; "exact" ones do not round activations to 8 bits or bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.kernels import cpu as native
 from engine.quant.tensor import QuantizedTensor
 
-Backend = Literal["auto", "triton", "reference"]
+Backend = Literal["auto", "triton", "exact", "reference"]
 Weight = Tensor | QuantizedTensor
 
 # Scratch for dequantised rows. On the CPU a slab should stay in the second-level cache between
@@ -88,11 +88,13 @@ def pack_native(
 
     Dense weights are packed as they are stored, for float32 computing only.
     """
-    if backend != "auto" or weight.device.type != "cpu" or not native.available():
+    is_wanted = backend in ("auto", "exact") and weight.device.type == "cpu"
+    if not is_wanted or not native.available():
         return None
     if isinstance(weight, Tensor) and dtype != torch.float32:
         return None
-    packed = native.pack(weight, None if bias is None else bias.float())
+    float_bias = None if bias is None else bias.float()
+    packed = native.pack(weight, float_bias, is_exact=backend == "exact")
     return None if packed is None else NativeProduct(packed)
 
 
