@@ -69,6 +69,7 @@ def test_device_draws_the_references_tokens(settings: list[dict[str, Any]], effo
     assert found.tolist() == expected
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's numpy
 def test_row_that_is_not_finite_gives_no_token_and_harms_no_other() -> None:
     """A NaN and an infinity, beside a good row."""
     sequences = [make_sequence([1, 2], seed=n, temperature=1.0) for n in range(3)]
