@@ -22,11 +22,12 @@ from cortexd.errors import (
 from cortexd.keys import node_keys
 from cortexd.messages import NeuronReport
 from cortexd.messages.neurons import NodeDevice, NodeModel
-from cortexd.models import LoadOptions
+from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.neuron_list import base_url
 from cortexd.neuron_wire import (
     BadAnswer,
     answered_error,
+    is_draining,
     read_devices,
     read_models,
     read_openai_models,
@@ -70,9 +71,12 @@ class NeuronClient:
         """Return the last report of each neuron that has one."""
         return [neuron.report for neuron in self._neurons.values() if neuron.report is not None]
 
-    async def load(self, node: str, options: LoadOptions) -> None:
+    async def load(self, node: str, options: LoadOptions, policy: ModelPolicy | None) -> None:
         """Load a model at a neuron. Raises: what the neuron answers, NoHealthyNode, NotFound."""
-        await self._post(node, "/models/load", msgspec.json.encode(options), _LOAD_TIMEOUT_S)
+        wanted = msgspec.to_builtins(options)
+        if policy is not None:
+            wanted |= msgspec.to_builtins(policy)
+        await self._post(node, "/models/load", msgspec.json.encode(wanted), _LOAD_TIMEOUT_S)
         await self._refresh(node)
 
     async def unload(self, node: str, model_id: str, *, force: bool) -> None:
@@ -128,6 +132,7 @@ class _PolledNeuron:
         self._on_report = on_report
         self._devices: list[NodeDevice] | None = None
         self._models: list[NodeModel] = []
+        self._is_draining = False
         self._num_misses = 0
         self._num_successes = 0
         self._sequence = 0
@@ -174,6 +179,7 @@ class _PolledNeuron:
             devices=self._devices if self._devices is not None else last,
             models=self._models,
             error=error,
+            is_draining=self._is_draining,
         )
         self._on_report(self.report)
 
@@ -190,6 +196,7 @@ class _PolledNeuron:
             devices = read_devices(discovery_body)
         if health_body is not None:
             devices, models = with_load(health_body, devices, models)
+            self._is_draining = is_draining(health_body)
         self._models = models
         if devices:
             self._devices = devices

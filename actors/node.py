@@ -82,13 +82,12 @@ def child_specs(
         for entry in settings.default_models
     ]
     router_args = msgspec.msgpack.encode(RouterArgs(default_models, catalogue))
-    catalogue_args = msgspec.msgpack.encode(catalogue)
     front_listeners = tuple(name for name in ("api", "neuron") if name in listeners)
     return [
         ChildSpec(name="router", target="actors.router:Router", args=router_args),
         ChildSpec(name="store", target="actors.store:Store"),
         ChildSpec(name="poller", target="actors.poller:Poller"),
-        ChildSpec(name="evictor", target="actors.evictor:Evictor", args=catalogue_args),
+        ChildSpec(name="evictor", target="actors.evictor:Evictor"),
         ChildSpec(name="reloader", target="actors.reloader:Reloader"),
         *_budgets(settings),
         ChildSpec(name="metrics", target="actors.metrics:Metrics", listeners=("metrics",)),

@@ -132,7 +132,7 @@ def watched_files(settings: Settings) -> list[WatchedFile[Any]]:
                 read=lambda: served_catalogue(settings),
                 changes=catalogue_changes,
                 message=CatalogueChanged,
-                receivers=("router", "evictor"),
+                receivers=("router",),
             )
         )
     return files

@@ -82,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     stop = add("stop", "cli.stop:stop", "stop the daemon, letting running requests finish")
     stop.add_argument("--now", action="store_true", help="do not wait for running requests")
     add("reload", "cli.reload:reload", "read the model catalogue again and show what changed")
+    drain = add("drain", "cli.drain:drain", "take no new requests, let running ones finish")
+    drain.add_argument("state", choices=("on", "off"))
     models = add("models", "cli.models:models", "list the models")
     models.add_argument("--json", action="store_true", help="the daemon's own answer, as JSON")
     _add_models(add)

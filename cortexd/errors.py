@@ -279,6 +279,14 @@ class ModelSourceError(CortexError):
     http_status = 502
 
 
+class RegistryUnreachable(ModelSourceError):
+    """A model is not on disk and its registry did not answer: later it may."""
+
+    code = "registry_unreachable"
+    http_status = 503
+    retriable = True
+
+
 class InsufficientDisk(CortexError):
     """Not enough disk for a download; the message names the path and both sizes."""
 
@@ -332,6 +340,14 @@ class Overloaded(CortexError):
     retriable = True
 
 
+class QueueTimeout(CortexError):
+    """A request waited for a free seat as long as it may."""
+
+    code = "queue_timeout"
+    http_status = 503
+    retriable = True
+
+
 class DeadlineExceeded(CortexError):
     """No answer came before the deadline."""
 
@@ -352,6 +368,14 @@ class MailboxFull(CortexError):
     """The addressed actor does not keep up."""
 
     code = "mailbox_full"
+    http_status = 503
+    retriable = True
+
+
+class NodeDraining(CortexError):
+    """An operator lets this host finish what runs; it takes nothing new."""
+
+    code = "node_draining"
     http_status = 503
     retriable = True
 

@@ -294,6 +294,15 @@ class ModelLocation(msgspec.Struct, frozen=True, kw_only=True):
     vram_estimate_mb: int | None = None
 
 
+class ModelCost(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """US dollars per million tokens; 0: free on purpose."""
+
+    input: float
+    output: float
+    cache_read: float | None = None
+    cache_write: float | None = None
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One entry of `GET /v1/models`. Unknown limits are omitted, never zero."""
 
@@ -316,6 +325,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stage: str | None = None
     eta_s: float | None = None
     error: str | None = None
+    cost: ModelCost | None = None
 
 
 class ModelCards(msgspec.Struct, frozen=True, kw_only=True):

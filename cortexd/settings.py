@@ -36,6 +36,8 @@ class Gateway(Section, frozen=True):
     keepalive_s: PositiveFloat = 1.0
     event_keepalive_s: PositiveFloat = 15.0
     unary_load_wait_s: NonNegativeFloat = 600.0
+    max_queue_depth: NonNegativeInt = 256
+    queue_wait_s: NonNegativeFloat = 60.0
     request_timeout_s: PositiveFloat = 3600.0
     drain_s: NonNegativeFloat = 30.0
 
@@ -64,6 +66,7 @@ class NeuronEntry(Section, frozen=True):
     name: str
     endpoint: str
     kind: NeuronKind = "cortex"
+    max_in_flight: NonNegativeInt = 0
     key_file: str | None = None
 
 
@@ -99,7 +102,7 @@ class Engine(Section, frozen=True):
     bootstrap_prefill_tok_s: PositiveFloat = 800.0
     max_queue_depth: PositiveInt = 256
     prefix_cache: bool = True
-    backend: Literal["auto", "triton", "reference"] = "auto"
+    backend: Literal["auto", "triton", "exact", "reference"] = "auto"
 
 
 class Store(Section, frozen=True):

@@ -32,8 +32,13 @@ class Translation(msgspec.Struct, frozen=True):
     answer_schema: tuple[str, object] | None = None
 
 
-def to_chat_request(body: MessagesRequest | CountTokensRequest) -> Translation:
-    """Return the same request as OpenAI has it. Raises: InvalidRequest's children."""
+def to_chat_request(
+    body: MessagesRequest | CountTokensRequest, *, with_images: bool = False
+) -> Translation:
+    """Return the same request as OpenAI has it. Raises: InvalidRequest's children.
+
+    Images of user messages become `image_url` parts, unless they are refused (`with_images`).
+    """
     _check_supported(body)
     if body.model is None:
         raise MissingParameter("model is missing", param="model")
@@ -44,7 +49,7 @@ def to_chat_request(body: MessagesRequest | CountTokensRequest) -> Translation:
     turns, prefill = _split_prefill(body.messages)
     request = ChatCompletionRequest(
         model=body.model,
-        messages=_messages(body, turns),
+        messages=_messages(body, turns, with_images=with_images),
         tools=[translate_tool(f"tools[{n}]", tool) for n, tool in enumerate(body.tools or [])],
         tool_choice=translate_tool_choice(body.tool_choice),
         parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use"),
@@ -121,7 +126,9 @@ def _split_prefill(messages: list[JsonObject]) -> tuple[list[JsonObject], str]:
     return messages[:-1], message["content"]
 
 
-def _messages(body: CountTokensRequest, turns: list[JsonObject]) -> list[JsonObject]:
+def _messages(
+    body: CountTokensRequest, turns: list[JsonObject], *, with_images: bool
+) -> list[JsonObject]:
     """Return the turns; all system texts become the one leading message templates expect."""
     system = [_joined("system", body.system)] if body.system is not None else []
     translated: list[JsonObject] = []
@@ -133,7 +140,7 @@ def _messages(body: CountTokensRequest, turns: list[JsonObject]) -> list[JsonObj
         elif role == "assistant":
             translated.append(_assistant(at, message))
         elif role == "user":
-            translated += _user(at, message)
+            translated += _user(at, message, with_images=with_images)
         elif role is None:
             raise MissingParameter(f"{at}.role is missing", param=f"{at}.role")
         else:
@@ -212,19 +219,39 @@ def _tool_call(at: str, block: JsonObject) -> JsonObject:
     }
 
 
-def _user(at: str, message: JsonObject) -> list[JsonObject]:
+def _user(at: str, message: JsonObject, *, with_images: bool) -> list[JsonObject]:
     """Return tool results as messages of their own, then the rest of the turn."""
     results: list[JsonObject] = []
     parts: list[JsonObject] = []
     for where, block in _blocks(f"{at}.content", message.get("content")):
         if block.get("type") == "tool_result":
             results.append(_tool_result(where, block))
+        elif with_images and block.get("type") == "image":
+            parts.append({"type": "image_url", "image_url": {"url": _image_url(where, block)}})
         else:
             parts.append({"type": "text", "text": _text(where, block)})
     if not parts:
         return results or [{"role": "user", "content": ""}]
-    content = parts[0]["text"] if len(parts) == 1 else parts
+    is_text = len(parts) == 1 and parts[0]["type"] == "text"
+    content = parts[0]["text"] if is_text else parts
     return [*results, {"role": "user", "content": content}]
+
+
+def _image_url(at: str, block: JsonObject) -> str:
+    """Return where an image is; one that came along is a data URL (RFC 2397)."""
+    source = block.get("source")
+    if not isinstance(source, dict):
+        raise InvalidType(f"{at}.source must be an object", param=f"{at}.source")
+    kind = source.get("type")
+    if kind == "url":
+        return string_field(f"{at}.source.url", source.get("url"))
+    if kind == "base64":
+        media_type = string_field(f"{at}.source.media_type", source.get("media_type"))
+        data = string_field(f"{at}.source.data", source.get("data"))
+        return f"data:{media_type};base64,{data}"
+    raise InvalidValue(
+        f"{at}.source.type is {shown(kind)}; allowed: base64, url", param=f"{at}.source.type"
+    )
 
 
 def _tool_result(at: str, block: JsonObject) -> JsonObject:

@@ -11,7 +11,7 @@ from aiohttp import web
 from actors.front.auth import authenticate
 from actors.front.body import read_body
 from actors.front.choice import ChoiceOutput
-from actors.front.dialect import Answer, Dialect
+from actors.front.dialect import Answer, Dialect, encoded
 from actors.front.entitlement import admit
 from actors.front.generation import Generation
 from actors.front.proxy import forward
@@ -97,10 +97,9 @@ class InferenceHandler:
                 return await stream_answer(request, generation, answer, encoder, record)
             outputs = await _run_to_end(generation, wanted)
             answer.fingerprint = generation.fingerprint
-            return web.Response(
-                body=self._dialect.response(answer, outputs, generation.usage()),
-                content_type="application/json",
-            )
+            usage = generation.usage()
+            body = await encoded(outputs, lambda: self._dialect.response(answer, outputs, usage))
+            return web.Response(body=body, content_type="application/json")
 
 
 async def _run_to_end(generation: Generation, wanted: InferenceRequest) -> list[ChoiceOutput]:

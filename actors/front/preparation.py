@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -166,7 +167,9 @@ async def _prepare_for(
     prompts = []
     for index, (ids, answer_format) in enumerate(await tokenise(request, text_model)):
         check_prompt_ids(ids, routed.spec.vocab_size)
-        max_tokens = tokens_to_generate(request, len(ids), routed.limits)
+        max_tokens = tokens_to_generate(
+            request, len(ids), routed.limits, routed.defaults.get("max_tokens")
+        )
         sent = request.prompts[index] if request.prompts else None
         text = sent if isinstance(sent, str) else None
         grammar = ""
@@ -192,10 +195,16 @@ async def tokenise(
 ) -> list[tuple[list[int], AnswerFormat | None]]:
     """Return each prompt's token ids and how to read its answer.
 
-    Long ones are done in a thread, so streams go on. Raises: InvalidRequest, TemplateRenderFailed.
+    Long ones, and templates that take their time, are done in a thread, so streams go on.
+
+    Raises: InvalidRequest, TemplateRenderFailed.
     """
+    # Light, but part of the text side, which a front imports with its first model only.
+    from engine.text.render_time import SlowTemplateError, quick_render
+
     if request.tools is None and _num_characters(request) <= _INLINE_CHARACTERS:
-        return _tokenise_now(request, text_model)
+        with suppress(SlowTemplateError), quick_render():
+            return _tokenise_now(request, text_model)
     return await asyncio.to_thread(_tokenise_now, request, text_model)
 
 
@@ -228,7 +237,7 @@ def _num_characters(request: InferenceRequest) -> int:
 
 def _defaults(services: Services, routed: Routed, text_model: TextModel) -> SamplingFields:
     try:
-        return model_defaults(text_model.default_sampling)
+        return model_defaults({**text_model.default_sampling, **routed.defaults})
     except msgspec.ValidationError as error:
         event(services.log, "model.bad_defaults", 30, model=routed.model_id, error=str(error))
         return SamplingFields()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import msgspec
+
 from actors.front.bus import Bus
 from cortexd.errors import (
     ActorDown,
@@ -37,14 +39,12 @@ async def route(bus: Bus, model: str, lease_id: str, *, wait_s: float, account: 
     return answer
 
 
-async def place(
-    bus: Bus, model: str, lease_id: str, *, wait_s: float, exclude: list[str], account: str
-) -> RoutedHere | RoutedRemote:
-    """Return which node serves `model`, waiting up to `wait_s` while one loads it.
+async def place(bus: Bus, wanted: Place, *, wait_s: float) -> RoutedHere | RoutedRemote:
+    """Return which node serves a request, waiting up to `wait_s` while one loads the model.
 
-    Raises: as `route`, and ModelNotFeasible, NoHealthyNode.
+    Raises: as `route`, and ModelNotFeasible, NoHealthyNode, Overloaded, QueueTimeout.
     """
-    answer = await _ask(bus, lambda wait: Place(model, lease_id, wait, exclude, account), wait_s)
+    answer = await _ask(bus, lambda wait: msgspec.structs.replace(wanted, wait=wait), wait_s)
     assert isinstance(answer, RoutedHere | RoutedRemote), "the router answers Place with a node"
     return answer
 

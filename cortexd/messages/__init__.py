@@ -45,7 +45,9 @@ from cortexd.messages.fleet import (
     ProposeEviction,
     QueryHost,
     QueryLoad,
+    RecycleModel,
     RequestFinished,
+    RequestsFinished,
     ResolvedFiles,
     ResolveFiles,
     ResolveProgress,
@@ -57,10 +59,14 @@ from cortexd.messages.fleet import (
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
 from cortexd.messages.metrics import Gauges, Measured, Sample
 from cortexd.messages.neurons import (
+    Loading,
     LoadOnNode,
     NeuronReport,
     NodeFailed,
+    NodeView,
     Place,
+    QueryLoading,
+    QueryNode,
     RoutedHere,
     RoutedRemote,
     UnloadOnNode,
@@ -96,12 +102,16 @@ Body = (
     | Gauges
     | KeysChanged
     | Measured
+    | Loading
     | ReportUsage
     | Reserve
     | LoadOnNode
     | NeuronReport
     | NodeFailed
+    | NodeView
     | Place
+    | QueryLoading
+    | QueryNode
     | RoutedHere
     | RoutedRemote
     | UnloadOnNode
@@ -121,7 +131,8 @@ Body = (
     | ResolveFiles
     | ResolvedFiles
     | ResolveProgress
-    | RequestFinished
+    | RecycleModel
+    | RequestsFinished
     | Route
     | Routed
     | UnloadIdle
@@ -164,11 +175,13 @@ __all__ = [
     "LoadOnNode",
     "LoadProgress",
     "LoadReport",
+    "Loading",
     "Measured",
     "ModelList",
     "ModelLoaded",
     "NeuronReport",
     "NodeFailed",
+    "NodeView",
     "Ok",
     "Ping",
     "Place",
@@ -177,10 +190,14 @@ __all__ = [
     "ProposeEviction",
     "QueryHost",
     "QueryLoad",
+    "QueryLoading",
+    "QueryNode",
     "Ready",
+    "RecycleModel",
     "ReloadFiles",
     "ReportUsage",
     "RequestFinished",
+    "RequestsFinished",
     "Reserve",
     "ResolveFiles",
     "ResolveProgress",
