@@ -12,6 +12,7 @@ from typing import Final
 
 BENCHMARKS: Final = {
     "demo": "start-up, prefill and decode of the demo model, as an HTTP client sees them",
+    "rpc": "the leader's RPC per step, and steps on several ranks against one (needs [test])",
     "exactness": "logits against transformers, architectures x formats x ways (needs [test])",
 }
 
