@@ -74,6 +74,8 @@ _FORWARDED: Final = {
     "model.pull": "store",
     "host": "poller",
     "reload": "reloader",
+    "drain": "router",
+    "keys": "budgets",
 }
 _LONG: Final = frozenset({"model.load", "model.unload", "model.retry", "model.pull"})
 

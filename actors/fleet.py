@@ -1,30 +1,32 @@
-"""The router's view of the remote neurons: their last reports, our own dispatches, running loads.
+"""The router's view of all nodes: remote reports, our own dispatches, who may go where.
 
 Part of the router actor (same loop). Nothing here is kept on disk: a restarted router knows all of
-it again after one round of polls. Placement itself is pure (`cortexd.placement`).
+it again after one round of polls. The rules are pure (`cortexd.placement`, `cortexd.breaker`,
+`cortexd.affinity`); loads at nodes are `actors.remote_loads`, waiting for a seat is
+`actors.seat_queue`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from actors.remote_node import RemoteLoad, RemoteNode, local_view
+from actors.fleet_views import catalogue_cards, known_names, loading_of, node_statuses
+from actors.remote_loads import RemoteLoads
+from actors.remote_node import Lease, RemoteNode, local_view
+from actors.seat_queue import Answer, SeatQueue
+from cortexd.affinity import PrefixMemory
+from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue, CatalogueModel
-from cortexd.errors import (
-    Cancelled,
-    CortexError,
-    DeadlineExceeded,
-    ModelLoadFailed,
-    ModelLoading,
-    NoHealthyNode,
-)
+from cortexd.errors import Cancelled, CortexError, DeadlineExceeded, ModelLoading, QueueTimeout
 from cortexd.log import event
 from cortexd.messages import (
-    LoadOnNode,
+    Loading,
     NeuronReport,
     NodeFailed,
+    NodeView,
     Place,
     RoutedHere,
     RoutedRemote,
@@ -33,7 +35,7 @@ from cortexd.messages import (
 from cortexd.messages.envelope import Envelope
 from cortexd.messages.neurons import CatalogueCard, NodeStatus
 from cortexd.models import LoadOptions
-from cortexd.placement import Node, Placement, load_options, may_hold, place
+from cortexd.placement import Node, Placement, load_options, place
 from cortexd.settings import NeuronEntry
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 _FIRST_POLL_S: Final = 2.0
 _RECHECK_S: Final = 1.0
 _LOADING_RETRY_AFTER_S: Final = 2.0
-_LOAD_DEADLINE_S: Final = 24 * 3600.0
+_MAX_RETRY_AFTER_S: Final = 60.0
 _UNLOAD_DEADLINE_S: Final = 600.0
 
 
@@ -53,12 +55,16 @@ class Fleet:
     def __init__(
         self, router: Router, neurons: list[NeuronEntry], catalogue: Catalogue, local_name: str
     ) -> None:
+        settings = router.context.settings
         self._router = router
         self._nodes = {entry.name: RemoteNode(entry) for entry in neurons}
         self._catalogue = {model.id: model for model in catalogue.models}
         self._local_name = local_name
-        self._serves_here = router.context.settings.role != "gateway"
-        self._loads: dict[str, RemoteLoad] = {}
+        self._local_prefixes = PrefixMemory()
+        self._turns: Counter[str] = Counter()
+        self._serves_here = settings.role != "gateway"
+        self._loads = RemoteLoads(router, self._wake)
+        self._seats = SeatQueue(settings.gateway.max_queue_depth, settings.gateway.queue_wait_s)
         self._waiting: set[str] = set()
         self._ended: set[str] = set()
         self._started_at = time.monotonic()
@@ -71,68 +77,116 @@ class Fleet:
 
     # Requests
 
-    async def place(self, message: Place, envelope: Envelope) -> RoutedHere | RoutedRemote:
+    async def place(self, message: Place, envelope: Envelope) -> Answer:
         """Return where the request goes; a remote one holds a lease.
 
-        Raises: ModelNotFound, ModelNotFeasible, NoHealthyNode, ModelLoading, ModelLoadFailed.
+        Raises: ModelNotFound, ModelNotFeasible, NoHealthyNode, ModelLoading, ModelLoadFailed,
+        Overloaded, QueueTimeout.
         """
-        model_id = self._router.aliases.get(message.model, message.model)
+        model_id = self._router.local.resolve(message.model)
+        front = f"{envelope.src.name}.{envelope.src.incarnation}"
         was_cold = False
         while True:
             placement = await self._placement(model_id, message, envelope)
             if placement is None:
                 continue
+            if placement.action in {"run", "queue"}:
+                # Nobody overtakes those who wait already.
+                if placement.action == "run" and not self._seats.depth(model_id):
+                    return self._assign(model_id, message, front, placement.node, was_cold)
+                return await self._wait_for_seat(model_id, message, front, envelope)
             if placement.node == self._local_name:
-                return RoutedHere(model_id)
-            if placement.action == "run":
-                return self._lease(model_id, message, envelope, placement.node, was_cold)
+                return RoutedHere(model_id)  # asking for a lease loads it
             was_cold = True
             if placement.action == "load":
                 self._begin_load(model_id, placement.node)
             if not message.wait:
-                raise ModelLoading(
-                    f'model "{model_id}" is loading on node "{placement.node}"; retry later or '
-                    "stream to wait",
-                    retry_after_s=_LOADING_RETRY_AFTER_S,
-                )
+                raise self._loading_error(model_id, placement.node)
             await self._wait(message, envelope, f'model "{model_id}" is still loading')
 
     async def _placement(
         self, model_id: str, message: Place, envelope: Envelope
     ) -> Placement | None:
         """Return the placement, None when a first look at the nodes was awaited instead."""
-        load = self._loads.get(model_id)
-        if load is not None and load.error is None:
+        load = self._loads.running(model_id)
+        if load is not None:
             return Placement("wait", load.node)
         try:
-            placement = place(
-                model_id,
-                self._views(exclude=message.exclude),
-                self._catalogue.get(model_id),
-                self._known_names(),
-            )
+            placement = self._choose(model_id, message)
         except CortexError:
             if not message.wait or not self._is_first_look():
                 raise
             await self._wait(message, envelope, "no node has been heard of yet")
             return None
-        is_remote_load = placement.action == "load" and placement.node != self._local_name
-        if is_remote_load and load is not None and load.cooldown_left_s > 0:
-            assert load.error is not None, "only a failed load cools down"
-            raise self._load_failed(model_id, load)
+        if placement.action == "load":
+            self._loads.check(model_id, placement.node)
         return placement
 
-    def _lease(
-        self, model_id: str, message: Place, envelope: Envelope, name: str, was_cold: bool
-    ) -> RoutedRemote:
-        node = self._nodes[name]
-        assert node.report is not None, "a node that serves has been heard of"
-        front = f"{envelope.src.name}.{envelope.src.incarnation}"
-        node.leases[message.request_id] = (model_id, front)
+    def _choose(self, model_id: str, message: Place) -> Placement:
+        depths = (
+            {
+                name: node.prefixes.depth(model_id, message.prefix)
+                for name, node in self._nodes.items()
+            }
+            if message.prefix
+            else {}
+        )
+        if message.prefix:
+            depths[self._local_name] = self._local_prefixes.depth(model_id, message.prefix)
+        return place(
+            model_id,
+            self._views(model_id, exclude=message.exclude),
+            self._catalogue.get(model_id),
+            lambda: known_names(self._router, self._catalogue, self._nodes.values()),
+            depths,
+        )
+
+    def _assign(
+        self, model_id: str, message: Place, front: str, name: str, was_cold: bool
+    ) -> Answer:
+        """Send a request to a node; a remote one counts there from now on."""
+        self._turns[name] = self._turns.total() + 1
+        node = self._nodes.get(name)
+        if node is None:
+            self._local_prefixes.remember(model_id, message.prefix)
+            return RoutedHere(model_id)
         report = node.report
+        assert report is not None, "a node that serves has been heard of"
+        node.leases[message.request_id] = Lease(model_id, front, message.account)
+        node.breaker.sent(message.request_id, time.monotonic())
+        node.prefixes.remember(model_id, message.prefix)
         return RoutedRemote(
             name, node.entry.kind, report.base_url, model_id, report.sequence, was_cold
         )
+
+    async def _wait_for_seat(
+        self, model_id: str, message: Place, front: str, envelope: Envelope
+    ) -> Answer:
+        if not message.wait:
+            raise QueueTimeout(f'model "{model_id}" has no free seat; retry later', retry_after_s=2)
+        asyncio.get_running_loop().call_soon(self._serve_queue, model_id)
+        return await self._seats.wait(model_id, message, front, envelope.deadline_ns / 1e9)
+
+    def _serve_queue(self, model_id: str) -> None:
+        """Give the free seats of a model to those who wait for one."""
+
+        def running() -> Counter[str]:
+            return Counter(
+                lease.principal
+                for node in self._nodes.values()
+                for lease in node.leases.values()
+                if lease.model_id == model_id
+            )
+
+        def lease(message: Place, front: str) -> Answer | None:
+            placement = self._choose(model_id, message)
+            if placement.action == "queue":
+                return None
+            if placement.action != "run":
+                raise self._loading_error(model_id, placement.node)  # the front asks again
+            return self._assign(model_id, message, front, placement.node, False)
+
+        self._seats.serve(model_id, running, lease)
 
     async def _wait(self, message: Place, envelope: Envelope, what: str) -> None:
         """Return at the next change, or soon. Raises: DeadlineExceeded, Cancelled."""
@@ -152,19 +206,29 @@ class Fleet:
             self._ended.discard(message.request_id)
             raise Cancelled(f"request {message.request_id} ended while it waited")
 
-    def end_request(self, request_id: str) -> None:
-        """Close a lease, or the wait for one."""
+    def end_request(self, request_id: str, *, is_answered: bool = False) -> None:
+        """Close a lease, or the wait for one; the next in the queue gets its seat."""
         if request_id in self._waiting:
             self._ended.add(request_id)
+        self._seats.cancel(request_id)
         for node in self._nodes.values():
-            node.leases.pop(request_id, None)
+            lease = node.leases.pop(request_id, None)
+            if lease is None:
+                continue
+            before = node.breaker.state(time.monotonic())
+            if is_answered:
+                node.breaker.succeeded(request_id, time.monotonic())
+            else:
+                node.breaker.ended(request_id)
+            self._tell_breaker(node, before)
+            self._serve_queue(lease.model_id)
 
     def front_down(self, front: str) -> None:
         """Close the leases of a dead front ("name.incarnation")."""
         for node in self._nodes.values():
-            node.leases = {
-                request: lease for request, lease in node.leases.items() if lease[1] != front
-            }
+            gone = [request for request, lease in node.leases.items() if lease.front == front]
+            for request in gone:
+                self.end_request(request)
 
     # What others report
 
@@ -173,37 +237,56 @@ class Fleet:
         node = self._nodes.get(report.name)
         if node is None:
             return
-        was_healthy = node.is_healthy
+        was_healthy, before = node.is_healthy, node.breaker.state(time.monotonic())
         node.heard(report)
+        self._tell_breaker(node, before)
         if node.is_healthy != was_healthy:
             name = "node.healthy" if node.is_healthy else "node.unhealthy"
             event(self._router.log, name, node=report.name, error=report.error)
         self._wake()
 
     def on_node_failed(self, message: NodeFailed) -> None:
-        """Use a node that refuses connections no more until it answers a poll."""
+        """Count a failure; a node that refuses connections is not used until it answers a poll."""
         node = self._nodes.get(message.node)
-        if node is not None and not node.is_refusing:
+        if node is None:
+            return
+        before = node.breaker.state(time.monotonic())
+        node.breaker.failed(message.request_id, time.monotonic())
+        self._tell_breaker(node, before)
+        if message.is_refusing and not node.is_refusing:
             node.is_refusing = True
             event(self._router.log, "node.refused", 30, node=message.node, error=message.reason)
             self._wake()
+
+    def _tell_breaker(self, node: RemoteNode, before: BreakerState) -> None:
+        now = time.monotonic()
+        state = node.breaker.state(now)
+        if state != before:
+            event(
+                self._router.log,
+                f"node.breaker_{state}",
+                30 if state == "open" else 20,
+                node=node.entry.name,
+                hold_s=round(node.breaker.left_s(now), 1),
+            )
+            self._router.show_gauges()
 
     # Loads
 
     async def load(self, options: LoadOptions) -> None:
         """Load on the best node, on an operator's behalf; joins a load that runs."""
         model_id = options.model_id
-        load = self._loads.get(model_id)
-        if load is None or load.error is not None:
+        load = self._loads.running(model_id)
+        if load is None:
             needs = self._catalogue.get(model_id) or CatalogueModel(
                 id=model_id, min_devices=options.tensor_parallel
             )
-            views = [view for view in self._views() if view.name != self._local_name]
+            views = [view for view in self._views(model_id) if view.name != self._local_name]
             placement = place(model_id, views, needs)
-            if placement.action == "run":
+            if placement.action in {"run", "queue"}:
                 return
-            load = self._begin_load(model_id, placement.node, options)
-        while model_id in self._loads and load.error is None:
+            load = self._loads.begin(model_id, placement.node, options, needs.policy)
+        while not load.is_done:
             await self._changed.wait()
         if load.error is not None:
             raise load.error
@@ -221,99 +304,68 @@ class Fleet:
             )
         return bool(holders)
 
-    def _begin_load(
-        self, model_id: str, name: str, options: LoadOptions | None = None
-    ) -> RemoteLoad:
-        failed = self._loads.get(model_id)
-        load = RemoteLoad(name, num_failures=failed.num_failures if failed else 0)
-        self._loads[model_id] = load
-        if options is None:
-            needs = self._catalogue.get(model_id)
-            options = load_options(model_id, needs, self._nodes[name].view())
-        self._router.spawn(self._load(model_id, load, options))
-        return load
+    def _begin_load(self, model_id: str, name: str) -> None:
+        needs = self._catalogue.get(model_id)
+        options = load_options(model_id, needs, self._nodes[name].view())
+        self._loads.begin(model_id, name, options, None if needs is None else needs.policy)
 
-    async def _load(self, model_id: str, load: RemoteLoad, options: LoadOptions) -> None:
-        log = self._router.log
-        event(log, "model.loading", model=model_id, node=load.node)
-        try:
-            await self._router.ask(
-                "poller", LoadOnNode(load.node, options), deadline_s=_LOAD_DEADLINE_S
-            )
-        except CortexError as error:
-            load.error, load.failed_at = error, time.monotonic()
-            load.num_failures += 1
-            event(log, "model.load_failed", 40, model=model_id, node=load.node, error=error.message)
-        else:
-            # The poller has polled the node again before it answered, so the state is known.
-            del self._loads[model_id]
-            event(log, "model.loaded", model=model_id, node=load.node)
-        finally:
-            self._wake()
-
-    def _load_failed(self, model_id: str, load: RemoteLoad) -> CortexError:
-        cause = load.error
-        assert cause is not None, "called for a failed load"
-        if cause.http_status < 500:
-            return cause
-        if isinstance(cause, NoHealthyNode):
-            return NoHealthyNode(cause.message, retry_after_s=min(load.cooldown_left_s, 60.0))
-        return ModelLoadFailed(
-            f'model "{model_id}" could not be loaded: {cause.message}',
-            retry_after_s=min(load.cooldown_left_s, 60.0),
+    def _loading_error(self, model_id: str, node: str) -> ModelLoading:
+        loading = self.loading(model_id)
+        retry_after_s = min(max(loading.eta_s or _LOADING_RETRY_AFTER_S, 1.0), _MAX_RETRY_AFTER_S)
+        return ModelLoading(
+            f'model "{model_id}" is loading on node "{node}" ({loading.stage or "starting"}); '
+            "retry later or stream to wait",
+            retry_after_s=retry_after_s,
+            progress=round(loading.progress or 0.0, 3),
+            eta_s=None if loading.eta_s is None else round(loading.eta_s, 1),
         )
 
     # Views
 
+    def loading(self, model_id: str) -> Loading:
+        """Return how far the load of a model is at the neurons."""
+        return loading_of(model_id, self._nodes.values(), self._loads.running(model_id))
+
+    def node_view(self, name: str, model_id: str) -> NodeView:
+        """Return what the last poll of a node said of a model's requests."""
+        node = self._nodes.get(name)
+        if node is None or node.report is None:
+            return NodeView(False)
+        found = [model for model in node.report.models if model.model_id == model_id]
+        knows_load = found and found[0].max_in_flight is not None
+        in_flight = found[0].in_flight + found[0].queue_depth if knows_load else None
+        return NodeView(node.is_healthy, in_flight)
+
     def statuses(self) -> list[NodeStatus]:
         """Return every remote node for people and for `/v1/models`."""
-        now = time.monotonic()
-        return [
-            NodeStatus(
-                name=node.entry.name,
-                kind=node.entry.kind,
-                endpoint=node.entry.endpoint,
-                is_healthy=node.is_healthy,
-                age_s=None if node.report is None else now - node.heard_at,
-                dispatched=len(node.leases),
-                models=[] if node.report is None else node.report.models,
-                error=None if node.report is None else node.report.error,
-            )
-            for node in self._nodes.values()
-        ]
+        return node_statuses(self._nodes.values())
+
+    def queue_depths(self) -> dict[str, int]:
+        """Return how many requests wait for a seat, by model."""
+        return self._seats.depths()
 
     def catalogue_cards(self) -> list[CatalogueCard]:
         """Return where each catalogue model could run now."""
-        if not self._nodes:
-            return []
-        healthy = [view for view in self._views() if view.is_healthy]
-        return [
-            CatalogueCard(
-                model_id=model.id,
-                feasible_on=[view.name for view in healthy if may_hold(view, model.id, model)],
-                capabilities=model.capabilities,
-            )
-            for model in self._catalogue.values()
-        ]
+        return catalogue_cards(self._views(), self._catalogue.values())
 
-    def _views(self, exclude: list[str] | None = None) -> list[Node]:
+    def _views(self, model_id: str = "", exclude: list[str] | None = None) -> list[Node]:
+        """Return all nodes; for a model, those where it could not be loaded count as failed."""
+        failed = self._loads.failed_nodes(model_id) if model_id else set()
         views = [
-            node.view()
+            node.view(self._turns[name], failed_id=model_id if name in failed else None)
             for name, node in self._nodes.items()
             if exclude is None or name not in exclude
         ]
-        return (
-            [local_view(self._local_name, self._router.models, self._router.host), *views]
-            if self._serves_here
-            else views
+        if not self._serves_here:
+            return views
+        here = local_view(
+            self._local_name,
+            self._router.models,
+            self._router.host,
+            is_draining=self._router.is_draining,
+            turn=self._turns[self._local_name],
         )
-
-    def _known_names(self) -> list[str]:
-        names = {*self._router.aliases, *self._catalogue, *self._router.models}
-        for node in self._nodes.values():
-            if node.report is not None:
-                names |= {model.model_id for model in node.report.models}
-        return sorted(names)
+        return [here, *views]
 
     def _is_first_look(self) -> bool:
         """Tell whether a node may still be about to be heard of for the first time."""
@@ -321,5 +373,8 @@ class Fleet:
         return is_early and any(node.report is None for node in self._nodes.values())
 
     def _wake(self) -> None:
+        """Something has changed: let all that wait look again."""
         self._changed.set()
         self._changed = asyncio.Event()
+        for model_id in self._seats.models():
+            self._serve_queue(model_id)

@@ -15,7 +15,7 @@ from actors.managed_model import ManagedModel
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.desired import DesiredModel, group_name, read_desired, write_desired
 from cortexd.errors import ConfigError, ModelNotFound
-from cortexd.models import LoadOptions, ModelState
+from cortexd.models import LoadOptions, ModelPolicy, ModelState
 
 _RUNNING: Final = ("loading", "loaded", "recovering")
 _AT_REST: Final = ("unloaded", "failed")
@@ -74,10 +74,14 @@ class LocalModels:
         for model_id, model in list(self.by_id.items()):
             if model_id not in listed and model_id not in kept:
                 model.is_known = False
+                model.policy = ModelPolicy()
                 self.forget(model)
         for entry in catalogue.models:
+            if entry.id in self.by_id:
+                self.by_id[entry.id].policy = entry.policy
             if entry.id not in self.by_id:
                 self.add(_options(entry), is_known=True)
+                self.by_id[entry.id].policy = entry.policy
             elif entry.id not in kept:
                 model = self.by_id[entry.id]
                 model.is_known = True

@@ -10,9 +10,18 @@ import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 
+from cortexd.catalogue import DEFAULT_PRIORITY
 from cortexd.errors import CortexError
 from cortexd.messages import ModelLoaded
-from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelState, ModelStatus
+from cortexd.models import (
+    LoadOptions,
+    ModelFiles,
+    ModelLimits,
+    ModelPolicy,
+    ModelSpec,
+    ModelState,
+    ModelStatus,
+)
 
 _FIRST_COOLDOWN_S = 10.0
 _MAX_COOLDOWN_S = 600.0
@@ -43,6 +52,8 @@ class ManagedModel:
     state_since: float = field(default_factory=time.monotonic)
     failures: int = 0
     last_load_s: float | None = None
+    policy: ModelPolicy = field(default_factory=ModelPolicy)
+    num_cycles: int = 0  # unloads of other models since this one's engine was started
     load_task: asyncio.Task[None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -70,7 +81,7 @@ class ManagedModel:
         self.leader, self.leader_incarnation, self.epoch = leader, incarnation, epoch
         self.loaded_at = time.time()
         self.last_used = time.monotonic()
-        self.failures = 0
+        self.failures = self.num_cycles = 0
         self.last_load_s = loaded.load_s
         self.become("loaded")
 
@@ -95,6 +106,12 @@ class ManagedModel:
         be missed.
         """
         return self._changed.wait()
+
+    @property
+    def priority(self) -> int:
+        """The residency class."""
+        own = self.policy.residency_priority
+        return DEFAULT_PRIORITY if own is None else own
 
     @property
     def cooldown_left_s(self) -> float:
@@ -138,5 +155,8 @@ class ManagedModel:
             eta_s=self.eta_s,
             error=self.error.message if self.error else None,
             last_used_s=time.monotonic() - self.last_used,
+            priority=self.priority,
+            idle_ttl_s=self.policy.idle_ttl_s,
+            num_cycles=self.num_cycles,
             loaded_at=self.loaded_at,
         )

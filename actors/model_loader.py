@@ -170,6 +170,7 @@ class ModelLoader:
                 room.needed_bytes,
                 room.needed_bytes - sum(room.missing.values()),
                 [other.status() for other in self._router.models.values() if other is not model],
+                model.priority,
             ),
             deadline_s=_CONTROL_DEADLINE_S,
         )
@@ -235,6 +236,13 @@ class ModelLoader:
         model.epoch = answer.epoch
         # From here GroupUp and GroupDown tell how it goes on.
 
+    async def recycle(self, model: ManagedModel) -> None:
+        """Start the engine of an unused model anew; requests that come meanwhile wait for it."""
+        await self.unload(model, force=False, reason="defrag")
+        # Unloading has forgotten a model that only an operator had brought here.
+        self._router.models.setdefault(model.options.model_id, model)
+        await self.ensure_loaded(model)
+
     async def unload(self, model: ManagedModel, *, force: bool, reason: str) -> None:
         """Wait for running requests (unless forced), end the group, forget the model.
 
@@ -278,6 +286,9 @@ class ModelLoader:
             forced=force,
             reason=reason,
         )
+        if reason != "defrag":  # or recycling one would make all others old
+            for other in self._router.models.values():
+                other.num_cycles += 1
         self._router.measure(EVICTIONS.sample(1, reason=reason, **self._labels(model)))
 
     # For metrics

@@ -19,13 +19,15 @@ from cortexd.errors import (
     NoHealthyNode,
     NotFound,
 )
+from cortexd.keys import node_keys
 from cortexd.messages import NeuronReport
 from cortexd.messages.neurons import NodeDevice, NodeModel
-from cortexd.models import LoadOptions
+from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.neuron_list import base_url
 from cortexd.neuron_wire import (
     BadAnswer,
     answered_error,
+    is_draining,
     read_devices,
     read_models,
     read_openai_models,
@@ -56,8 +58,10 @@ class NeuronClient:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
             connector=aiohttp.TCPConnector(limit=0),
         )
+        keys = node_keys(neurons)
         self._neurons = {
-            entry.name: _PolledNeuron(entry, self._session, on_report) for entry in neurons
+            entry.name: _PolledNeuron(entry, keys.get(entry.name), self._session, on_report)
+            for entry in neurons
         }
         self._tasks = [
             asyncio.create_task(neuron.poll_forever()) for neuron in self._neurons.values()
@@ -67,9 +71,12 @@ class NeuronClient:
         """Return the last report of each neuron that has one."""
         return [neuron.report for neuron in self._neurons.values() if neuron.report is not None]
 
-    async def load(self, node: str, options: LoadOptions) -> None:
+    async def load(self, node: str, options: LoadOptions, policy: ModelPolicy | None) -> None:
         """Load a model at a neuron. Raises: what the neuron answers, NoHealthyNode, NotFound."""
-        await self._post(node, "/models/load", msgspec.json.encode(options), _LOAD_TIMEOUT_S)
+        wanted = msgspec.to_builtins(options)
+        if policy is not None:
+            wanted |= msgspec.to_builtins(policy)
+        await self._post(node, "/models/load", msgspec.json.encode(wanted), _LOAD_TIMEOUT_S)
         await self._refresh(node)
 
     async def unload(self, node: str, model_id: str, *, force: bool) -> None:
@@ -94,7 +101,9 @@ class NeuronClient:
         try:
             async with asyncio.timeout(timeout_s):
                 async with self._session.post(
-                    neuron.url + path, data=body, headers={"Content-Type": "application/json"}
+                    neuron.url + path,
+                    data=body,
+                    headers={"Content-Type": "application/json", **neuron.headers},
                 ) as response:
                     answer = await _read(response)
                     if response.status != 200:
@@ -111,16 +120,19 @@ class _PolledNeuron:
     def __init__(
         self,
         entry: NeuronEntry,
+        key: str | None,
         session: aiohttp.ClientSession,
         on_report: Callable[[NeuronReport], None],
     ) -> None:
         self.entry = entry
         self.url = base_url(entry)
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.report: NeuronReport | None = None
         self._session = session
         self._on_report = on_report
         self._devices: list[NodeDevice] | None = None
         self._models: list[NodeModel] = []
+        self._is_draining = False
         self._num_misses = 0
         self._num_successes = 0
         self._sequence = 0
@@ -167,6 +179,7 @@ class _PolledNeuron:
             devices=self._devices if self._devices is not None else last,
             models=self._models,
             error=error,
+            is_draining=self._is_draining,
         )
         self._on_report(self.report)
 
@@ -183,6 +196,7 @@ class _PolledNeuron:
             devices = read_devices(discovery_body)
         if health_body is not None:
             devices, models = with_load(health_body, devices, models)
+            self._is_draining = is_draining(health_body)
         self._models = models
         if devices:
             self._devices = devices
@@ -193,7 +207,7 @@ class _PolledNeuron:
         self._models = read_openai_models(models_body, is_ready=status != _UNAVAILABLE)
 
     async def _get(self, path: str) -> bytes:
-        async with self._session.get(self.url + path) as response:
+        async with self._session.get(self.url + path, headers=self.headers) as response:
             if response.status != 200:
                 raise BadAnswer(f"{path} answered HTTP {response.status}")
             return await _read(response)
@@ -206,7 +220,7 @@ class _PolledNeuron:
 
     async def _status(self, path: str) -> int:
         try:
-            async with self._session.get(self.url + path) as response:
+            async with self._session.get(self.url + path, headers=self.headers) as response:
                 return response.status
         except (aiohttp.ClientError, OSError):
             return 0

@@ -21,6 +21,7 @@ from cortexd.catalogue import Catalogue
 from cortexd.demo import served_catalogue
 from cortexd.desired import forget_desired
 from cortexd.errors import ConfigError
+from cortexd.keys import check_secrets
 from cortexd.models import LoadOptions
 from cortexd.paths import runtime_dir
 from cortexd.settings import Settings
@@ -38,6 +39,7 @@ def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> in
     when every light actor serves; models may still be loading. Raises: ConfigError.
     """
     catalogue = served_catalogue(settings)
+    check_secrets(settings)
     # The lock first: a second daemon must learn who runs, not that a port is taken.
     locked = RuntimeDir(runtime_dir(settings))
     listeners: dict[str, socket.socket] = {}
@@ -80,14 +82,14 @@ def child_specs(
         for entry in settings.default_models
     ]
     router_args = msgspec.msgpack.encode(RouterArgs(default_models, catalogue))
-    catalogue_args = msgspec.msgpack.encode(catalogue)
     front_listeners = tuple(name for name in ("api", "neuron") if name in listeners)
     return [
         ChildSpec(name="router", target="actors.router:Router", args=router_args),
         ChildSpec(name="store", target="actors.store:Store"),
         ChildSpec(name="poller", target="actors.poller:Poller"),
-        ChildSpec(name="evictor", target="actors.evictor:Evictor", args=catalogue_args),
+        ChildSpec(name="evictor", target="actors.evictor:Evictor"),
         ChildSpec(name="reloader", target="actors.reloader:Reloader"),
+        *_budgets(settings),
         ChildSpec(name="metrics", target="actors.metrics:Metrics", listeners=("metrics",)),
         *(
             ChildSpec(
@@ -100,6 +102,13 @@ def child_specs(
             for index in range(settings.gateway.fronts)
         ),
     ]
+
+
+def _budgets(settings: Settings) -> list[ChildSpec]:
+    """Return the owner of the budgets, where there are keys that could have one."""
+    if settings.entitlements.keys_file is None:
+        return []
+    return [ChildSpec(name="budgets", target="actors.budgets:Budgets")]
 
 
 def bind_listeners(settings: Settings) -> dict[str, socket.socket]:

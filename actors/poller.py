@@ -77,7 +77,7 @@ class Poller(AsyncActor):
     @handles(LoadOnNode)
     async def on_load_on_node(self, message: LoadOnNode, envelope: Envelope) -> Ok:
         """Load a model at a neuron and answer when it is loaded."""
-        await self._neurons.load(message.node, message.options)
+        await self._neurons.load(message.node, message.options, message.policy)
         return Ok()
 
     @handles(UnloadOnNode)

@@ -1,4 +1,4 @@
-"""Reads files again while the daemon runs, and tells those concerned: the model catalogue.
+"""Reads files again while the daemon runs, and tells those concerned: catalogue and API keys.
 
 It looks once a second whether a file has changed, at SIGHUP (`ReloadFiles`) and when an operator
 says `reload`. State: each file's last good value. A version with an error is logged with its line
@@ -18,8 +18,16 @@ from actors.watched_file import Reload, WatchedFile
 from cortexd.catalogue_diff import catalogue_changes
 from cortexd.demo import served_catalogue
 from cortexd.errors import ActorDown, MailboxFull, NotFound
+from cortexd.keys import key_changes, load_keys
 from cortexd.log import event
-from cortexd.messages import ActorUp, AdminCommand, AdminReply, CatalogueChanged, ReloadFiles
+from cortexd.messages import (
+    ActorUp,
+    AdminCommand,
+    AdminReply,
+    CatalogueChanged,
+    KeysChanged,
+    ReloadFiles,
+)
 from cortexd.messages.envelope import Envelope
 from cortexd.settings import Settings
 
@@ -104,6 +112,18 @@ class Reloader(AsyncActor):
 def watched_files(settings: Settings) -> list[WatchedFile[Any]]:
     """Return the files that these settings name; those not configured are not watched."""
     files: list[WatchedFile[Any]] = []
+    keys_file = settings.entitlements.keys_file
+    if keys_file is not None:
+        files.append(
+            WatchedFile(
+                name="keys",
+                path=Path(keys_file),
+                read=lambda: load_keys(keys_file),
+                changes=key_changes,
+                message=lambda keys: KeysChanged(keys.keys),
+                receivers=("budgets", "front."),
+            )
+        )
     if settings.models_config is not None:
         files.append(
             WatchedFile(
@@ -112,7 +132,7 @@ def watched_files(settings: Settings) -> list[WatchedFile[Any]]:
                 read=lambda: served_catalogue(settings),
                 changes=catalogue_changes,
                 message=CatalogueChanged,
-                receivers=("router", "evictor"),
+                receivers=("router",),
             )
         )
     return files

@@ -14,6 +14,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Awaitable
+from typing import Final
 
 import msgspec
 
@@ -24,7 +25,9 @@ from actors.local_models import LocalModels, check_devices, quoted
 from actors.managed_model import ManagedModel
 from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
+from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue
+from cortexd.desired import is_draining, remember_draining
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import (
     Cancelled,
@@ -34,6 +37,8 @@ from cortexd.errors import (
     ModelAlreadyLoaded,
     ModelLoadFailed,
     ModelNotFound,
+    NodeDraining,
+    RegistryUnreachable,
 )
 from cortexd.log import event
 from cortexd.messages import (
@@ -43,10 +48,12 @@ from cortexd.messages import (
     CatalogueChanged,
     DescribeModel,
     EndRequest,
+    Gauges,
     GroupDown,
     GroupUp,
     HostReport,
     ListModels,
+    Loading,
     LoadModel,
     LoadProgress,
     Measured,
@@ -54,8 +61,12 @@ from cortexd.messages import (
     ModelLoaded,
     NeuronReport,
     NodeFailed,
+    NodeView,
     Ok,
     Place,
+    QueryLoading,
+    QueryNode,
+    RecycleModel,
     ResolveProgress,
     Route,
     Routed,
@@ -66,10 +77,17 @@ from cortexd.messages import (
     UnloadModelNow,
 )
 from cortexd.messages.envelope import Envelope
-from cortexd.models import LoadOptions
+from cortexd.metrics import BREAKER_STATE, QUEUE_DEPTH
+from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.neuron_list import local_node_name, remote_neurons
 
 _DESCRIBE_DEADLINE_S = 10.0
+_GAUGE_PERIOD_S = 2.0
+_REGISTRY_RETRIES = 6
+_REGISTRY_DELAY_S = 10.0
+_MAX_REGISTRY_DELAY_S = 300.0
+_DRAINING_RETRY_AFTER_S = 5.0
+_BREAKER_VALUES: Final[dict[BreakerState, int]] = {"closed": 0, "half_open": 1, "open": 2}
 
 
 class RouterArgs(msgspec.Struct, frozen=True):
@@ -90,6 +108,7 @@ class Router(AsyncActor):
         self.default_models = args.default_models if self._serves_here else []
         self.local = LocalModels(context.runtime_dir)
         self.host: HostReport | None = None
+        self.is_draining = is_draining(context.runtime_dir)
         self._waiting: set[str] = set()  # requests that wait for a model
         self._ended: set[str] = set()  # those of them that ended meanwhile
         self._loader = ModelLoader(self)
@@ -134,6 +153,7 @@ class Router(AsyncActor):
             if peer.state == "ready":
                 self.spawn(self._adopt(model, peer.name, peer.incarnation, peer.epoch))
         self.spawn(self._load_in_order(missing))
+        self.spawn(self._show_forever())
 
     async def on_stop(self) -> None:
         """Stop background work; groups are stopped by the root."""
@@ -146,6 +166,24 @@ class Router(AsyncActor):
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+    async def _show_forever(self) -> None:
+        while True:
+            self.show_gauges()
+            await asyncio.sleep(_GAUGE_PERIOD_S)
+
+    def show_gauges(self) -> None:
+        """Tell metrics who waits, and which nodes are left alone."""
+        samples = [
+            QUEUE_DEPTH.sample(depth, model=model_id)
+            for model_id, depth in self.fleet.queue_depths().items()
+        ]
+        samples += [
+            BREAKER_STATE.sample(_BREAKER_VALUES[node.breaker], node=node.name)
+            for node in self.fleet.statuses()
+        ]
+        with contextlib.suppress(ActorDownError, MailboxFull):  # it is told again soon
+            self.tell("metrics", Gauges(samples))
 
     def measure(self, sample: Sample) -> None:
         """Tell metrics what happened; a metrics actor that is not there misses it."""
@@ -160,11 +198,31 @@ class Router(AsyncActor):
         except Exception:
             event(self.log, "router.background_failed", 40, exc_info=True)
 
+    def drain(self, *, is_on: bool) -> None:
+        """Take no new requests, or take them again; what runs goes on."""
+        remember_draining(self.context.runtime_dir, is_on=is_on)
+        self.is_draining = is_on
+        event(self.log, "node.draining" if is_on else "node.drained_no_more")
+
+    async def _retry_later(self, model: ManagedModel) -> None:
+        """Load a model whose registry did not answer, at growing intervals, unless it is loaded."""
+        for number in range(_REGISTRY_RETRIES):
+            delay_s = min(_REGISTRY_DELAY_S * 2.0**number, _MAX_REGISTRY_DELAY_S)
+            model.become("unloaded", stage=f"its registry did not answer; again in {delay_s:g} s")
+            await asyncio.sleep(delay_s)
+            try:
+                await self._loader.ensure_loaded(model)
+                return
+            except RegistryUnreachable:
+                continue
+
     async def _load_in_order(self, models: list[ManagedModel]) -> None:
         """Load default models one after another; one that fails does not stop the next."""
         for model in models:
             try:
                 await self._loader.ensure_loaded(model)
+            except RegistryUnreachable:
+                self.spawn(self._retry_later(model))
             except CortexError as error:
                 event(
                     self.log,
@@ -179,6 +237,11 @@ class Router(AsyncActor):
     @handles(Route)
     async def on_route(self, message: Route, envelope: Envelope) -> Routed:
         """Lease a loaded model, loading it first when it is cold."""
+        if self.is_draining:
+            raise NodeDraining(
+                "this host takes no new requests (cortexd drain on); try another",
+                retry_after_s=_DRAINING_RETRY_AFTER_S,
+            )
         model = self.local.find(message.model)
         was_cold = model.state != "loaded"
         while model.state != "loaded":
@@ -207,6 +270,7 @@ class Router(AsyncActor):
             model.spec,
             model.limits,
             was_cold,
+            model.policy.defaults,
         )
 
     async def _wait(self, model: ManagedModel, message: Route, envelope: Envelope) -> None:
@@ -237,7 +301,7 @@ class Router(AsyncActor):
     @handles(EndRequest)
     def on_end_request(self, message: EndRequest, envelope: Envelope) -> None:
         """Close a lease, or the wait for one."""
-        self.fleet.end_request(message.request_id)
+        self.fleet.end_request(message.request_id, is_answered=message.is_answered)
         if message.request_id in self._waiting:
             self._ended.add(message.request_id)
         for model in self.models.values():
@@ -254,12 +318,27 @@ class Router(AsyncActor):
             self.aliases,
             nodes=self.fleet.statuses(),
             catalogue=self.fleet.catalogue_cards(),
+            is_draining=self.is_draining,
         )
+
+    @handles(QueryNode)
+    def on_query_node(self, message: QueryNode, envelope: Envelope) -> NodeView:
+        """Answer how a node is that a front waits for."""
+        return self.fleet.node_view(message.node, message.model_id)
+
+    @handles(QueryLoading)
+    def on_query_loading(self, message: QueryLoading, envelope: Envelope) -> Loading:
+        """Answer how far a load is, here or at a neuron."""
+        model_id = self.local.resolve(message.model)
+        model = self.models.get(model_id)
+        if model is not None and model.is_in("loading", "recovering"):
+            return Loading(model.stage, model.progress, model.eta_s)
+        return self.fleet.loading(model_id)
 
     @handles(LoadModel)
     async def on_load_model(self, message: LoadModel, envelope: Envelope) -> Ok:
         """Load and answer when loaded; joins a load that runs with the same options."""
-        await self.load(message.options)
+        await self.load(message.options, message.policy)
         return Ok()
 
     @handles(UnloadModelNow)
@@ -275,6 +354,14 @@ class Router(AsyncActor):
         if model and model.state == "loaded" and not model.leases:
             event(self.log, "model.idle", model=message.model_id, idle_s=message.idle_s)
             await self._loader.unload(model, force=False, reason="idle")
+
+    @handles(RecycleModel)
+    async def on_recycle(self, message: RecycleModel, envelope: Envelope) -> None:
+        """Start a model's engine anew unless it is in use."""
+        model = self.models.get(message.model_id)
+        if model and model.state == "loaded" and not model.leases:
+            event(self.log, "model.recycling", model=message.model_id, cycles=model.num_cycles)
+            await self._loader.recycle(model)
 
     @handles(AdminCommand)
     async def on_admin(self, message: AdminCommand, envelope: Envelope) -> AdminReply:
@@ -378,7 +465,7 @@ class Router(AsyncActor):
 
     # For the loader and the admin commands
 
-    async def load(self, options: LoadOptions) -> None:
+    async def load(self, options: LoadOptions, policy: ModelPolicy | None = None) -> None:
         """Load with these options, or raise ModelAlreadyLoaded when others are in force."""
         options = msgspec.structs.replace(options, model_id=self.local.resolve(options.model_id))
         check_devices(options)
@@ -399,6 +486,8 @@ class Router(AsyncActor):
             model.failures = 0
         else:
             model = self.local.add(options, is_known=False)
+        if policy is not None:
+            model.policy = policy
         await self._loader.ensure_loaded(model)
 
     async def unload(self, model_id: str, *, force: bool) -> None:

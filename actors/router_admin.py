@@ -40,6 +40,12 @@ class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     force: bool = False
 
 
+class DrainArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`drain`."""
+
+    on: bool
+
+
 class RouterAdmin:
     """Decode, run, report."""
 
@@ -51,6 +57,7 @@ class RouterAdmin:
             "model.unload": self._unload,
             "model.retry": self._retry,
             "requests": self._requests,
+            "drain": self._drain,
         }
 
     async def run(self, command: AdminCommand) -> AdminReply:
@@ -90,6 +97,12 @@ class RouterAdmin:
                 for request, front in model.leases.items()
             ]
         }
+
+    async def _drain(self, command: AdminCommand) -> object:
+        args = _decode(command, DrainArgs)
+        self._router.drain(is_on=args.on)
+        in_flight = sum(len(model.leases) for model in self._router.models.values())
+        return {"draining": args.on, "in_flight": in_flight}
 
     async def _load(self, command: AdminCommand) -> object:
         args = _decode(command, LoadArgs)

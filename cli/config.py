@@ -11,6 +11,7 @@ from cli.exit_code import OK
 from cli.format import complain
 from cortexd.catalogue import alias_warnings, load_catalogue
 from cortexd.config import LoadedSettings
+from cortexd.keys import check_secrets
 
 
 def config(args: argparse.Namespace) -> int:
@@ -21,6 +22,7 @@ def config(args: argparse.Namespace) -> int:
         return OK
     for warning in (*loaded.warnings, *catalogue_warnings(loaded)):
         complain(f"warning: {warning}")
+    check_secrets(loaded.settings)
     files = [str(loaded.source)] if loaded.source else []
     if loaded.settings.models_config:
         files.append(loaded.settings.models_config)

@@ -82,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     stop = add("stop", "cli.stop:stop", "stop the daemon, letting running requests finish")
     stop.add_argument("--now", action="store_true", help="do not wait for running requests")
     add("reload", "cli.reload:reload", "read the model catalogue again and show what changed")
+    drain = add("drain", "cli.drain:drain", "take no new requests, let running ones finish")
+    drain.add_argument("state", choices=("on", "off"))
     models = add("models", "cli.models:models", "list the models")
     models.add_argument("--json", action="store_true", help="the daemon's own answer, as JSON")
     _add_models(add)
@@ -92,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument(
         "-n", "--lines", type=_lines, default=50, metavar="N", help="how many old lines (50)"
     )
+    _add_keys(add("keys", "cli.keys:keys", "add, list or revoke API keys"))
     config = add("config", "cli.config:config", "check the configuration, or show what is in force")
     config.add_argument("action", choices=("check", "show"))
     doctor = add("doctor", "cli.doctor:doctor", "try rank processes and their collectives here")
@@ -115,6 +118,20 @@ def _add_start(start: argparse.ArgumentParser) -> None:
     start.add_argument("--quant", metavar="Q", help="quantisation of every --model, such as Q8_0")
     start.add_argument("--role", choices=("all", "gateway", "neuron"), help="what this host does")
     start.add_argument("--listen", metavar="HOST:PORT", help="address of the API (31313)")
+
+
+def _add_keys(keys: argparse.ArgumentParser) -> None:
+    keys.add_argument("action", choices=("add", "list", "revoke"))
+    keys.add_argument("key_id", nargs="?", metavar="ID", help="the key's name in logs and metrics")
+    keys.add_argument("--account", metavar="NAME", help="whose key it is (default: ID)")
+    keys.add_argument(
+        "--model", action="append", metavar="PATTERN", help="a model it opens (repeatable; all)"
+    )
+    keys.add_argument("--cap", type=_number, metavar="TOKENS", help="most tokens it may use")
+    keys.add_argument(
+        "--window", type=_number, metavar="S", help="the cap holds for so many seconds (for ever)"
+    )
+    keys.add_argument("--gateway", action="store_true", help="a gateway's key for this neuron")
 
 
 def _add_models(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
@@ -146,6 +163,12 @@ def _add_chat(chat: argparse.ArgumentParser) -> None:
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1_000_000):
         raise argparse.ArgumentTypeError(f'"{text}" is not a whole number from 1 to 1000000')
+    return int(text)
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 10**15):
+        raise argparse.ArgumentTypeError(f'"{text}" is not a whole number from 1 to 10^15')
     return int(text)
 
 

@@ -36,10 +36,10 @@ class CountTokensRequest(EngineFields, frozen=True, kw_only=True):
     tools: list[JsonObject] | None = None
     tool_choice: JsonObject | None = None
     thinking: JsonObject | None = None
-    # Would change the answer, not supported: refused by name.
-    mcp_servers: list[Any] | None = None
     output_config: JsonObject | None = None
     output_format: JsonObject | None = None
+    # Would change the answer, not supported: refused by name.
+    mcp_servers: list[Any] | None = None
 
 
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):

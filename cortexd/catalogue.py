@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from cortexd.errors import ConfigError
 from cortexd.model_id import absolute_model_id, check_model_id
+from cortexd.models import ModelPolicy
 from cortexd.paths import home_dir
 from cortexd.problem import Locations, Problem, dotted, raise_problems
 from cortexd.schema import read_struct
@@ -78,6 +79,16 @@ class CatalogueModel(Section, frozen=True):
     capabilities: list[NonEmpty] = []
     idle_ttl_s: NonNegativeFloat | None = None  # unloaded when unused so long; 0: never
     defaults: RequestDefaults | None = None
+
+    @property
+    def policy(self) -> ModelPolicy:
+        """What the host that runs the model goes by."""
+        defaults = {} if self.defaults is None else msgspec.structs.asdict(self.defaults)
+        return ModelPolicy(
+            residency_priority=self.priority,
+            idle_ttl_s=self.idle_ttl_s,
+            defaults={name: value for name, value in defaults.items() if value is not None},
+        )
 
     @property
     def priority(self) -> int:

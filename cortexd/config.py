@@ -138,6 +138,14 @@ def _with_absolute_paths(
     return msgspec.structs.replace(
         settings,
         models_config=models_config,
+        entitlements=msgspec.structs.replace(
+            settings.entitlements,
+            keys_file=absolute(settings.entitlements.keys_file, "entitlements", "keys_file"),
+        ),
+        neurons=[
+            msgspec.structs.replace(entry, key_file=absolute(entry.key_file, "neurons"))
+            for entry in settings.neurons
+        ],
         default_models=[
             msgspec.structs.replace(
                 model, model_id=absolute_model_id(model.model_id, models_base, home_dir(environ))

@@ -16,9 +16,10 @@ from cortexd.problem import Problem, dotted
 from cortexd.settings import Settings
 from cortexd.toml_lines import Path
 
+_METRICS: Path = ("gateway", "metrics_listen")
 _LISTENERS: tuple[Path, ...] = (
     ("gateway", "listen"),
-    ("gateway", "metrics_listen"),
+    _METRICS,
     ("neuron", "listen"),
 )
 
@@ -40,12 +41,25 @@ def warnings(settings: Settings) -> Iterator[str]:
         yield 'default_models are not loaded: role "gateway" runs no engine'
     if settings.role == "neuron" and settings.neurons:
         yield 'neurons are not used: role "neuron" runs no gateway'
+    asks_for_keys = settings.entitlements.keys_file is not None
+    if asks_for_keys and settings.entitlements.require_auth:
+        yield from _keyless_neurons(settings)
     for path in _active_listeners(settings):
         address = parse_host_port(str(_value(settings, path)))
-        if not address.is_loopback:
+        is_open = path == _METRICS or not (asks_for_keys and settings.entitlements.require_auth)
+        if not address.is_loopback and is_open:
             yield (
                 f"{dotted(path)} = {address} can be reached by other machines "
                 "and no key is asked of them"
+            )
+
+
+def _keyless_neurons(settings: Settings) -> Iterator[str]:
+    for neuron in settings.neurons:
+        if neuron.kind == "cortex" and neuron.key_file is None and settings.role != "neuron":
+            yield (
+                f'neuron "{neuron.name}" has no key_file: it is not told whose requests it gets, '
+                "so accounts share its prefix cache"
             )
 
 
@@ -141,6 +155,7 @@ def _supervision(settings: Settings) -> Iterator[Problem]:
 def _text(settings: Settings) -> Iterator[Problem]:
     optional: tuple[Path, ...] = (
         ("models_config",),
+        ("entitlements", "keys_file"),
         ("store", "cache_dir"),
         ("store", "hub_cache_dir"),
         ("paths", "runtime_dir"),

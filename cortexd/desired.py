@@ -16,6 +16,7 @@ import msgspec
 from cortexd.models import LoadOptions
 
 _FILE = "desired.json"
+_DRAINING_FILE = "draining"
 _MAX_SLUG = 32
 
 
@@ -49,5 +50,20 @@ def write_desired(runtime_dir: Path, models: list[DesiredModel]) -> None:
 
 
 def forget_desired(runtime_dir: Path) -> None:
-    """Remove the file: a new daemon starts from its configuration."""
+    """Remove what is remembered: a new daemon starts from its configuration."""
     (runtime_dir / _FILE).unlink(missing_ok=True)
+    remember_draining(runtime_dir, is_on=False)
+
+
+def is_draining(runtime_dir: Path) -> bool:
+    """Tell whether an operator said to take no new requests."""
+    return (runtime_dir / _DRAINING_FILE).exists()
+
+
+def remember_draining(runtime_dir: Path, *, is_on: bool) -> None:
+    """Keep for a restarted router what the operator said."""
+    mark = runtime_dir / _DRAINING_FILE
+    if is_on:
+        mark.touch()
+    else:
+        mark.unlink(missing_ok=True)

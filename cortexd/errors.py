@@ -199,6 +199,55 @@ class UpstreamError(CortexError):
     http_status = 502
 
 
+class InvalidApiKey(CortexError):
+    """No key was given, or one that is not known here."""
+
+    code = "invalid_api_key"
+    type = "invalid_request_error"
+    http_status = 401
+
+
+class ModelNotAllowed(CortexError):
+    """The key does not open this model."""
+
+    code = "model_not_allowed"
+    type = "invalid_request_error"
+    http_status = 403
+
+
+class PermissionDenied(CortexError):
+    """The key does not open this path."""
+
+    code = "permission_denied"
+    type = "invalid_request_error"
+    http_status = 403
+
+
+class InsufficientQuota(CortexError):
+    """The key's budget is used up, and waiting does not help; details hold the figures."""
+
+    code = "insufficient_quota"
+    type = "insufficient_quota"
+    http_status = 429
+
+
+class RateLimitExceeded(CortexError):
+    """The key's budget of the current window is used up; details hold the figures."""
+
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
+    http_status = 429
+    retriable = True
+
+
+class ServiceUnavailable(CortexError):
+    """What checks keys or budgets does not answer: nothing is known of the key itself."""
+
+    code = "service_unavailable"
+    http_status = 503
+    retriable = True
+
+
 class ModelAlreadyLoaded(CortexError):
     """A load was asked for a model that is loaded or loading with other options."""
 
@@ -228,6 +277,14 @@ class ModelSourceError(CortexError):
 
     code = "model_source_error"
     http_status = 502
+
+
+class RegistryUnreachable(ModelSourceError):
+    """A model is not on disk and its registry did not answer: later it may."""
+
+    code = "registry_unreachable"
+    http_status = 503
+    retriable = True
 
 
 class InsufficientDisk(CortexError):
@@ -283,6 +340,14 @@ class Overloaded(CortexError):
     retriable = True
 
 
+class QueueTimeout(CortexError):
+    """A request waited for a free seat as long as it may."""
+
+    code = "queue_timeout"
+    http_status = 503
+    retriable = True
+
+
 class DeadlineExceeded(CortexError):
     """No answer came before the deadline."""
 
@@ -303,6 +368,14 @@ class MailboxFull(CortexError):
     """The addressed actor does not keep up."""
 
     code = "mailbox_full"
+    http_status = 503
+    retriable = True
+
+
+class NodeDraining(CortexError):
+    """An operator lets this host finish what runs; it takes nothing new."""
+
+    code = "node_draining"
     http_status = 503
     retriable = True
 

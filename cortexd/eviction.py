@@ -66,26 +66,39 @@ def choose_victims(
 
 
 def idle_models(models: Sequence[ModelStatus], idle_ttl_s: float) -> list[str]:
-    """Return the loaded, unused models idle for at least `idle_ttl_s` seconds, longest first.
+    """Return the loaded, unused models idle for their time to live, longest first.
 
-    0 switches idle unloading off. A model that was never used has no idle time yet.
+    `idle_ttl_s` (seconds) holds for models without one of their own; 0 switches it off. A model
+    that was never used has no idle time yet.
     """
-    if idle_ttl_s <= 0:
-        return []
-    idle = [
-        model
-        for model in models
-        if model.state == "loaded"
-        and model.in_flight == 0
-        and model.last_used_s is not None
-        and model.last_used_s >= idle_ttl_s
-    ]
+    idle = []
+    for model in models:
+        ttl_s = idle_ttl_s if model.idle_ttl_s is None else model.idle_ttl_s
+        if ttl_s > 0 and _is_unused(model) and (model.last_used_s or 0.0) >= ttl_s:
+            idle.append(model)
     return [model.model_id for model in sorted(idle, key=_unused)]
+
+
+def fragmented_models(models: Sequence[ModelStatus], after_cycles: int) -> list[str]:
+    """Return the unused models that have seen so many unloads of others, most first.
+
+    Their engines are as old as the memory they have worked in is fragmented; 0 switches it off.
+    """
+    if after_cycles <= 0:
+        return []
+    old = [model for model in models if _is_unused(model) and model.num_cycles >= after_cycles]
+    return [
+        model.model_id for model in sorted(old, key=lambda one: (-one.num_cycles, one.model_id))
+    ]
 
 
 def may_displace(incoming_class: int, resident_class: int) -> bool:
     """Return whether a model of one class may unload one of another: equal ranks swap both ways."""
     return incoming_class >= resident_class
+
+
+def _is_unused(model: ModelStatus) -> bool:
+    return model.state == "loaded" and model.in_flight == 0
 
 
 def _class(model_id: str, priorities: Mapping[str, int]) -> int:

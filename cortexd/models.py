@@ -172,6 +172,19 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
         return rank if self.devices is None else self.devices[rank]
 
 
+class ModelPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a catalogue entry says of a model once it is loaded.
+
+    `residency_priority`: its class; `idle_ttl_s`: unloaded when unused so long, 0: never; None: by
+    the rules of the host that runs it. `defaults`: sampling fields, and `max_tokens`, of requests
+    that do not have them.
+    """
+
+    residency_priority: int | None = None
+    idle_ttl_s: float | None = None
+    defaults: dict[str, float] = {}
+
+
 class RankArgs(msgspec.Struct, frozen=True):
     """What every rank process of a model's group is started with."""
 
@@ -210,4 +223,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     eta_s: float | None = None
     error: str | None = None
     last_used_s: float | None = None  # seconds ago
+    priority: int = 100  # residency class
+    idle_ttl_s: float | None = None  # its own; None: that of the host
+    num_cycles: int = 0  # unloads of other models since its engine was started
     loaded_at: float | None = None  # unix seconds

@@ -51,6 +51,10 @@ class _Model(msgspec.Struct):
     limit: _Limit | None = None
     servable: _Servable | None = None
     max_model_len: int | None = None
+    stage: str | None = None
+    progress: float | None = None
+    eta_s: float | None = None
+    residency_priority: int | None = None
 
 
 class _ModelLoad(msgspec.Struct):
@@ -119,6 +123,11 @@ def with_load(
     )
 
 
+def is_draining(body: bytes) -> bool:
+    """Tell whether a neuron's `/health` says that it takes no new requests. Raises: BadAnswer."""
+    return bool(_json(body, dict).get("status") == "draining")
+
+
 def _loaded_device(device: NodeDevice, load: _DeviceLoad | None) -> NodeDevice:
     if load is None:
         return device
@@ -156,7 +165,10 @@ def _node_model(entry: _Model) -> NodeModel:
         capabilities=entry.capabilities,
         can_call_tools=entry.tool_call,
         can_reason=entry.reasoning,
-        detail=None if entry.servable is None else entry.servable.detail,
+        detail=entry.stage or (None if entry.servable is None else entry.servable.detail),
+        progress=entry.progress,
+        eta_s=entry.eta_s,
+        priority=entry.residency_priority,
     )
 
 

@@ -62,14 +62,15 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Known to OpenAI-compatible servers, would change the answer, not supported: refused by name.
-    best_of: Annotated[int, Meta(ge=1)] | None = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
+    # What the answer must be; the last four as vLLM has them.
     response_format: Any = None
     structured_outputs: Any = None
+    guided_choice: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    # Known to OpenAI-compatible servers, would change the answer, not supported: refused by name.
+    best_of: Annotated[int, Meta(ge=1)] | None = None
+    guided_grammar: Any = None
     use_beam_search: bool | None = None
 
 
@@ -293,6 +294,15 @@ class ModelLocation(msgspec.Struct, frozen=True, kw_only=True):
     vram_estimate_mb: int | None = None
 
 
+class ModelCost(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """US dollars per million tokens; 0: free on purpose."""
+
+    input: float
+    output: float
+    cache_read: float | None = None
+    cache_write: float | None = None
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One entry of `GET /v1/models`. Unknown limits are omitted, never zero."""
 
@@ -315,6 +325,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stage: str | None = None
     eta_s: float | None = None
     error: str | None = None
+    cost: ModelCost | None = None
 
 
 class ModelCards(msgspec.Struct, frozen=True, kw_only=True):

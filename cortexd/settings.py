@@ -36,6 +36,8 @@ class Gateway(Section, frozen=True):
     keepalive_s: PositiveFloat = 1.0
     event_keepalive_s: PositiveFloat = 15.0
     unary_load_wait_s: NonNegativeFloat = 600.0
+    max_queue_depth: NonNegativeInt = 256
+    queue_wait_s: NonNegativeFloat = 60.0
     request_timeout_s: PositiveFloat = 3600.0
     drain_s: NonNegativeFloat = 30.0
 
@@ -48,6 +50,13 @@ class Eviction(Section, frozen=True):
     idle_ttl_s: NonNegativeFloat = 0.0
 
 
+class Entitlements(Section, frozen=True):
+    """Who may use the API; without a keys file everybody who reaches it."""
+
+    keys_file: str | None = None
+    require_auth: bool = True
+
+
 class NeuronEntry(Section, frozen=True):
     """One `[[neurons]]` table: a host whose models the gateway offers.
 
@@ -57,6 +66,8 @@ class NeuronEntry(Section, frozen=True):
     name: str
     endpoint: str
     kind: NeuronKind = "cortex"
+    max_in_flight: NonNegativeInt = 0
+    key_file: str | None = None
 
 
 class Neuron(Section, frozen=True):
@@ -91,7 +102,7 @@ class Engine(Section, frozen=True):
     bootstrap_prefill_tok_s: PositiveFloat = 800.0
     max_queue_depth: PositiveInt = 256
     prefix_cache: bool = True
-    backend: Literal["auto", "triton", "reference"] = "auto"
+    backend: Literal["auto", "triton", "exact", "reference"] = "auto"
 
 
 class Store(Section, frozen=True):
@@ -142,6 +153,7 @@ class Settings(Section, frozen=True):
     role: Role = "all"
     models_config: str | None = None
     gateway: Gateway = Gateway()
+    entitlements: Entitlements = Entitlements()
     eviction: Eviction = Eviction()
     neuron: Neuron = Neuron()
     engine: Engine = Engine()

@@ -22,14 +22,23 @@ _THINKING: Final = ("enabled", "adaptive", "between_tools", "disabled")
 
 
 class Translation(msgspec.Struct, frozen=True):
-    """The chat request, and the beginning of the answer when the client gave one."""
+    """The chat request, and the beginning of the answer when the client gave one.
+
+    `answer_schema` is the schema the answer must follow, after the field that holds it.
+    """
 
     request: ChatCompletionRequest
     prefill: str = ""
+    answer_schema: tuple[str, object] | None = None
 
 
-def to_chat_request(body: MessagesRequest | CountTokensRequest) -> Translation:
-    """Return the same request as OpenAI has it. Raises: InvalidRequest's children."""
+def to_chat_request(
+    body: MessagesRequest | CountTokensRequest, *, with_images: bool = False
+) -> Translation:
+    """Return the same request as OpenAI has it. Raises: InvalidRequest's children.
+
+    Images of user messages become `image_url` parts, unless they are refused (`with_images`).
+    """
     _check_supported(body)
     if body.model is None:
         raise MissingParameter("model is missing", param="model")
@@ -40,7 +49,7 @@ def to_chat_request(body: MessagesRequest | CountTokensRequest) -> Translation:
     turns, prefill = _split_prefill(body.messages)
     request = ChatCompletionRequest(
         model=body.model,
-        messages=_messages(body, turns),
+        messages=_messages(body, turns, with_images=with_images),
         tools=[translate_tool(f"tools[{n}]", tool) for n, tool in enumerate(body.tools or [])],
         tool_choice=translate_tool_choice(body.tool_choice),
         parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use"),
@@ -60,16 +69,29 @@ def to_chat_request(body: MessagesRequest | CountTokensRequest) -> Translation:
             top_k=body.top_k,
             **{name: getattr(body, name) for name in EngineFields.__struct_fields__},
         )
-    return Translation(request, prefill)
+    return Translation(request, prefill, _answer_schema(body))
+
+
+def _answer_schema(body: CountTokensRequest) -> tuple[str, object] | None:
+    """Return the schema an answer must follow; the beta's field and its successor say the same."""
+    config = body.output_config or {}
+    for at, wanted in (
+        ("output_format", body.output_format),
+        ("output_config.format", config.get("format")),
+    ):
+        if wanted is None:
+            continue
+        if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+            raise InvalidValue(f"{at}.type must be json_schema", param=f"{at}.type")
+        if wanted.get("schema") is None:
+            raise MissingParameter(f"{at}.schema is missing", param=f"{at}.schema")
+        return f"{at}.schema", wanted["schema"]
+    return None
 
 
 def _check_supported(body: CountTokensRequest) -> None:
     if body.mcp_servers:
         raise _unsupported("mcp_servers")
-    if body.output_format is not None:
-        raise _unsupported("output_format")
-    if (body.output_config or {}).get("format") is not None:
-        raise _unsupported("output_config.format")
     if isinstance(body, MessagesRequest):
         if body.container is not None:
             raise _unsupported("container")
@@ -104,7 +126,9 @@ def _split_prefill(messages: list[JsonObject]) -> tuple[list[JsonObject], str]:
     return messages[:-1], message["content"]
 
 
-def _messages(body: CountTokensRequest, turns: list[JsonObject]) -> list[JsonObject]:
+def _messages(
+    body: CountTokensRequest, turns: list[JsonObject], *, with_images: bool
+) -> list[JsonObject]:
     """Return the turns; all system texts become the one leading message templates expect."""
     system = [_joined("system", body.system)] if body.system is not None else []
     translated: list[JsonObject] = []
@@ -116,7 +140,7 @@ def _messages(body: CountTokensRequest, turns: list[JsonObject]) -> list[JsonObj
         elif role == "assistant":
             translated.append(_assistant(at, message))
         elif role == "user":
-            translated += _user(at, message)
+            translated += _user(at, message, with_images=with_images)
         elif role is None:
             raise MissingParameter(f"{at}.role is missing", param=f"{at}.role")
         else:
@@ -195,19 +219,39 @@ def _tool_call(at: str, block: JsonObject) -> JsonObject:
     }
 
 
-def _user(at: str, message: JsonObject) -> list[JsonObject]:
+def _user(at: str, message: JsonObject, *, with_images: bool) -> list[JsonObject]:
     """Return tool results as messages of their own, then the rest of the turn."""
     results: list[JsonObject] = []
     parts: list[JsonObject] = []
     for where, block in _blocks(f"{at}.content", message.get("content")):
         if block.get("type") == "tool_result":
             results.append(_tool_result(where, block))
+        elif with_images and block.get("type") == "image":
+            parts.append({"type": "image_url", "image_url": {"url": _image_url(where, block)}})
         else:
             parts.append({"type": "text", "text": _text(where, block)})
     if not parts:
         return results or [{"role": "user", "content": ""}]
-    content = parts[0]["text"] if len(parts) == 1 else parts
+    is_text = len(parts) == 1 and parts[0]["type"] == "text"
+    content = parts[0]["text"] if is_text else parts
     return [*results, {"role": "user", "content": content}]
+
+
+def _image_url(at: str, block: JsonObject) -> str:
+    """Return where an image is; one that came along is a data URL (RFC 2397)."""
+    source = block.get("source")
+    if not isinstance(source, dict):
+        raise InvalidType(f"{at}.source must be an object", param=f"{at}.source")
+    kind = source.get("type")
+    if kind == "url":
+        return string_field(f"{at}.source.url", source.get("url"))
+    if kind == "base64":
+        media_type = string_field(f"{at}.source.media_type", source.get("media_type"))
+        data = string_field(f"{at}.source.data", source.get("data"))
+        return f"data:{media_type};base64,{data}"
+    raise InvalidValue(
+        f"{at}.source.type is {shown(kind)}; allowed: base64, url", param=f"{at}.source.type"
+    )
 
 
 def _tool_result(at: str, block: JsonObject) -> JsonObject:

@@ -69,17 +69,18 @@ def choose_dtype(
         return DTYPES[settings.dtype]
     if device.type == "cuda":
         return torch.bfloat16
-    is_native = settings.backend == "auto" and native.available()
+    is_native = settings.backend != "reference" and native.available()
     is_bfloat16 = spec.torch_dtype == "bfloat16" and not is_quantized
     return torch.bfloat16 if is_bfloat16 and not is_native else torch.float32
 
 
 def choose_backend(settings: EngineSettings, device: torch.device) -> Backend:
-    """Return what computes on the device; "auto" stands for the native CPU kernels.
+    """Return what computes on the device; "auto" and "exact" stand for the native CPU kernels.
 
     Raises: ConfigError when the settings demand Triton and it cannot run here.
     """
-    if settings.backend == "reference" or (settings.backend == "auto" and device.type == "cpu"):
+    is_native = settings.backend in ("auto", "exact") and device.type == "cpu"
+    if settings.backend == "reference" or is_native:
         return settings.backend
     reason = triton_kernels.why_unusable(device)
     if not reason:

@@ -27,7 +27,7 @@ from engine.formats.checkpoint_check import check_plan
 from engine.formats.in_situ import in_situ_type, type_for_columns
 from engine.kernels import cpu as native
 from engine.layers.embedding import Embedding, tied_embedding
-from engine.layers.linear import Backend, Linear, Weight, pack_native
+from engine.layers.linear import Backend, Linear, Weight, has_triton_kernel, pack_native
 from engine.layers.sparse_mlp import SparseMLP
 from engine.memory_check import check_weights_fit
 from engine.models.registry import REGISTRY
@@ -93,6 +93,7 @@ class Weights:
         local = self._comm.shard.local_spec(spec)
         self._in_situ = None if quant is None else in_situ_type(quant)
         self._kept_dense: list[str] = []
+        self._slab_types: set[str] = set()  # quantised types without a Triton kernel
         self._checked = plan.required
         self._unused = dict.fromkeys(plan.required)
         self._permuted_heads = (
@@ -140,7 +141,8 @@ class Weights:
     def check_memory(self) -> None:
         """Raise InsufficientMemory when the device has no room for the weights; none is read."""
         # The CPU's kernels multiply dense weights as they are stored.
-        is_native = self.backend == "auto" and self.device.type == "cpu" and native.available()
+        is_wanted = self.backend in ("auto", "exact") and self.device.type == "cpu"
+        is_native = is_wanted and native.available()
         check_weights_fit(
             {name: self._local(name) for name in self._checked},
             None if is_native and self.dtype == torch.float32 else self.dtype.itemsize,
@@ -234,8 +236,15 @@ class Weights:
         if embedding is None:
             # Dense rows are converted on look-up: half the memory of bf16 as float32.
             owned = self._own(head, self.dtype if is_tied else None)
-            embedding = Embedding(owned, dtype=self.dtype)
+            embedding = self._unpacked_embedding(owned)
         return self._track(embedding)
+
+    def _unpacked_embedding(self, weight: Weight) -> Embedding:
+        if isinstance(weight, QuantizedTensor) and has_triton_kernel(weight, self.backend):
+            from engine.layers.plane_linear import PlaneEmbedding  # imports Triton
+
+            return PlaneEmbedding(weight, self.dtype)
+        return Embedding(weight, dtype=self.dtype)
 
     def head(self, embedding: Embedding) -> Linear:
         """Return the output head: the embedding's matrix when tied, lm_head otherwise."""
@@ -281,7 +290,8 @@ class Weights:
     def check_all_used(self) -> None:
         """Check that the model asked for every planned tensor; a fault here is the model's.
 
-        Logs which matrices could not be quantised as the user wanted.
+        Logs which matrices could not be quantised as the user wanted, and which types no kernel
+        of the chosen backend multiplies.
         """
         assert not self._unused, f"never asked for: {list(self._unused)[:10]}"
         if self._in_situ is not None and self._kept_dense:
@@ -292,6 +302,15 @@ class Weights:
                 quant=self._in_situ.name,
                 reason="rows are no multiple of 32",
                 tensors=listing("tensor", sorted(set(self._kept_dense))),
+            )
+
+        if self._slab_types:
+            event(
+                logging.getLogger("cortexd.engine"),
+                "weights.without_kernel",
+                logging.WARNING,
+                types=sorted(self._slab_types),
+                consequence="dequantised slab by slab in torch, which is slower",
             )
 
     def close(self) -> None:
@@ -314,7 +333,15 @@ class Weights:
             if len(matrices) > 1 and self._is_in_place(weight)
             else self._own(weight, self.dtype)
         )
-        return Linear(owned, bias, dtype=self.dtype, backend="reference")
+        return self._unpacked_linear(owned, bias)
+
+    def _unpacked_linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        """Return the layer of a weight that the CPU kernels do not take."""
+        if self.backend != "triton":
+            return Linear(weight, bias, dtype=self.dtype, backend="reference")
+        if isinstance(weight, QuantizedTensor) and not has_triton_kernel(weight, self.backend):
+            self._slab_types.add(weight.ggml_type.name)
+        return Linear(weight, bias, dtype=self.dtype, backend="triton")
 
     def _bias(self, part: StoredRows) -> Tensor:
         assert part.bias_name is not None, f"{part.name} has no bias"

@@ -12,6 +12,7 @@ import pytest
 
 from cortexd.catalogue import load_catalogue
 from cortexd.config import load_settings
+from cortexd.keys import load_keys
 from cortexd.schema import option_paths
 from cortexd.settings import Settings
 from cortexd.toml_lines import Path as KeyPath
@@ -19,6 +20,7 @@ from cortexd.toml_lines import key_lines
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 CATALOGUES = {"models.example.toml"}
+KEYS = {"keys.example.toml"}
 # A commented-out option or table: "#" and no space. Prose has a space.
 _OPTION_IN_COMMENT = re.compile(r"^#(?=\S)", re.MULTILINE)
 
@@ -28,6 +30,11 @@ def test_conf_file_loads(path: Path, tmp_path: Path) -> None:
     """Every TOML file is a valid configuration or catalogue."""
     if path.name in CATALOGUES:
         assert load_catalogue(str(path)).models
+    elif path.name in KEYS:
+        private = tmp_path / path.name
+        private.write_bytes(path.read_bytes())
+        private.chmod(0o600)
+        assert load_keys(str(private)).keys
     else:
         assert load_settings(str(path), {}, tmp_path).source == path
 

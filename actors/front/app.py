@@ -9,6 +9,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from actors.front import health, models, neuron_api
+from actors.front.auth import HEARS_GATEWAYS, KeyRing, with_gateway_key, with_key
 from actors.front.chat import ChatDialect
 from actors.front.completions import CompletionDialect
 from actors.front.count_tokens import count_tokens
@@ -36,27 +37,34 @@ def build_app(services: Services, listener: str) -> web.Application:
         client_max_size=services.settings.gateway.max_body_mib * 2**20,
     )
     app[SERVICES] = services
+    app[HEARS_GATEWAYS] = listener == "neuron"
     app[FORWARDS] = listener == "api" and services.has_neurons
     app.router.add_post("/v1/chat/completions", InferenceHandler(ChatDialect()).handle)
     app.router.add_post("/v1/completions", InferenceHandler(CompletionDialect()).handle)
     app.router.add_post("/v1/messages", InferenceHandler(MessagesDialect()).handle)
     app.router.add_post("/v1/messages/count_tokens", count_tokens)
-    app.router.add_get("/v1/models", models.list_models)
-    app.router.add_get("/v1/models/{model_id:.+}", models.get_model)
-    app.router.add_get("/livez", health.livez)
-    app.router.add_get("/readyz", health.readyz)
-    app.router.add_get("/version", health.version)
-    if listener == "neuron":
-        app.router.add_get("/health", neuron_api.health)
-        app.router.add_get("/discovery", neuron_api.discovery)
-        app.router.add_get("/models", neuron_api.list_models)
-        app.router.add_post("/models/load", neuron_api.load)
-        app.router.add_post("/models/unload", neuron_api.unload)
-        app.router.add_get("/models/{model_id:.+}/endpoint", neuron_api.endpoint)
-    else:
-        app.router.add_get("/health", health.health)
-        app.router.add_get("/", health.health)  # HEAD too: some clients probe it
+    _add_routes(app, services.keys, is_neuron=listener == "neuron")
     return app
+
+
+def _add_routes(app: web.Application, keys: KeyRing, *, is_neuron: bool) -> None:
+    """Add what is not inference. What tells nothing of models or hosts asks for no key."""
+    get, post = app.router.add_get, app.router.add_post
+    get("/v1/models", with_key(models.list_models, keys))
+    get("/v1/models/{model_id:.+}", with_key(models.get_model, keys))
+    get("/livez", health.livez)
+    get("/readyz", health.readyz)
+    get("/version", health.version)
+    if is_neuron:
+        get("/health", with_gateway_key(neuron_api.health, keys))
+        get("/discovery", with_gateway_key(neuron_api.discovery, keys))
+        get("/models", with_gateway_key(neuron_api.list_models, keys))
+        post("/models/load", with_gateway_key(neuron_api.load, keys))
+        post("/models/unload", with_gateway_key(neuron_api.unload, keys))
+        get("/models/{model_id:.+}/endpoint", with_gateway_key(neuron_api.endpoint, keys))
+    else:
+        get("/health", health.health)
+        get("/", health.health)  # HEAD too: some clients probe it
 
 
 @web.middleware

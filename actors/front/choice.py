@@ -67,9 +67,9 @@ class Choice:
 
     `is_first_answer` marks the one that counts its prompt's cached tokens; `continues_text` an
     answer that goes on with its prompt's text instead of opening a turn; `ends_at_tool_call` one
-    that may hold a single call. `parser` is None when all of the answer is text. Stop strings do
-    not count before `min_tokens`. Of a prompt with a `prompt_part` that comes first; until it is
-    complete, nothing is handed out.
+    that may hold a single call; `call_ending` is the finish reason of one with calls. `parser` is
+    None when all of the answer is text. Stop strings do not count before `min_tokens`. Of a prompt
+    with a `prompt_part` that comes first; until it is complete, nothing is handed out.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Choice:
         is_first_answer: bool,
         continues_text: bool,
         ends_at_tool_call: bool = False,
+        call_ending: str = "tool_calls",
         min_tokens: int = 0,
         prompt_part: PromptPart | None = None,
     ) -> None:
@@ -101,6 +102,7 @@ class Choice:
         self._stop_strings = stop_strings
         self._wants_scores = wants_scores
         self._ends_at_tool_call = ends_at_tool_call
+        self._call_ending = call_ending
         self._has_tool_call = False
         self._pieces: list[Piece] = []
         self._min_tokens = min_tokens
@@ -171,7 +173,7 @@ class Choice:
         add_piece(self._pieces, piece)
         self._has_tool_call = self._has_tool_call or isinstance(piece, ToolCall)
         if self._has_tool_call and self._ends_at_tool_call:
-            self._stop_here("tool_calls")
+            self._stop_here(self._call_ending)
             return True
         return False
 
@@ -211,7 +213,7 @@ class Choice:
         self._release_held()
         self.finish_reason = reason
         if reason == "stop" and self._has_tool_call:
-            self.finish_reason = "tool_calls"
+            self.finish_reason = self._call_ending
 
     def _flush(self) -> bool:
         """Add what detokenizer and parser held back; return True when that ended the answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -68,6 +69,16 @@ class Dialect(Protocol):
 # One newline: a blank line after a comment makes older client decoders dispatch an empty event.
 COMMENT: Final = b": ping\n"
 DONE: Final = b"data: [DONE]\n\n"
+
+
+async def encoded(outputs: list[ChoiceOutput], encode: Callable[[], bytes]) -> bytes:
+    """Return the outputs' bytes from `encode`; a prompt's scores are written out in a thread.
+
+    Those of a long prompt take two seconds, in which other streams would stand still.
+    """
+    if any(output.prompt is not None for output in outputs):
+        return await asyncio.to_thread(encode)
+    return encode()
 
 
 def data_event(document: msgspec.Struct) -> bytes:

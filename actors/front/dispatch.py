@@ -8,17 +8,29 @@ from typing import Final
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 
+from actors.front.auth import ANONYMOUS
+from actors.front.decode import decode_body
+from actors.front.entitlement import hold
 from actors.front.model_value import with_model
+from actors.front.node_watch import refuses_new_work, watched
 from actors.front.record import RequestRecord
 from actors.front.routing import place
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.upstream import HEAD_TIMEOUT_S, ConnectFailed, request_headers
-from cortexd.errors import CortexError, InvalidRequest, UpstreamUnavailable
-from cortexd.messages import EndRequest, NodeFailed, RoutedHere, RoutedRemote
+from cortexd.affinity import prefix_chain
+from cortexd.anthropic import MessagesRequest
+from cortexd.chat_body import chat_body
+from cortexd.errors import CortexError, InvalidRequest, UpstreamError, UpstreamUnavailable
+from cortexd.messages import EndRequest, NodeFailed, Place, RoutedHere, RoutedRemote
 from cortexd.settings import NeuronKind
 
 _MESSAGES: Final = "/v1/messages"
+_CHAT: Final = "/v1/chat/completions"
+_KEY_REFUSED: Final = frozenset({401, 403})
+# Statuses by which a node says that it is at fault, not the request and not its load.
+_NODE_FAULTS: Final = frozenset({500, 502})
 
 
 class Dispatch:
@@ -39,7 +51,10 @@ class Dispatch:
         self._body = body
         self._model = model
         self._is_stream = is_stream
+        self._prefix = prefix_chain(body)
+        self._since = time.monotonic()
         self._routed: RoutedRemote | None = None
+        self._is_answered = False
         self._upstream: aiohttp.ClientResponse | None = None
         self.lease_id = self._services.new_lease_id()
         gateway = self._services.settings.gateway
@@ -60,7 +75,13 @@ class Dispatch:
         """Close the node's socket at once and end the lease; nothing here waits."""
         if self._upstream is not None:
             self._upstream.close()
-        self._services.tell_quietly("router", EndRequest(self.lease_id))
+        self._services.tell_quietly("router", EndRequest(self.lease_id, self._is_answered))
+
+    def failed(self, reason: str, *, is_refusing: bool = False) -> None:
+        """Tell the router that the node failed at this request."""
+        self._is_answered = False
+        failure = NodeFailed(self.node, reason, self.lease_id, is_refusing)
+        self._services.tell_quietly("router", failure)
 
     async def open(self) -> aiohttp.ClientResponse | None:
         """Return the head of a node's answer, None when this host is to serve the request.
@@ -78,13 +99,16 @@ class Dispatch:
         return await self._post(retry)
 
     async def _place(self, exclude: list[str]) -> RoutedHere | RoutedRemote:
-        routed = await place(
-            self._services.bus,
+        wanted = Place(
             self._model,
             self.lease_id,
-            wait_s=max(self._patience_until - asyncio.get_running_loop().time(), 0.0),
             exclude=exclude,
+            account=self._record.principal.account,
+            prefix=self._prefix,
+            since=self._since,
         )
+        wait_s = max(self._patience_until - asyncio.get_running_loop().time(), 0.0)
+        routed = await place(self._services.bus, wanted, wait_s=wait_s)
         if isinstance(routed, RoutedRemote):
             self._routed = routed
             record = self._record
@@ -95,11 +119,8 @@ class Dispatch:
 
     async def _place_again(self, failed: RoutedRemote, error: UpstreamUnavailable) -> RoutedRemote:
         """Return another replica, or the same node when it had merely closed the connection."""
-        tell = self._services.tell_quietly
-        tell("router", EndRequest(self.lease_id))
+        self._services.tell_quietly("router", EndRequest(self.lease_id))
         self.lease_id = self._services.new_lease_id()
-        if isinstance(error, ConnectFailed):
-            tell("router", NodeFailed(failed.node, error.message))
         try:
             routed = await self._place([failed.node])
         except CortexError as refusal:
@@ -110,24 +131,70 @@ class Dispatch:
             raise error
         return routed
 
-    async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
+    @property
+    def is_translated(self) -> bool:
+        """Tell whether the node answers in another dialect than the client's."""
+        return self.kind == "openai" and self._request.path.startswith(_MESSAGES)
+
+    def _addressed(self, routed: RoutedRemote) -> tuple[str, bytes]:
+        """Return the path and the body the node gets: the client's own wherever it can be."""
         path = self._request.path
-        if routed.kind == "openai" and path.startswith(_MESSAGES):
-            raise InvalidRequest(
-                f'model "{routed.model_id}" runs on "{routed.node}", an external server that is '
-                "only spoken to in the OpenAI dialect; use /v1/chat/completions",
-                param="model",
-            )
+        if self.is_translated:
+            if path != _MESSAGES:
+                raise InvalidRequest(
+                    f'model "{routed.model_id}" runs on "{routed.node}", an external server that '
+                    f"has no {path}",
+                    param="model",
+                )
+            return _CHAT, chat_body(decode_body(self._body, MessagesRequest), routed.model_id)
         is_alias = routed.model_id != self._model
-        head_timeout_s = self._services.settings.gateway.request_timeout_s
-        if self._is_stream and routed.kind == "cortex":
-            head_timeout_s = HEAD_TIMEOUT_S
+        return path, with_model(self._body, routed.model_id) if is_alias else self._body
+
+    async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
+        path, body = self._addressed(routed)
+        if self._record.estimate is not None:
+            await hold(self._services, self._record, self._record.estimate.total)
+        is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
         self._record.submitted = self._record.submitted or time.monotonic()
-        self._upstream = await self._services.upstream.post(
+        post = self._services.upstream.post(
             routed.node,
             routed.base_url + path,
-            request_headers(self._request.headers, self._request[REQUEST_ID]),
-            with_model(self._body, routed.model_id) if is_alias else self._body,
-            head_timeout_s,
+            self._headers(routed),
+            body,
+            HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
         )
+        try:
+            self._upstream = await (
+                post if is_prompt else watched(self._services.bus, post, routed)
+            )
+        except UpstreamUnavailable as error:
+            self.failed(error.message, is_refusing=isinstance(error, ConnectFailed))
+            raise
+        if await refuses_new_work(self._upstream):
+            # It has begun to leave since the last poll; nothing of an answer was received.
+            raise UpstreamUnavailable(f'node "{routed.node}" takes no new requests')
+        if self._upstream.status in _NODE_FAULTS:
+            self.failed(f"HTTP {self._upstream.status}")
+        else:
+            self._is_answered = True
+        if self._upstream.status in _KEY_REFUSED and self._own_key(routed.node) is not None:
+            raise UpstreamError(
+                f'node "{routed.node}" refuses this gateway\'s key (HTTP {self._upstream.status}); '
+                "its operator can mend key_file in [[neurons]]"
+            )
         return self._upstream
+
+    def _headers(self, routed: RoutedRemote) -> CIMultiDict[str]:
+        """Return what the node is sent; whose request it is is told to our own neurons only."""
+        is_ours = routed.kind == "cortex" and routed.node in self._services.node_keys
+        return request_headers(
+            self._request.headers,
+            self._request[REQUEST_ID],
+            self._record.principal if is_ours else ANONYMOUS,
+            self._own_key(routed.node),
+        )
+
+    def _own_key(self, node: str) -> str | None:
+        """Return the key for a node; keys of this gateway's clients never leave it."""
+        key = self._services.node_keys.get(node)
+        return "" if key is None and self._services.keys.is_used else key

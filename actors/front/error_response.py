@@ -11,9 +11,11 @@ from cortexd.anthropic import error_document, error_status
 from cortexd.errors import (
     CortexError,
     Internal,
+    InvalidApiKey,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    RateLimitExceeded,
     RequestTooLarge,
 )
 
@@ -42,7 +44,9 @@ def retry_after_s(error: CortexError) -> int | None:
     if error.retry_after_s is None and not error.retriable:
         return None
     wanted = _DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
-    return min(max(math.ceil(wanted), 1), _MAX_RETRY_AFTER_S)
+    seconds = max(math.ceil(wanted), 1)
+    # A window's end is a fact: a client that comes back before it is refused again.
+    return seconds if isinstance(error, RateLimitExceeded) else min(seconds, _MAX_RETRY_AFTER_S)
 
 
 def error_response(error: CortexError) -> web.Response:
@@ -73,6 +77,8 @@ def _with_hints(error: CortexError, status: int, body: bytes) -> web.Response:
     seconds = retry_after_s(error)
     if seconds is not None:
         response.headers["Retry-After"] = str(seconds)
+    if isinstance(error, InvalidApiKey):
+        response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowed) and error.details.get("allowed"):
         response.headers["Allow"] = str(error.details["allowed"])
     return response

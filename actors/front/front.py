@@ -12,7 +12,8 @@ from actors.front.services import Services
 from actors.front.text_models import TextModels
 from cortexd.errors import CortexError, EngineRestarting, ShuttingDown
 from cortexd.log import event
-from cortexd.messages import ActorDown, GroupDown, TokenBatch
+from cortexd.log_batch import batch_log_lines
+from cortexd.messages import ActorDown, GroupDown, KeysChanged, TokenBatch
 from cortexd.messages.envelope import Envelope
 
 # What is kept of the drain deadline for error events to reach their clients, and to spare.
@@ -41,6 +42,7 @@ class Front(AsyncActor):
 
     async def on_start(self) -> None:
         """Accept connections."""
+        batch_log_lines()
         await self._server.start(self.context.listeners)
 
     async def on_drain(self, deadline_s: float) -> None:
@@ -58,6 +60,8 @@ class Front(AsyncActor):
         self._services.is_draining = True
         self._sequences.fail_all(ShuttingDown("this server is shutting down; try again"))
         await self._server.close()
+        self._services.reports.flush()
+        await self._services.spending.close(_LAST_WORDS_S)
 
     async def _wait_until_idle(self, timeout_s: float) -> None:
         if self._services.num_active:
@@ -69,6 +73,11 @@ class Front(AsyncActor):
     def on_token_batch(self, message: TokenBatch, envelope: Envelope) -> None:
         """Hand tokens to their requests; inline, so that batches keep their order."""
         self._sequences.dispatch(message)
+
+    @handles(KeysChanged)
+    def on_keys_changed(self, message: KeysChanged, envelope: Envelope) -> None:
+        """Take over the API keys in force."""
+        self._services.keys.set_keys(message.keys)
 
     def on_actor_down(self, down: ActorDown) -> None:
         """Fail what ran on a leader that died."""

@@ -71,6 +71,7 @@ class Generation:
         self._holds_lease = False
 
     def __enter__(self) -> Generation:
+        self._record.progress = self._counts
         self._start()
         return self
 
@@ -83,6 +84,7 @@ class Generation:
         self._release()
         usage = self.usage()
         record = self._record
+        record.progress = None
         record.prompt_tokens = usage.prompt_tokens
         record.completion_tokens = usage.completion_tokens
         record.cached_tokens = usage.prompt_tokens_details.cached_tokens
@@ -120,6 +122,10 @@ class Generation:
                 CompletionTokensDetails(reasoning_tokens) if reasoning_tokens else None
             ),
         )
+
+    def _counts(self) -> tuple[int, int]:
+        usage = self.usage()
+        return usage.prompt_tokens, usage.completion_tokens
 
     async def next(self, timeout_s: float) -> list[ChoiceOutput]:
         """Return new outputs, [] when there are none within `timeout_s`.
@@ -202,6 +208,7 @@ class Generation:
                 is_first_answer=index % answers == 0,
                 continues_text=self._request.continues_text,
                 ends_at_tool_call=self._request.is_single_tool_call,
+                call_ending=self._request.call_ending,
                 min_tokens=self._request.fields.min_tokens or 0,
                 prompt_part=parts[index // answers],
             )

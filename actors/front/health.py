@@ -39,6 +39,8 @@ async def readyz(request: web.Request) -> web.Response:
         raise ShuttingDown("this server is shutting down", retry_after_s=5)
     if services.bus.incarnation_of("router") is None:
         return json_response({"status": "starting", "missing": ["router"]}, status=503)
+    if (await known_models(services)).is_draining:
+        return json_response({"status": "draining"}, status=503)
     return json_response({"status": "ok"})
 
 
@@ -56,12 +58,16 @@ async def health(request: web.Request) -> web.Response:
     statuses = known.models
     healthy = int(services.serves_here) + sum(node.is_healthy for node in known.nodes)
     body: dict[str, object] = {
-        "status": _fleet_status(healthy, has_faults=bool(_unservable(services, known))),
+        "status": "draining"
+        if known.is_draining
+        else _fleet_status(healthy, has_faults=bool(_unservable(services, known))),
         "nodes": {"healthy": healthy, "total": int(services.serves_here) + len(known.nodes)},
         "models": dict(Counter(status.state for status in statuses)) | {"total": len(statuses)},
         "requests": {"active": services.num_active, "lost_messages": services.num_lost_messages},
         "uptime_s": round(time.monotonic() - services.started, 3),
     }
+    if draining := [node.name for node in known.nodes if node.is_draining]:
+        body["draining"] = draining
     if unservable := _unservable(services, known):
         body["unservable"] = unservable
     return json_response(body)

@@ -4,22 +4,52 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from actors.front.auth import authenticate
 from actors.front.body import read_body
 from actors.front.choice import ChoiceOutput
-from actors.front.dialect import Answer, Dialect
+from actors.front.dialect import Answer, Dialect, encoded
+from actors.front.entitlement import admit
 from actors.front.generation import Generation
 from actors.front.proxy import forward
 from actors.front.record import RequestRecord
 from actors.front.request import InferenceRequest
-from actors.front.services import FORWARDS, REQUEST_ID, SERVICES, Services
+from actors.front.services import FORWARDS, REQUEST_ID, SERVICES
 from actors.front.stream import stream_answer
 from cortexd.errors import ShuttingDown
 
 _MIB = 2**20
 _DRAIN_RETRY_AFTER_S = 5.0
+
+
+async def recorded(
+    request: web.Request,
+    route: str,
+    answer: Callable[[web.Request, RequestRecord], Awaitable[web.StreamResponse]],
+) -> web.StreamResponse:
+    """Answer a request whose key is known; exactly one record is closed, whatever the ending."""
+    services = request.app[SERVICES]
+    record = RequestRecord(request[REQUEST_ID], route, client=request.remote or "")
+    services.enter()
+    try:
+        if services.is_draining:
+            raise ShuttingDown(
+                "this server is shutting down; try again", retry_after_s=_DRAIN_RETRY_AFTER_S
+            )
+        record.principal = await authenticate(request, services.keys)
+        response = await answer(request, record)
+        if record.status == 0:
+            record.status = response.status
+        return response
+    except BaseException as error:
+        record.note_ending(error)
+        raise
+    finally:
+        record.close(services)
+        services.leave()
 
 
 class InferenceHandler:
@@ -29,38 +59,20 @@ class InferenceHandler:
         self._dialect = dialect
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Answer the request; exactly one record is closed, whatever the ending."""
-        services = request.app[SERVICES]
-        record = RequestRecord(
-            request[REQUEST_ID], self._dialect.route, client=request.remote or ""
-        )
-        services.enter()
-        try:
-            response = await self._answer(request, services, record)
-            if record.status == 0:
-                record.status = response.status
-            return response
-        except BaseException as error:
-            record.note_ending(error)
-            raise
-        finally:
-            record.close(services)
-            services.leave()
+        """Answer the request."""
+        return await recorded(request, self._dialect.route, self._answer)
 
-    async def _answer(
-        self, request: web.Request, services: Services, record: RequestRecord
-    ) -> web.StreamResponse:
-        if services.is_draining:
-            raise ShuttingDown(
-                "this server is shutting down; try again", retry_after_s=_DRAIN_RETRY_AFTER_S
-            )
+    async def _answer(self, request: web.Request, record: RequestRecord) -> web.StreamResponse:
+        services = request.app[SERVICES]
         gateway = services.settings.gateway
         body = await read_body(request, gateway.max_body_mib * _MIB)
+        await admit(services, record, body)
         if request.app[FORWARDS]:
             forwarded = await forward(request, record, self._dialect, body)
             if forwarded is not None:
                 return forwarded
         wanted = self._dialect.parse(body)
+        record.principal.check_model(wanted.model)
         record.is_stream = wanted.is_stream
         lease_id = services.new_lease_id()
         answer = Answer(
@@ -85,10 +97,9 @@ class InferenceHandler:
                 return await stream_answer(request, generation, answer, encoder, record)
             outputs = await _run_to_end(generation, wanted)
             answer.fingerprint = generation.fingerprint
-            return web.Response(
-                body=self._dialect.response(answer, outputs, generation.usage()),
-                content_type="application/json",
-            )
+            usage = generation.usage()
+            body = await encoded(outputs, lambda: self._dialect.response(answer, outputs, usage))
+            return web.Response(body=body, content_type="application/json")
 
 
 async def _run_to_end(generation: Generation, wanted: InferenceRequest) -> list[ChoiceOutput]:

@@ -6,7 +6,7 @@ fills and closes the very same blocks.
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import replace
 from typing import assert_never
 
 import msgspec
@@ -14,16 +14,13 @@ import msgspec
 from actors.front.choice import ChoiceOutput
 from actors.front.decode import decode_body
 from actors.front.dialect import Answer, ChunkEncoder
+from actors.front.message_blocks import MessageBlocks, event_bytes, thinking_block
 from actors.front.request import InferenceRequest
+from actors.front.structure import schema_rule
 from actors.front.validate import check_chat
 from cortexd.anthropic import (
-    BlockDelta,
-    BlockStart,
-    BlockStop,
     ContentBlock,
     CountTokensRequest,
-    Event,
-    InputJsonDelta,
     Message,
     MessageDelta,
     MessagesRequest,
@@ -31,12 +28,8 @@ from cortexd.anthropic import (
     MessageStop,
     MessageUsage,
     Ping,
-    SignatureDelta,
     Stop,
     TextBlock,
-    TextDelta,
-    ThinkingBlock,
-    ThinkingDelta,
     ToolUseBlock,
     error_document,
     usage_of,
@@ -82,7 +75,14 @@ class MessagesDialect:
 def parse_messages(body: bytes, struct: type[CountTokensRequest]) -> InferenceRequest:
     """Return the checked request of a messages endpoint. Raises: InvalidRequest's children."""
     translation = to_chat_request(decode_body(body, struct))
-    return check_chat(translation.request, prefill=translation.prefill)
+    wanted = translation.answer_schema
+    request = check_chat(
+        translation.request,
+        prefill=translation.prefill,
+        answer=None if wanted is None else schema_rule(*wanted),
+        schema_path="input_schema",
+    )
+    return replace(request, call_ending="tool_calls")
 
 
 class MessagesEncoder:
@@ -91,9 +91,7 @@ class MessagesEncoder:
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._has_started = False
-        self._open: type[Text] | type[Reasoning] | None = None
-        self._index = -1
-        self._signer = _Signer()
+        self._blocks = MessageBlocks()
         self._stop = Stop(None, None)
 
     def chunk(self, output: ChoiceOutput) -> bytes:
@@ -116,7 +114,7 @@ class MessagesEncoder:
     def end(self, usage: Usage) -> bytes:
         """Close the open block and the message."""
         ending = MessageDelta(self._stop, usage_of(usage))
-        return self._close() + event_bytes(ending) + event_bytes(MessageStop())
+        return self._blocks.close() + event_bytes(ending) + event_bytes(MessageStop())
 
     def error(self, error: CortexError) -> bytes:
         """Return the error event."""
@@ -138,69 +136,19 @@ class MessagesEncoder:
         return event_bytes(MessageStart(message))
 
     def _add(self, piece: Piece) -> bytes:
-        if isinstance(piece, ToolCall):
-            return self._add_call(piece)
-        events = b"" if type(piece) is self._open else self._close() + self._open_block(piece)
         if isinstance(piece, Text):
-            return events + self._delta(TextDelta(piece.text))
-        self._signer.add(piece.text)
-        return events + self._delta(ThinkingDelta(piece.text))
-
-    def _add_call(self, call: ToolCall) -> bytes:
-        events = self._close()
-        self._index += 1
-        start = ToolUseBlock(_tool_id(call), call.name, msgspec.Raw(b"{}"))
-        events += event_bytes(BlockStart(self._index, start))
-        events += self._delta(InputJsonDelta(call.arguments))
-        return events + event_bytes(BlockStop(self._index))
-
-    def _open_block(self, piece: Text | Reasoning) -> bytes:
-        self._index += 1
-        self._open = type(piece)
-        self._signer = _Signer()
-        block = TextBlock("") if isinstance(piece, Text) else ThinkingBlock("", "")
-        return event_bytes(BlockStart(self._index, block))
-
-    def _close(self) -> bytes:
-        if self._open is None:
-            return b""
-        is_thinking = self._open is Reasoning
-        self._open = None
-        events = self._delta(SignatureDelta(self._signer.signature())) if is_thinking else b""
-        return events + event_bytes(BlockStop(self._index))
-
-    def _delta(self, delta: TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta) -> bytes:
-        return event_bytes(BlockDelta(self._index, delta))
-
-
-def event_bytes(event: Event) -> bytes:
-    """Return one server-sent event; its name stands on the event line and in the data."""
-    name = event.__struct_config__.tag
-    return b"event: %s\ndata: %s\n\n" % (str(name).encode(), msgspec.json.encode(event))
-
-
-class _Signer:
-    """Makes a thinking block's signature: a digest, for clients that insist on having one."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
-
-    def add(self, text: str) -> None:
-        """Take in more of the block."""
-        self._digest.update(text.encode())
-
-    def signature(self) -> str:
-        """Return the signature of the block so far."""
-        return self._digest.hexdigest()
+            return self._blocks.text(piece.text)
+        if isinstance(piece, Reasoning):
+            return self._blocks.thinking(piece.text)
+        begin = self._blocks.begin_call(_tool_id(piece), piece.name)
+        return begin + self._blocks.arguments(piece.arguments) + self._blocks.close()
 
 
 def _block(piece: Piece) -> ContentBlock:
     if isinstance(piece, Text):
         return TextBlock(piece.text)
     if isinstance(piece, Reasoning):
-        signer = _Signer()
-        signer.add(piece.text)
-        return ThinkingBlock(piece.text, signer.signature())
+        return thinking_block(piece.text)
     if isinstance(piece, ToolCall):
         return ToolUseBlock(_tool_id(piece), piece.name, msgspec.Raw(piece.arguments.encode()))
     assert_never(piece)

@@ -29,6 +29,7 @@ def merged_cards(
             card,
             feasible_on=_union(card.feasible_on, entry.feasible_on),
             capabilities=card.capabilities or entry.capabilities or ["text"],
+            cost=entry.cost,
         )
     return merged
 
@@ -74,6 +75,10 @@ def _with_node(card: ModelCard, node: str, model: NodeModel) -> ModelCard:
         max_model_len=None if limit is None else limit.context,
         max_input_tokens=None if limit is None else limit.input,
         max_output_tokens=None if limit is None else limit.output,
+        progress=card.progress if model.progress is None else model.progress,
+        stage=model.detail if model.progress is not None else card.stage,
+        eta_s=card.eta_s if model.eta_s is None else model.eta_s,
+        error=model.detail if model.state == "failed" else card.error,
     )
 
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import msgspec
 from aiohttp import web
 
+from actors.front.auth import PRINCIPAL
 from actors.front.error_response import speaks_anthropic
 from actors.front.health import json_response
 from actors.front.model_merge import OWNER, merged_cards, model_limit
@@ -27,7 +28,7 @@ _MIB = 2**20
 async def list_models(request: web.Request) -> web.Response:
     """Answer all models and aliases."""
     services = request.app[SERVICES]
-    cards = await _cards(services, await known_models(services))
+    cards = _open_to(request, await _cards(services, await known_models(services)))
     if not speaks_anthropic(request):
         return json_response(ModelCards(data=cards))
     infos = [_info(card) for card in cards]
@@ -39,7 +40,7 @@ async def get_model(request: web.Request) -> web.Response:
     """Answer one model; ids may hold slashes. Raises: ModelNotFound."""
     services = request.app[SERVICES]
     wanted = request.match_info["model_id"]
-    cards = await _cards(services, await known_models(services))
+    cards = _open_to(request, await _cards(services, await known_models(services)))
     for card in cards:
         if card.id == wanted:
             return json_response(_info(card) if speaks_anthropic(request) else card)
@@ -48,8 +49,14 @@ async def get_model(request: web.Request) -> web.Response:
     raise ModelNotFound(f'model "{wanted}" is not known here{hint}', param="model")
 
 
+def _open_to(request: web.Request, cards: list[ModelCard]) -> list[ModelCard]:
+    """Return the models that the request's key opens; of others not even the name is told."""
+    principal = request[PRINCIPAL]
+    return [card for card in cards if principal.may_use(card.id)]
+
+
 @dataclass(slots=True, frozen=True)
-class _Abilities:
+class Abilities:
     """What only a model's tokenizer and template tell."""
 
     can_call_tools: bool = False
@@ -58,13 +65,12 @@ class _Abilities:
 
 async def _cards(services: Services, known: ModelList) -> list[ModelCard]:
     """Return a card for each model of this host and its neurons, and for each alias of one."""
-    abilities = await asyncio.gather(*(_abilities(services, status) for status in known.models))
+    able = await asyncio.gather(*(abilities(services, status) for status in known.models))
     cards = {
-        status.model_id: _card(services, status, able)
-        for status, able in zip(known.models, abilities, strict=True)
+        status.model_id: _card(services, status, can)
+        for status, can in zip(known.models, able, strict=True)
     }
-    if services.has_neurons:
-        cards = merged_cards(cards, known, created=services.created)
+    cards = merged_cards(cards, known, created=services.created)
     aliases = [
         msgspec.structs.replace(cards[target], id=alias, alias_of=target)
         for alias, target in sorted(known.aliases.items())
@@ -73,18 +79,18 @@ async def _cards(services: Services, known: ModelList) -> list[ModelCard]:
     return [*cards.values(), *aliases]
 
 
-async def _abilities(services: Services, status: ModelStatus) -> _Abilities:
+async def abilities(services: Services, status: ModelStatus) -> Abilities:
     """Return a loaded model's abilities; of others nothing is read for a mere list."""
     if status.state != "loaded" or status.files is None:
-        return _Abilities()
+        return Abilities()
     try:
         text_model = await services.text_models.get(status.files)
     except CortexError:
-        return _Abilities()  # its requests say what is wrong with it
-    return _Abilities(text_model.can_call_tools, text_model.can_reason)
+        return Abilities()  # its requests say what is wrong with it
+    return Abilities(text_model.can_call_tools, text_model.can_reason)
 
 
-def _card(services: Services, status: ModelStatus, abilities: _Abilities) -> ModelCard:
+def _card(services: Services, status: ModelStatus, can: Abilities) -> ModelCard:
     limit = model_limit(status.limits)
     memory_mb = round(status.memory_bytes / _MIB) or None
     return ModelCard(
@@ -98,8 +104,8 @@ def _card(services: Services, status: ModelStatus, abilities: _Abilities) -> Mod
             ModelLocation(node=services.node, status=status.state, vram_estimate_mb=memory_mb)
         ],
         capabilities=["text"],
-        tool_call=abilities.can_call_tools,
-        reasoning=abilities.can_reason,
+        tool_call=can.can_call_tools,
+        reasoning=can.can_reason,
         limit=limit,
         max_model_len=None if limit is None else limit.context,
         max_input_tokens=None if limit is None else limit.input,

@@ -16,11 +16,13 @@ from actors.front.body import read_body
 from actors.front.decode import decode_body
 from actors.front.health import json_response
 from actors.front.model_merge import model_limit
+from actors.front.models import Abilities, abilities
 from actors.front.queries import host_report, known_models
 from actors.front.services import SERVICES, Services
 from cortexd.errors import InvalidValue, MissingParameter, ModelNotFound
 from cortexd.messages import HostReport, LoadModel, LoadReport, ModelList, UnloadModelNow
-from cortexd.models import LoadOptions, ModelStatus
+from cortexd.models import LoadOptions, ModelPolicy, ModelStatus
+from cortexd.settings import NonNegativeFloat, NonNegativeInt
 
 _MIB = 2**20
 _MAX_BODY_BYTES = _MIB
@@ -41,6 +43,9 @@ class LoadBody(msgspec.Struct, frozen=True, kw_only=True):
     quant: str | None = None
     tensor_parallel: Annotated[int, Meta(ge=1, le=64)] | None = None
     devices: Annotated[list[Annotated[int, Meta(ge=0, le=255)]], Meta(max_length=64)] | None = None
+    residency_priority: NonNegativeInt | None = None
+    idle_ttl_s: NonNegativeFloat | None = None
+    defaults: dict[str, float] | None = None
 
 
 class UnloadBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +90,7 @@ async def health(request: web.Request) -> web.Response:
     loads = {load.model_id: load for load in host.loads}
     return json_response(
         {
+            "status": "draining" if known.is_draining else "ok",
             "uptime_secs": int(time.monotonic() - services.started),
             "devices": _device_loads(host),
             "activation": _activation(services, known),
@@ -99,15 +105,20 @@ async def health(request: web.Request) -> web.Response:
 
 async def list_models(request: web.Request) -> web.Response:
     """Answer the models of this host, those included that it knows and would load on demand."""
-    known = await known_models(request.app[SERVICES])
-    return json_response([_model_entry(status) for status in known.models])
+    services = request.app[SERVICES]
+    known = await known_models(services)
+    able = await asyncio.gather(*(abilities(services, status) for status in known.models))
+    return json_response(
+        [_model_entry(status, can) for status, can in zip(known.models, able, strict=True)]
+    )
 
 
 async def load(request: web.Request) -> web.Response:
     """Load a model and answer when it is loaded; a client that leaves does not stop the load."""
     body = decode_body(await read_body(request, _MAX_BODY_BYTES), LoadBody)
     options = _load_options(body)
-    await request.app[SERVICES].bus.ask("router", LoadModel(options), deadline_s=_LOAD_DEADLINE_S)
+    message = LoadModel(options, _policy(body))
+    await request.app[SERVICES].bus.ask("router", message, deadline_s=_LOAD_DEADLINE_S)
     return json_response({"status": "loaded"})
 
 
@@ -155,6 +166,16 @@ def _load_options(body: LoadBody) -> LoadOptions:
         tensor_parallel=tensor_parallel,
         devices=devices,
     )
+
+
+def _policy(body: LoadBody) -> ModelPolicy | None:
+    """Return how the model is to be treated, None when the caller leaves that to this host."""
+    policy = ModelPolicy(
+        residency_priority=body.residency_priority,
+        idle_ttl_s=body.idle_ttl_s,
+        defaults=body.defaults or {},
+    )
+    return None if policy == ModelPolicy() else policy
 
 
 def _own_url(request: web.Request) -> str:
@@ -229,7 +250,7 @@ def _model_load(
     return figures
 
 
-def _model_entry(status: ModelStatus) -> dict[str, object]:
+def _model_entry(status: ModelStatus, can: Abilities) -> dict[str, object]:
     limit = model_limit(status.limits)
     entry: dict[str, object] = {
         "id": status.model_id,
@@ -237,12 +258,15 @@ def _model_entry(status: ModelStatus) -> dict[str, object]:
         "status": status.state,
         "devices": status.devices,
         "quant": status.quant,
+        "residency_priority": status.priority,
         "vram_used_mb": status.memory_bytes // _MIB or None,
         "capabilities": ["text"],
-        "tool_call": False,
-        "reasoning": False,
+        "tool_call": can.can_call_tools,
+        "reasoning": can.can_reason,
         "servable": {"ok": status.state == "loaded", "detail": status.error or status.stage},
     }
     if limit is not None:
         entry["limit"] = limit
+    if status.state in {"loading", "recovering"}:
+        entry |= {"stage": status.stage, "progress": status.progress, "eta_s": status.eta_s}
     return entry

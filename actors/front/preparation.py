@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 
 import cortexd
+from actors.front.entitlement import hold
 from actors.front.prompt_part import PromptPart
 from actors.front.record import RequestRecord
 from actors.front.request import InferenceRequest, Prompt
@@ -45,7 +47,8 @@ _LEADER_PAUSE_S = 0.01
 class TokenisedPrompt:
     """One prompt as packed int32, its length, how many tokens may follow it, how to read those.
 
-    `text` is a legacy prompt as the client wrote it, if it did not send token ids.
+    `text` is a legacy prompt as the client wrote it, if it did not send token ids; `grammar` is
+    what the answer must be, "" when it is free.
     """
 
     packed: bytes
@@ -53,6 +56,7 @@ class TokenisedPrompt:
     num_tokens: int
     max_tokens: int
     answer_format: AnswerFormat | None
+    grammar: str
 
 
 @dataclass(slots=True, frozen=True)
@@ -65,7 +69,13 @@ class Prepared:
     prompts: list[TokenisedPrompt]
     bad_words: list[bytes]
     lease_id: str
+    account: str
     fingerprint: str
+
+    def max_tokens(self, request: InferenceRequest) -> int:
+        """Return the most tokens that prompts and answers can come to."""
+        answers = request.choices_per_prompt
+        return sum(prompt.num_tokens + prompt.max_tokens * answers for prompt in self.prompts)
 
     def answer_format(self, request: InferenceRequest, choice_index: int) -> AnswerFormat | None:
         """Return how to read one choice, None when all of it is text."""
@@ -75,7 +85,7 @@ class Prepared:
         """Return the message that starts one choice."""
         prompt_index, answer_index = divmod(choice_index, request.choices_per_prompt)
         prompt = self.prompts[prompt_index]
-        return build_submit(
+        submit = build_submit(
             request,
             self.defaults,
             request_id=self.lease_id,
@@ -84,7 +94,11 @@ class Prepared:
             prompt=prompt.packed,
             max_tokens=prompt.max_tokens,
             eos_token_ids=self.text_model.eos_token_ids,
+            grammar=prompt.grammar,
             bad_words=self.bad_words,
+        )
+        return msgspec.structs.replace(
+            submit, cache_salt=_tenant_salt(self.account, submit.cache_salt)
         )
 
     def prompt_part(self, request: InferenceRequest, prompt_index: int) -> PromptPart | None:
@@ -121,10 +135,17 @@ async def prepare(
     grace_until: float | None = None
     while True:
         patience_s = max(deadline - loop.time(), 0.0)
-        routed = await route(services.bus, request.model, lease_id, wait_s=patience_s)
+        routed = await route(
+            services.bus,
+            request.model,
+            lease_id,
+            wait_s=patience_s,
+            account=record.principal.account,
+        )
         record.model = routed.model_id
         record.cold_start = record.cold_start or routed.cold_start
-        prepared = await _prepare_for(services, request, routed, lease_id)
+        prepared = await _prepare_for(services, request, routed, record, lease_id)
+        await hold(services, record, prepared.max_tokens(request))
         if services.bus.incarnation_of(routed.leader) == routed.incarnation:
             return prepared
         services.tell_quietly("router", EndRequest(lease_id))
@@ -135,17 +156,28 @@ async def prepare(
 
 
 async def _prepare_for(
-    services: Services, request: InferenceRequest, routed: Routed, lease_id: str
+    services: Services,
+    request: InferenceRequest,
+    routed: Routed,
+    record: RequestRecord,
+    lease_id: str,
 ) -> Prepared:
     text_model = await services.text_models.get(routed.files)
     check_token_ids(request.fields, routed.spec.vocab_size)
     prompts = []
     for index, (ids, answer_format) in enumerate(await tokenise(request, text_model)):
         check_prompt_ids(ids, routed.spec.vocab_size)
-        max_tokens = tokens_to_generate(request, len(ids), routed.limits)
+        max_tokens = tokens_to_generate(
+            request, len(ids), routed.limits, routed.defaults.get("max_tokens")
+        )
         sent = request.prompts[index] if request.prompts else None
         text = sent if isinstance(sent, str) else None
-        prompts.append(TokenisedPrompt(pack_ids(ids), text, len(ids), max_tokens, answer_format))
+        grammar = ""
+        if request.structure is not None:
+            grammar = await services.grammars.write(request.structure, answer_format)
+        prompts.append(
+            TokenisedPrompt(pack_ids(ids), text, len(ids), max_tokens, answer_format, grammar)
+        )
     return Prepared(
         routed,
         text_model,
@@ -153,6 +185,7 @@ async def _prepare_for(
         prompts,
         bad_word_ids(request.fields, text_model),
         lease_id,
+        record.principal.account,
         _fingerprint(routed),
     )
 
@@ -162,10 +195,16 @@ async def tokenise(
 ) -> list[tuple[list[int], AnswerFormat | None]]:
     """Return each prompt's token ids and how to read its answer.
 
-    Long ones are done in a thread, so streams go on. Raises: InvalidRequest, TemplateRenderFailed.
+    Long ones, and templates that take their time, are done in a thread, so streams go on.
+
+    Raises: InvalidRequest, TemplateRenderFailed.
     """
+    # Light, but part of the text side, which a front imports with its first model only.
+    from engine.text.render_time import SlowTemplateError, quick_render
+
     if request.tools is None and _num_characters(request) <= _INLINE_CHARACTERS:
-        return _tokenise_now(request, text_model)
+        with suppress(SlowTemplateError), quick_render():
+            return _tokenise_now(request, text_model)
     return await asyncio.to_thread(_tokenise_now, request, text_model)
 
 
@@ -198,10 +237,20 @@ def _num_characters(request: InferenceRequest) -> int:
 
 def _defaults(services: Services, routed: Routed, text_model: TextModel) -> SamplingFields:
     try:
-        return model_defaults(text_model.default_sampling)
+        return model_defaults({**text_model.default_sampling, **routed.defaults})
     except msgspec.ValidationError as error:
         event(services.log, "model.bad_defaults", 30, model=routed.model_id, error=str(error))
         return SamplingFields()
+
+
+def _tenant_salt(account: str, salt: str) -> str:
+    """Return what keeps an account's cached prefixes from others, within it by the client's salt.
+
+    No salt of a client can be that of an account: how fast an answer begins tells what is cached.
+    """
+    if account:
+        return f"account {account}:{salt}"
+    return f"client {salt}" if salt else ""
 
 
 def _fingerprint(routed: Routed) -> str:

@@ -39,7 +39,9 @@ class PromptPart:
         self._echo_top = echo_top
         self._map_top = map_top
         self._scores = PromptScores([], [], [], [])
-        self.echo, self._offsets = self._lay_out(text) if is_echoed else ("", [])
+        self.echo = ""
+        if is_echoed:
+            self.echo = text_model.decode(list(self._token_ids)) if text is None else text
 
     def __repr__(self) -> str:
         return f"<PromptPart of {len(self._token_ids)} tokens, {len(self._scores.logprobs)} scored>"
@@ -76,7 +78,7 @@ class PromptPart:
             tokens=[self._decode(token_id) for token_id in self._token_ids],
             token_logprobs=[None, *scores.logprobs],
             top_logprobs=tops,
-            text_offset=self._offsets,
+            text_offset=self._offsets(),
         )
 
     def logprob_maps(self) -> list[dict[str, PromptLogprob] | None] | None:
@@ -101,8 +103,8 @@ class PromptPart:
             maps.append(entries)
         return maps
 
-    def _lay_out(self, text: str | None) -> tuple[str, list[int]]:
-        """Return the echoed text and where each token's text begins in it."""
+    def _offsets(self) -> list[int]:
+        """Return where each token's text begins in the echoed one."""
         detokenizer = self._text_model.detokenizer(skip_special_tokens=False)
         shown = ""
         offsets = []
@@ -110,11 +112,9 @@ class PromptPart:
             offsets.append(len(shown))
             shown += detokenizer.push([token_id])
         shown += detokenizer.flush()
-        if text is None:
-            return shown, offsets
         # The tokenizer may have put a begin token before the client's text.
-        start = max(shown.find(text), 0)
-        return text, [min(max(offset - start, 0), len(text)) for offset in offsets]
+        start = max(shown.find(self.echo), 0)
+        return [min(max(offset - start, 0), len(self.echo)) for offset in offsets]
 
     def _decode(self, token_id: int) -> str:
         text = self._texts.get(token_id)

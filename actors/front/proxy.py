@@ -1,8 +1,10 @@
 """Hands a request to the node that serves its model, and the node's answer back, byte for byte.
 
-The body goes out as it came in; only an alias is replaced by the model it means. A stream's bytes
-are passed on as they arrive; while the node is silent, or the model loads there, the client gets
-keep-alives. A request is tried once more elsewhere as long as no byte of an answer was received.
+The body goes out as it came in; only an alias is replaced by the model it means, and a messages
+request to a server that speaks OpenAI's dialect alone is translated, as its answer is. A stream's
+bytes are passed on as they arrive; while the node is silent, or the model loads there, the client
+gets keep-alives. A request is tried once more elsewhere as long as no byte of an answer was
+received.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from aiohttp import web
 from actors.front.dialect import Answer, Dialect
 from actors.front.dispatch import Dispatch
 from actors.front.error_response import envelope, set_request_id
+from actors.front.foreign_messages import ForeignStream, whole_message
+from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
-from actors.front.relayed import RelayedStream, finish_reason, read_counts
+from actors.front.relayed import Relay, RelayedStream, finish_reason, read_counts
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection
 from actors.front.upstream import response_headers
@@ -32,7 +36,9 @@ from cortexd.errors import (
     UpstreamError,
     UpstreamInterrupted,
 )
+from cortexd.foreign_error import foreign_error
 from cortexd.neuron_wire import answered_error
+from cortexd.token_estimate import estimate_answer
 
 # A neuron says something every second of a stream; another server may be silent for a long prompt.
 _MAX_SILENCE_S: Final = {"cortex": 60.0, "openai": 300.0}
@@ -58,6 +64,7 @@ async def forward(
         wanted = msgspec.json.decode(body, type=_Wanted)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    record.principal.check_model(wanted.model)
     forwarding = _Forwarding(request, record, dialect, body, wanted)
     try:
         return await forwarding.answer()
@@ -82,16 +89,16 @@ class _Forwarding:
         self._record = record
         self._deadline = asyncio.get_running_loop().time() + self._gateway.request_timeout_s
         self._is_stream = wanted.stream is True
+        self._model = wanted.model
         self._dispatch = Dispatch(request, record, body, wanted.model, is_stream=self._is_stream)
         self._opening: asyncio.Task[aiohttp.ClientResponse | None] | None = None
-        self._encoder = dialect.encoder(
-            Answer(
-                id=dialect.id_prefix + self._dispatch.lease_id,
-                created=self._services.created,
-                model=wanted.model,
-                request_id=request[REQUEST_ID],
-            )
+        self._answer = Answer(
+            id=dialect.id_prefix + self._dispatch.lease_id,
+            created=self._services.created,
+            model=wanted.model,
+            request_id=request[REQUEST_ID],
         )
+        self._encoder = dialect.encoder(self._answer)
 
     def release(self) -> None:
         """Close the node's socket at once and end the lease; nothing here waits."""
@@ -146,10 +153,19 @@ class _Forwarding:
             record.prompt_tokens = counts.prompt_tokens
             record.completion_tokens = counts.completion_tokens
             record.cached_tokens = counts.cached_tokens
+        elif status == 200:
+            record.completion_tokens = estimate_answer(body)
         record.finish_reason = finish_reason(body)
         headers = response_headers(upstream.headers)
-        if status >= 400:
-            error = self._answered(status, body)
+        if self._dispatch.is_translated:
+            if status >= 400:
+                raise self._answered(upstream, body)
+            answer = self._answer
+            body = whole_message(
+                body, message_id=answer.id, model=answer.model, node=self._dispatch.node
+            )
+        elif status >= 400:
+            error = self._answered(upstream, body)
             record.fail(error, status=status)
             if not _is_error_object(body):
                 headers.popall("Content-Type", None)
@@ -164,12 +180,13 @@ class _Forwarding:
         except _READ_ERRORS as error:
             raise self._interrupted(error) from None
 
-    def _answered(self, status: int, body: bytes) -> CortexError:
+    def _answered(self, upstream: aiohttp.ClientResponse, body: bytes) -> CortexError:
+        node, status = self._dispatch.node, upstream.status
         if _is_error_object(body):
-            return answered_error(self._dispatch.node, status, body)
-        return UpstreamError(
-            f'node "{self._dispatch.node}" answered HTTP {status} without an error object'
-        )
+            if self._dispatch.kind == "openai":
+                return foreign_error(node, status, body, _retry_after_s(upstream))
+            return answered_error(node, status, body)
+        return UpstreamError(f'node "{node}" answered HTTP {status} without an error object')
 
     # From the node: a stream
 
@@ -181,13 +198,13 @@ class _Forwarding:
 
         async def run() -> None:
             while not opening.done():
-                await writer.write_keepalive()
+                await writer.write_keepalive(await load_note(self._services, self._model))
                 await asyncio.wait({opening}, timeout=self._gateway.keepalive_s)
             upstream = opening.result()
             if upstream is None:
                 raise NoHealthyNode("the node of this model went away; try again", retry_after_s=2)
             if upstream.status != 200 or not _is_event_stream(upstream):
-                raise self._answered(upstream.status, await self._read(upstream))
+                raise self._answered(upstream, await self._read(upstream))
             await self._relay(upstream, writer)
 
         return await self._guarded(response, writer, run())
@@ -226,7 +243,8 @@ class _Forwarding:
 
     async def _relay(self, upstream: aiohttp.ClientResponse, writer: EventWriter) -> None:
         """Pass the bytes on as they arrive. Raises: UpstreamInterrupted, Cancelled."""
-        stream = RelayedStream()
+        stream = self._new_relay()
+        self._record.progress = lambda: (0, stream.num_tokens)
         try:
             await self._pass_on(upstream.content, stream, writer)
         except _READ_ERRORS as error:
@@ -240,8 +258,14 @@ class _Forwarding:
         finally:
             self._note(stream)
 
+    def _new_relay(self) -> Relay:
+        if not self._dispatch.is_translated:
+            return RelayedStream()
+        answer = self._answer
+        return ForeignStream(message_id=answer.id, model=answer.model, node=self._dispatch.node)
+
     async def _pass_on(
-        self, content: aiohttp.StreamReader, stream: RelayedStream, writer: EventWriter
+        self, content: aiohttp.StreamReader, stream: Relay, writer: EventWriter
     ) -> None:
         heard_at = time.monotonic()
         max_silence_s = _MAX_SILENCE_S[self._dispatch.kind]
@@ -252,6 +276,7 @@ class _Forwarding:
                     chunk = await content.readany()
             except TimeoutError:
                 if time.monotonic() - heard_at > max_silence_s:
+                    self._dispatch.failed(f"silent for {max_silence_s:g} s")
                     raise UpstreamInterrupted(
                         f'node "{self._dispatch.node}" said nothing for {max_silence_s:g} s; '
                         "try again"
@@ -272,14 +297,15 @@ class _Forwarding:
         if rest:
             await writer.write_event(rest)
 
-    async def _end_event(self, stream: RelayedStream, writer: EventWriter) -> None:
+    async def _end_event(self, stream: Relay, writer: EventWriter) -> None:
         """Close an event that the node left open, so that ours is one of its own."""
         if not stream.is_between_events:
             await writer.write_event(b"\n")
 
-    def _note(self, stream: RelayedStream) -> None:
+    def _note(self, stream: Relay) -> None:
         counts = stream.counts()
         record = self._record
+        record.progress = None
         record.prompt_tokens = counts.prompt_tokens
         record.completion_tokens = counts.completion_tokens
         record.cached_tokens = counts.cached_tokens
@@ -288,6 +314,7 @@ class _Forwarding:
 
     def _interrupted(self, error: Exception) -> UpstreamInterrupted:
         cause = str(error) or type(error).__name__
+        self._dispatch.failed(cause)
         return UpstreamInterrupted(
             f'node "{self._dispatch.node}" ended in the middle of its answer ({cause}); try again',
             retry_after_s=2,
@@ -296,6 +323,12 @@ class _Forwarding:
 
 def _is_event_stream(upstream: aiohttp.ClientResponse) -> bool:
     return upstream.content_type == "text/event-stream"
+
+
+def _retry_after_s(upstream: aiohttp.ClientResponse) -> float | None:
+    """Return the node's own hint; its other form, a date, is left out."""
+    value = upstream.headers.get("Retry-After", "")
+    return float(value) if value.isdecimal() else None
 
 
 def _is_error_object(body: bytes) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from actors.front.auth import ANONYMOUS, Principal
 from actors.front.services import Services
 from cortexd.errors import CortexError
 from cortexd.log import event
 from cortexd.messages import RequestFinished
 from cortexd.metrics import UNKNOWN_MODEL
+from cortexd.token_estimate import TokenEstimate
 
 CLIENT_GONE_STATUS = 499
 
@@ -22,6 +25,7 @@ class RequestRecord:
     request_id: str
     route: str
     client: str = ""
+    principal: Principal = ANONYMOUS
     model: str = UNKNOWN_MODEL
     node: str | None = None  # None: this host
     status: int = 0
@@ -40,6 +44,11 @@ class RequestRecord:
     submitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+    # Of the budget, when the key has one.
+    budget_id: str = ""
+    held_tokens: int = 0
+    estimate: TokenEstimate | None = None
+    progress: Callable[[], tuple[int, int]] | None = None  # prompt and answer tokens while it runs
 
     def fail(self, error: CortexError, *, status: int | None = None) -> None:
         """Note how it failed; `status` when the client saw another one than the error's own."""
@@ -61,8 +70,25 @@ class RequestRecord:
             self.error_code = "internal_error"
             self.error_message = repr(error)
 
+    def spent(self) -> tuple[int, int]:
+        """Return the tokens of prompt and answer that have been used so far.
+
+        A node that was cut off has told no counts: its prompt is then estimated.
+        """
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        if self.progress is not None:
+            prompt, completion = self.progress()
+        is_whole = self.status == 200 and self.error_code is None
+        is_answered = completion > 0 or is_whole or self.status == CLIENT_GONE_STATUS
+        was_sent_on = self.node is not None and self.submitted is not None
+        if not prompt and self.estimate is not None and was_sent_on and is_answered:
+            prompt = self.estimate.prompt
+        return prompt, completion
+
     def close(self, services: Services) -> None:
-        """Tell metrics and write the log line."""
+        """Settle the budget, tell metrics and write the log line."""
+        if self.budget_id:
+            services.spending.end(self.budget_id, *self.spent())
         duration_s = time.monotonic() - self.started
         wait_s = None if self.submitted is None else self.submitted - self.started
         ttft_s = None if self.first_token is None else self.first_token - self.started
@@ -75,6 +101,8 @@ class RequestRecord:
             "request.finished",
             id=self.request_id,
             client=self.client,
+            account=self.principal.account or None,
+            key=self.principal.key_id or None,
             route=self.route,
             model=self.model,
             node=self.node or services.node,
@@ -117,12 +145,14 @@ class RequestRecord:
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             completion_tokens=self.completion_tokens,
+            account=self.principal.account,
+            key_id=self.principal.key_id,
             wait_s=wait_s,
             num_retries=self.num_resubmits,
             num_comments=self.num_comments,
             num_keepalive_events=self.num_keepalive_events,
         )
-        services.tell_quietly("metrics", finished)
+        services.reports.add(finished)
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -6,7 +6,7 @@ Lines are never split, so that a keep-alive or an error event of ours can follow
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -39,6 +39,39 @@ class _Usage(msgspec.Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     cache_read_input_tokens: int | None = None
+
+
+class Relay(Protocol):
+    """What passes a node's stream on to the client, and keeps count."""
+
+    @property
+    def is_between_events(self) -> bool:
+        """Tell whether an event of ours may follow."""
+
+    @property
+    def has_data(self) -> bool:
+        """Tell whether an event has passed."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Return why the model stopped, None when the stream did not say."""
+
+    @property
+    def error_code(self) -> str | None:
+        """Return the code of an error event, None when there was none."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens have passed if each had an event of its own."""
+
+    def push(self, chunk: bytes) -> bytes:
+        """Return what the client gets for a piece of the stream. Raises: UpstreamInterrupted."""
+
+    def flush(self) -> bytes:
+        """Return what the client gets at the stream's end. Raises: UpstreamInterrupted."""
+
+    def counts(self) -> Counts:
+        """Return the tokens so far."""
 
 
 class RelayedStream:
@@ -96,11 +129,16 @@ class RelayedStream:
         code = _ERROR_CODE.search(self._tail, found.start())
         return code[1].decode() if code is not None else "upstream_error"
 
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens have passed if each had an event of its own."""
+        return max(self.num_events - _END_EVENTS, 0)
+
     def counts(self) -> Counts:
         """Return the tokens; without a usage object the events are counted instead."""
         tail, head = read_counts(self._tail), read_counts(self._head, is_first=True)
         if tail is None or head is None:
-            return Counts(completion_tokens=max(self.num_events - _END_EVENTS, 0))
+            return Counts(completion_tokens=self.num_tokens)
         return Counts(
             tail.prompt_tokens or head.prompt_tokens,
             tail.completion_tokens,

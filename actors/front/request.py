@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from actors.front.structure import Structure
 from cortexd.openai import GenerationFields
 
 Prompt = str | list[int]
@@ -16,7 +17,8 @@ class InferenceRequest:
 
     Exactly one of `messages` and `prompts` is set. `num_logprobs` is -1 for none, and so is
     `num_prompt_logprobs`. With `is_echoed` an answer begins with its prompt. `tools` are those the
-    model may call, in OpenAI's form; `prefill` is the beginning of the answer, given by the client.
+    model may call, in OpenAI's form; `structure` is what the answer must be; `call_ending` is the
+    finish reason of one that calls tools; `prefill` is its beginning, given by the client.
     """
 
     kind: Literal["chat", "completion"]
@@ -29,7 +31,9 @@ class InferenceRequest:
     is_echoed: bool = False
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
+    structure: Structure | None = None
     is_single_tool_call: bool = False
+    call_ending: str = "tool_calls"
     template_kwargs: dict[str, Any] | None = None
     prefill: str = ""
     prompts: list[Prompt] = field(default_factory=list)

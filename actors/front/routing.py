@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import msgspec
+
 from actors.front.bus import Bus
 from cortexd.errors import (
     ActorDown,
@@ -27,24 +29,22 @@ _ROUTER_PAUSE_S = 0.02
 _LOADING_PAUSE_S = 0.25
 
 
-async def route(bus: Bus, model: str, lease_id: str, *, wait_s: float) -> Routed:
+async def route(bus: Bus, model: str, lease_id: str, *, wait_s: float, account: str) -> Routed:
     """Return where `model` runs on this host, waiting up to `wait_s` while it loads.
 
     Raises: ModelNotFound, ModelLoading (patience is over), ModelLoadFailed, ActorDown (no router).
     """
-    answer = await _ask(bus, lambda wait: Route(model, lease_id, wait=wait), wait_s)
+    answer = await _ask(bus, lambda wait: Route(model, lease_id, wait, account), wait_s)
     assert isinstance(answer, Routed), "the router answers Route with Routed or an error"
     return answer
 
 
-async def place(
-    bus: Bus, model: str, lease_id: str, *, wait_s: float, exclude: list[str]
-) -> RoutedHere | RoutedRemote:
-    """Return which node serves `model`, waiting up to `wait_s` while one loads it.
+async def place(bus: Bus, wanted: Place, *, wait_s: float) -> RoutedHere | RoutedRemote:
+    """Return which node serves a request, waiting up to `wait_s` while one loads the model.
 
-    Raises: as `route`, and ModelNotFeasible, NoHealthyNode.
+    Raises: as `route`, and ModelNotFeasible, NoHealthyNode, Overloaded, QueueTimeout.
     """
-    answer = await _ask(bus, lambda wait: Place(model, lease_id, wait, exclude), wait_s)
+    answer = await _ask(bus, lambda wait: msgspec.structs.replace(wanted, wait=wait), wait_s)
     assert isinstance(answer, RoutedHere | RoutedRemote), "the router answers Place with a node"
     return answer
 

@@ -1,6 +1,7 @@
 """Turns a request's sampling fields into `Submit` messages.
 
-Order of precedence: the request, the model's own defaults (generation_config.json), the API's.
+Order of precedence: the request, the catalogue's defaults for the model, the model's own
+(generation_config.json), the API's.
 """
 
 from __future__ import annotations
@@ -78,8 +79,10 @@ def check_prompt_ids(ids: list[int], vocab_size: int) -> None:
             raise _no_such_token("prompt", token_id, vocab_size)
 
 
-def tokens_to_generate(request: InferenceRequest, prompt_len: int, limits: ModelLimits) -> int:
-    """Return how many tokens to generate at most.
+def tokens_to_generate(
+    request: InferenceRequest, prompt_len: int, limits: ModelLimits, default: float | None
+) -> int:
+    """Return how many tokens to generate at most; `default` is the catalogue's for the model.
 
     A request for more than fits is cut to what fits (its `finish_reason` is then "length").
     Raises: ContextLengthExceeded when not even one token fits.
@@ -97,7 +100,8 @@ def tokens_to_generate(request: InferenceRequest, prompt_len: int, limits: Model
         )
     if limits.output > 0:
         room = min(room, limits.output)
-    return room if request.max_tokens is None else min(request.max_tokens, room)
+    wanted = default if request.max_tokens is None else request.max_tokens
+    return room if wanted is None else min(int(wanted), room)
 
 
 def build_submit(
@@ -111,6 +115,7 @@ def build_submit(
     max_tokens: int,
     eos_token_ids: tuple[int, ...],
     bad_words: list[bytes],
+    grammar: str = "",
 ) -> Submit:
     """Return the message that starts one sequence; `answer_index` counts a prompt's `n` answers.
 
@@ -145,6 +150,7 @@ def build_submit(
         min_tokens=min(fields.min_tokens or 0, max_tokens),
         stop_token_ids=pack_ids(sorted(stop_token_ids)),
         logit_bias=fields.logit_bias or {},
+        grammar=grammar,
         bad_words=bad_words,
         cache_salt=fields.cache_salt or "",
         num_prompt_logprobs=(

@@ -11,11 +11,16 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from actors.front.auth import KeyRing
 from actors.front.bus import Bus
+from actors.front.grammars import Grammars
+from actors.front.reports import Reports
 from actors.front.sequences import SequenceTable
+from actors.front.spending import Spending
 from actors.front.text_models import TextModels
 from actors.front.upstream import Upstream
 from cortexd.errors import CortexError
+from cortexd.keys import node_keys
 from cortexd.messages import Measured
 from cortexd.messages.control import Message
 from cortexd.metrics import CANCEL_LATENCY
@@ -33,6 +38,11 @@ class Services:
     sequences: SequenceTable
     text_models: TextModels
     upstream: Upstream = field(default_factory=Upstream)
+    grammars: Grammars = field(default_factory=Grammars)
+    keys: KeyRing = field(init=False)
+    spending: Spending = field(init=False)
+    reports: Reports = field(init=False)
+    node_keys: dict[str, str] = field(init=False, repr=False)
     node: str = field(init=False)
     num_neurons: int = field(init=False)
     serves_here: bool = field(init=False)
@@ -49,6 +59,10 @@ class Services:
         self.node = local_node_name(self.settings, platform.node())
         self.num_neurons = len(remote_neurons(self.settings))
         self.serves_here = self.settings.role != "gateway"
+        self.keys = KeyRing(self.settings.entitlements)
+        self.spending = Spending(self.bus)
+        self.reports = Reports(lambda reports: self.tell_quietly("metrics", reports))
+        self.node_keys = node_keys(remote_neurons(self.settings))
 
     @property
     def has_neurons(self) -> bool:

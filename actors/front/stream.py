@@ -9,12 +9,15 @@ events. A failure after the first byte is an error event and the end of the stre
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from aiohttp import web
 
-from actors.front.dialect import Answer, ChunkEncoder
+from actors.front.choice import ChoiceOutput
+from actors.front.dialect import Answer, ChunkEncoder, encoded
 from actors.front.error_response import set_request_id
 from actors.front.generation import Generation
+from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.services import REQUEST_ID, SERVICES
 from cortexd.errors import Cancelled, CortexError, Internal
@@ -52,9 +55,13 @@ async def stream_answer(
         while True:
             answer.fingerprint = generation.fingerprint
             if outputs:
-                await writer.write_event(b"".join(map(encoder.chunk, outputs)))
+                await writer.write_event(await encoded(outputs, partial(_chunks, encoder, outputs)))
             else:
-                await writer.write_keepalive()
+                is_waiting = not generation.is_submitted
+                services = request.app[SERVICES]
+                await writer.write_keepalive(
+                    await load_note(services, answer.model) if is_waiting else b""
+                )
             if generation.is_finished:
                 break
             outputs = await generation.next(gateway.keepalive_s)
@@ -77,6 +84,10 @@ async def stream_answer(
         record.fail(fault, status=response.status)
         await writer.write_error(fault)
     return response
+
+
+def _chunks(encoder: ChunkEncoder, outputs: list[ChoiceOutput]) -> bytes:
+    return b"".join(map(encoder.chunk, outputs))
 
 
 class EventWriter:
@@ -103,14 +114,17 @@ class EventWriter:
         self._last_event = self._clock()
         await self._write(data)
 
-    async def write_keepalive(self) -> None:
-        """Write a comment, or an event when the last one is too long ago."""
+    async def write_keepalive(self, note: bytes = b"") -> None:
+        """Write a comment, or an event when the last one is too long ago.
+
+        `note` is a comment line that says what the silence is for, in either case.
+        """
         if self._clock() - self._last_event >= self._event_period_s:
             self._record.num_keepalive_events += 1
-            await self.write_event(self._encoder.keepalive())
+            await self.write_event(note + self._encoder.keepalive())
         else:
             self._record.num_comments += 1
-            await self._write(self._encoder.comment())
+            await self._write(note or self._encoder.comment())
 
     async def write_error(self, error: CortexError) -> None:
         """Write the error event; the body then ends properly.

@@ -9,6 +9,13 @@ from typing import Final
 import aiohttp
 from multidict import CIMultiDict
 
+from actors.front.auth import (
+    ACCOUNT_HEADER,
+    CREDENTIAL_HEADERS,
+    IDENTITY_HEADERS,
+    KEY_ID_HEADER,
+    Principal,
+)
 from cortexd.errors import UpstreamUnavailable
 
 _CONNECT_TIMEOUT_S: Final = 2.0
@@ -30,14 +37,18 @@ _HOP_BY_HOP: Final = frozenset(
     }
 )
 # The body is sent decoded and whole; answers come plain, so that they can be followed.
-_NOT_SENT: Final = _HOP_BY_HOP | {
-    "accept-encoding",
-    "content-encoding",
-    "content-length",
-    "expect",
-    "host",
-    "x-request-id",
-}
+_NOT_SENT: Final = (
+    _HOP_BY_HOP
+    | IDENTITY_HEADERS
+    | {
+        "accept-encoding",
+        "content-encoding",
+        "content-length",
+        "expect",
+        "host",
+        "x-request-id",
+    }
+)
 _NOT_RETURNED: Final = _HOP_BY_HOP | {
     "content-length",
     "date",
@@ -108,9 +119,20 @@ class Upstream:
         return self._session
 
 
-def request_headers(headers: Mapping[str, str], request_id: str) -> CIMultiDict[str]:
-    """Return the client's headers as they go to a node."""
-    sent = _without(headers, _NOT_SENT)
+def request_headers(
+    headers: Mapping[str, str], request_id: str, principal: Principal, own_key: str | None
+) -> CIMultiDict[str]:
+    """Return the client's headers as they go to a node.
+
+    `own_key` is what this gateway shows the node in place of the client's key; None leaves the
+    client's own to pass, "" shows none.
+    """
+    sent = _without(headers, _NOT_SENT if own_key is None else _NOT_SENT | CREDENTIAL_HEADERS)
+    if own_key:
+        sent["Authorization"] = f"Bearer {own_key}"
+    if principal.account:
+        sent[ACCOUNT_HEADER] = principal.account
+        sent[KEY_ID_HEADER] = principal.key_id
     sent["Accept-Encoding"] = "identity"
     sent["x-request-id"] = request_id
     return sent

@@ -11,6 +11,7 @@ import msgspec
 
 from actors.front.decode import decode_body, decode_raw
 from actors.front.request import InferenceRequest, Prompt
+from actors.front.structure import AnswerRule, Structure, answer_rule, structure_of
 from cortexd.errors import InvalidType, InvalidValue, MissingParameter, UnsupportedParameter
 from cortexd.openai import (
     ChatCompletionRequest,
@@ -18,17 +19,10 @@ from cortexd.openai import (
     GenerationFields,
     JsonObject,
 )
-from cortexd.tools import check_tool, shown
+from cortexd.tools import check_tool
 
 MAX_CHOICES = 128
 _MAX_PROMPTS = 64
-_UNSUPPORTED = (
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
-    "structured_outputs",
-)
 _UNSUPPORTED_IN_CHAT = ("functions", "function_call", "audio", "web_search_options")
 _MAY_LACK_CONTENT = ("assistant", "tool", "function")
 
@@ -38,9 +32,17 @@ def parse_chat(body: bytes) -> InferenceRequest:
     return check_chat(decode_body(body, ChatCompletionRequest))
 
 
-def check_chat(fields: ChatCompletionRequest, *, prefill: str = "") -> InferenceRequest:
+def check_chat(
+    fields: ChatCompletionRequest,
+    *,
+    prefill: str = "",
+    answer: AnswerRule | None = None,
+    schema_path: str = "function.parameters",
+) -> InferenceRequest:
     """Return a chat request whose fields have the right types and ranges, checked as a whole.
 
+    Another dialect gives what it has no field here for: the form of the answer, and where in a tool
+    its schema stands.
     Raises: InvalidRequest's children.
     """
     model = _check_common(fields)
@@ -54,6 +56,15 @@ def check_chat(fields: ChatCompletionRequest, *, prefill: str = "") -> Inference
         num_logprobs = fields.top_logprobs or 0
     elif fields.top_logprobs:
         raise InvalidValue("top_logprobs needs logprobs to be true", param="top_logprobs")
+    tools = _callable_tools(fields)
+    answer = answer_rule(fields) or answer
+    structure = structure_of(fields, tools, answer, schema_path=schema_path)
+    if structure is not None and prefill:
+        raise InvalidValue(
+            "an answer that the last message begins cannot be held to a structure; end messages "
+            "with a user's turn",
+            param="messages",
+        )
     return InferenceRequest(
         kind="chat",
         model=model,
@@ -63,8 +74,11 @@ def check_chat(fields: ChatCompletionRequest, *, prefill: str = "") -> Inference
         num_logprobs=num_logprobs,
         num_prompt_logprobs=_or_none_wanted(fields.prompt_logprobs),
         messages=[_message(index, message) for index, message in enumerate(fields.messages)],
-        tools=_callable_tools(fields),
+        tools=tools,
+        structure=structure,
         is_single_tool_call=fields.parallel_tool_calls is False,
+        # As OpenAI has it: who names the tool knows that it is called.
+        call_ending="stop" if structure is not None and structure.is_named else "tool_calls",
         template_kwargs=fields.chat_template_kwargs,
         prefill=prefill,
     )
@@ -88,6 +102,7 @@ def parse_completion(body: bytes) -> InferenceRequest:
             "prompt_logprobs",
             param="max_tokens",
         )
+    answer = answer_rule(fields)
     return InferenceRequest(
         kind="completion",
         model=model,
@@ -98,6 +113,7 @@ def parse_completion(body: bytes) -> InferenceRequest:
         num_prompt_logprobs=_or_none_wanted(fields.prompt_logprobs),
         is_echoed=fields.echo is True,
         prompts=prompts,
+        structure=None if answer is None else Structure(answer, None),
     )
 
 
@@ -105,18 +121,10 @@ def _check_common(fields: GenerationFields) -> str:
     """Return the model's name after the checks both dialects share."""
     if fields.model is None:
         raise MissingParameter("model is missing", param="model")
-    for name in _UNSUPPORTED:
-        if getattr(fields, name) is not None:
-            raise _unsupported(name)
     if fields.use_beam_search:
         raise _unsupported("use_beam_search", "leave it out; sampling is what runs here")
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise _unsupported("best_of", "leave it out or set it to n")
-    response_format = fields.response_format
-    if response_format is not None and not (
-        isinstance(response_format, dict) and response_format.get("type") == "text"
-    ):
-        raise _unsupported("response_format", 'only {"type": "text"}')
     if fields.prompt_logprobs is not None and fields.stream:
         raise InvalidValue(
             "prompt_logprobs cannot be streamed; leave out stream, or use echo with logprobs",
@@ -133,12 +141,6 @@ def _check_chat_only(fields: ChatCompletionRequest) -> None:
             raise _unsupported(name)
     if fields.modalities not in (None, ["text"]):
         raise _unsupported("modalities", 'only ["text"]')
-    if fields.tool_choice not in (None, "none", "auto"):
-        raise UnsupportedParameter(
-            f"tool_choice is {shown(fields.tool_choice)}: a call cannot be forced here; "
-            "allowed: auto, none",
-            param="tool_choice",
-        )
 
 
 def _callable_tools(fields: ChatCompletionRequest) -> list[JsonObject] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cortexd.errors import ErrorInfo
 from cortexd.messages.admin import AdminCommand, AdminProgress, AdminReply
+from cortexd.messages.budgets import KeysChanged, ReportUsage, Reserve, UsageEntry
 from cortexd.messages.control import (
     ActorDown,
     ActorInfo,
@@ -44,7 +45,9 @@ from cortexd.messages.fleet import (
     ProposeEviction,
     QueryHost,
     QueryLoad,
+    RecycleModel,
     RequestFinished,
+    RequestsFinished,
     ResolvedFiles,
     ResolveFiles,
     ResolveProgress,
@@ -56,10 +59,14 @@ from cortexd.messages.fleet import (
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
 from cortexd.messages.metrics import Gauges, Measured, Sample
 from cortexd.messages.neurons import (
+    Loading,
     LoadOnNode,
     NeuronReport,
     NodeFailed,
+    NodeView,
     Place,
+    QueryLoading,
+    QueryNode,
     RoutedHere,
     RoutedRemote,
     UnloadOnNode,
@@ -93,11 +100,18 @@ Body = (
     | StopGroup
     | Welcome
     | Gauges
+    | KeysChanged
     | Measured
+    | Loading
+    | ReportUsage
+    | Reserve
     | LoadOnNode
     | NeuronReport
     | NodeFailed
+    | NodeView
     | Place
+    | QueryLoading
+    | QueryNode
     | RoutedHere
     | RoutedRemote
     | UnloadOnNode
@@ -117,7 +131,8 @@ Body = (
     | ResolveFiles
     | ResolvedFiles
     | ResolveProgress
-    | RequestFinished
+    | RecycleModel
+    | RequestsFinished
     | Route
     | Routed
     | UnloadIdle
@@ -154,16 +169,19 @@ __all__ = [
     "GroupUp",
     "Hello",
     "HostReport",
+    "KeysChanged",
     "ListModels",
     "LoadModel",
     "LoadOnNode",
     "LoadProgress",
     "LoadReport",
+    "Loading",
     "Measured",
     "ModelList",
     "ModelLoaded",
     "NeuronReport",
     "NodeFailed",
+    "NodeView",
     "Ok",
     "Ping",
     "Place",
@@ -172,9 +190,15 @@ __all__ = [
     "ProposeEviction",
     "QueryHost",
     "QueryLoad",
+    "QueryLoading",
+    "QueryNode",
     "Ready",
+    "RecycleModel",
     "ReloadFiles",
+    "ReportUsage",
     "RequestFinished",
+    "RequestsFinished",
+    "Reserve",
     "ResolveFiles",
     "ResolveProgress",
     "ResolvedFiles",
@@ -192,5 +216,6 @@ __all__ = [
     "UnloadIdle",
     "UnloadModelNow",
     "UnloadOnNode",
+    "UsageEntry",
     "Welcome",
 ]

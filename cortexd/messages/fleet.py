@@ -6,7 +6,15 @@ import msgspec
 
 from cortexd.messages.control import Message
 from cortexd.messages.neurons import CatalogueCard, NodeStatus
-from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, ModelStatus, WeightBytes
+from cortexd.models import (
+    LoadOptions,
+    ModelFiles,
+    ModelLimits,
+    ModelPolicy,
+    ModelSpec,
+    ModelStatus,
+    WeightBytes,
+)
 
 
 class Route(Message, frozen=True, tag="Route"):
@@ -35,12 +43,17 @@ class Routed(Message, frozen=True, tag="Routed"):
     spec: ModelSpec
     limits: ModelLimits
     cold_start: bool = False
+    defaults: dict[str, float] = {}  # of the catalogue, for fields that the request lacks
 
 
 class EndRequest(Message, frozen=True, tag="EndRequest"):
-    """Front → router: the lease is over, whatever the ending."""
+    """Front → router: the lease is over, whatever the ending.
+
+    `is_answered`: the node that served it began a proper answer.
+    """
 
     request_id: str
+    is_answered: bool = False
 
 
 class ListModels(Message, frozen=True, tag="ListModels"):
@@ -58,12 +71,17 @@ class ModelList(Message, frozen=True, tag="ModelList"):
     aliases: dict[str, str] = {}
     nodes: list[NodeStatus] = []
     catalogue: list[CatalogueCard] = []
+    is_draining: bool = False
 
 
 class LoadModel(Message, frozen=True, tag="LoadModel"):
-    """Load (single flight); `Ok` when loaded. A second caller with the same options joins."""
+    """Load (single flight); `Ok` when loaded. A second caller with the same options joins.
+
+    `policy` replaces what this host's own catalogue says of the model.
+    """
 
     options: LoadOptions
+    policy: ModelPolicy | None = None
 
 
 class UnloadModelNow(Message, frozen=True, tag="UnloadModelNow"):
@@ -189,6 +207,7 @@ class ProposeEviction(Message, frozen=True, tag="ProposeEviction"):
     needed_bytes: int
     free_bytes: int
     models: list[ModelStatus]
+    priority: int = 100  # the residency class of `incoming`
 
 
 class EvictionProposal(Message, frozen=True, tag="EvictionProposal"):
@@ -205,8 +224,14 @@ class UnloadIdle(Message, frozen=True, tag="UnloadIdle"):
     idle_s: float
 
 
-class RequestFinished(Message, frozen=True, tag="RequestFinished"):
-    """Front → metrics: one record per request, whatever the ending. Times in seconds."""
+class RecycleModel(Message, frozen=True, tag="RecycleModel"):
+    """Evictor → router: start this model's engine anew, in memory that is not fragmented."""
+
+    model_id: str
+
+
+class RequestFinished(msgspec.Struct, frozen=True, array_like=True):
+    """One record per request, whatever the ending. Times in seconds."""
 
     request_id: str
     model: str
@@ -229,3 +254,9 @@ class RequestFinished(Message, frozen=True, tag="RequestFinished"):
     num_retries: int = 0
     num_comments: int = 0  # keep-alives sent, of both kinds
     num_keepalive_events: int = 0
+
+
+class RequestsFinished(Message, frozen=True, tag="RequestsFinished"):
+    """Front → metrics: the requests that ended within a moment."""
+
+    requests: list[RequestFinished]

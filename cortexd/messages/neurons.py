@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from cortexd.breaker import BreakerState
 from cortexd.messages.control import Message
-from cortexd.models import LoadOptions, ModelLimits, ModelState
+from cortexd.models import LoadOptions, ModelLimits, ModelPolicy, ModelState
+from cortexd.openai import ModelCost
 from cortexd.settings import NeuronKind
 
 
@@ -37,6 +39,9 @@ class NodeModel(msgspec.Struct, frozen=True, array_like=True):
     # Bounds of the two counts above; None where the node does not tell.
     max_in_flight: int | None = None
     max_queue_depth: int | None = None
+    progress: float | None = None  # 0..1 while it loads
+    eta_s: float | None = None
+    priority: int | None = None  # its residency class there
 
 
 class NeuronReport(Message, frozen=True, tag="NeuronReport"):
@@ -55,6 +60,7 @@ class NeuronReport(Message, frozen=True, tag="NeuronReport"):
     devices: list[NodeDevice] = []
     models: list[NodeModel] = []
     error: str | None = None
+    is_draining: bool = False  # it finishes what runs and takes nothing new
 
 
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +74,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     dispatched: int  # requests this gateway has running there
     models: list[NodeModel] = []
     error: str | None = None
+    is_draining: bool = False
+    breaker: BreakerState = "closed"
 
 
 class CatalogueCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,14 +84,16 @@ class CatalogueCard(msgspec.Struct, frozen=True, kw_only=True):
     model_id: str
     feasible_on: list[str]
     capabilities: list[str] = []
+    cost: ModelCost | None = None
 
 
 class Place(Message, frozen=True, tag="Place"):
     """Front → router: which node serves this model? Answer `RoutedHere`, `RoutedRemote`, an error.
 
     `RoutedRemote` opens a lease that `EndRequest` (or the front's death) closes. With `wait`, the
-    answer comes when a node has the model loaded (within the deadline). Nodes in `exclude` have
-    failed this request already. `account`: as of `Route`.
+    answer comes when a node has the model loaded and a free seat (within the deadline). Nodes in
+    `exclude` have failed this request already. `account`: as of `Route`. `prefix` are the links of
+    `cortexd.affinity`, `since` is when it first asked (monotonic seconds).
     """
 
     model: str
@@ -91,6 +101,8 @@ class Place(Message, frozen=True, tag="Place"):
     wait: bool = False
     exclude: list[str] = []
     account: str = ""
+    prefix: list[int] = []
+    since: float = 0.0
 
 
 class RoutedHere(Message, frozen=True, tag="RoutedHere"):
@@ -111,10 +123,43 @@ class RoutedRemote(Message, frozen=True, tag="RoutedRemote"):
 
 
 class NodeFailed(Message, frozen=True, tag="NodeFailed"):
-    """Front → router: a node refused a connection; it is not used until it answers a poll."""
+    """Front → router: a node did not answer a request, or failed at it.
+
+    With `is_refusing` no connection came about: it is not used until it answers a poll.
+    """
 
     node: str
     reason: str
+    request_id: str = ""
+    is_refusing: bool = True
+
+
+class QueryNode(Message, frozen=True, tag="QueryNode"):
+    """Front → router: how is the node that I wait for? Answer `NodeView`."""
+
+    node: str
+    model_id: str
+
+
+class NodeView(Message, frozen=True, tag="NodeView"):
+    """Answer to QueryNode, from the last poll; `in_flight` None: the node does not tell."""
+
+    is_healthy: bool
+    in_flight: int | None = None
+
+
+class QueryLoading(Message, frozen=True, tag="QueryLoading"):
+    """Front → router: how far is the load of this model, here or elsewhere? Answer `Loading`."""
+
+    model: str
+
+
+class Loading(Message, frozen=True, tag="Loading"):
+    """Answer to QueryLoading; all None: nothing is known to load."""
+
+    stage: str | None = None
+    progress: float | None = None
+    eta_s: float | None = None
 
 
 class LoadOnNode(Message, frozen=True, tag="LoadOnNode"):
@@ -122,6 +167,7 @@ class LoadOnNode(Message, frozen=True, tag="LoadOnNode"):
 
     node: str
     options: LoadOptions
+    policy: ModelPolicy | None = None
 
 
 class UnloadOnNode(Message, frozen=True, tag="UnloadOnNode"):

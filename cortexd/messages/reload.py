@@ -11,6 +11,6 @@ class ReloadFiles(Message, frozen=True, tag="ReloadFiles"):
 
 
 class CatalogueChanged(Message, frozen=True, tag="CatalogueChanged"):
-    """Reloader → router and evictor: the catalogue in force; may be the one they have."""
+    """Reloader → router: the catalogue in force; may be the one they have."""
 
     catalogue: Catalogue

@@ -1,8 +1,9 @@
-"""Matrix products with a weight that is dense, quantised, or packed for the native CPU kernels.
+"""Matrix products with a weight that is dense, quantised, or in the layout of a device's kernels.
 
-The models call `Linear`; which of the three computes is decided once, when it is built. The
-reference way is torch alone: dense `F.linear`, or dequantising slabs of rows into a bounded scratch
-tensor. Native kernels are used on the CPU unless the backend is "reference".
+The models call `Linear`; what computes is decided once, when it is built. The reference way is
+torch alone: dense `F.linear`, or dequantising slabs of rows into a bounded scratch tensor. Native
+kernels are used on the CPU, and Triton's for quantised weights on CUDA, unless the backend is
+"reference"; "exact" ones do not round activations to 8 bits or bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from engine.kernels import cpu as native
 from engine.quant.tensor import QuantizedTensor
 
-Backend = Literal["auto", "triton", "reference"]
+Backend = Literal["auto", "triton", "exact", "reference"]
 Weight = Tensor | QuantizedTensor
 
 # Scratch for dequantised rows. On the CPU a slab should stay in the second-level cache between
@@ -87,11 +88,13 @@ def pack_native(
 
     Dense weights are packed as they are stored, for float32 computing only.
     """
-    if backend != "auto" or weight.device.type != "cpu" or not native.available():
+    is_wanted = backend in ("auto", "exact") and weight.device.type == "cpu"
+    if not is_wanted or not native.available():
         return None
     if isinstance(weight, Tensor) and dtype != torch.float32:
         return None
-    packed = native.pack(weight, None if bias is None else bias.float())
+    float_bias = None if bias is None else bias.float()
+    packed = native.pack(weight, float_bias, is_exact=backend == "exact")
     return None if packed is None else NativeProduct(packed)
 
 
@@ -168,8 +171,28 @@ def _product(weight: Weight, bias: Tensor | None, dtype: torch.dtype, backend: B
     if packed is not None:
         return packed
     if isinstance(weight, QuantizedTensor):
-        return SlabProduct(weight, bias)
+        return _plane_product(weight, bias, backend) or SlabProduct(weight, bias)
     return DenseProduct(weight.to(dtype), bias)
+
+
+def has_triton_kernel(weight: Weight, backend: Backend) -> bool:
+    """Tell whether a quantised weight is multiplied as it is stored on the Triton kernels."""
+    if backend != "triton" or isinstance(weight, Tensor):
+        return False
+    from engine.kernels.triton.planes import PLANE_TYPES
+
+    return weight.ggml_type in PLANE_TYPES
+
+
+def _plane_product(
+    weight: QuantizedTensor, bias: Tensor | None, backend: Backend
+) -> Product | None:
+    if not has_triton_kernel(weight, backend):
+        return None
+    from engine.kernels.triton.planes import split_planes
+    from engine.layers.plane_linear import PlaneProduct  # imports Triton
+
+    return PlaneProduct(split_planes(weight), bias)
 
 
 def stored_bytes(weight: Weight) -> int:

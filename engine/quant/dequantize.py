@@ -102,7 +102,7 @@ def _q3_k(blocks: Tensor) -> Tensor:
     return (scale.unsqueeze(2) * values).reshape(num_blocks, 256)
 
 
-def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
+def unpack_k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Unpack the 12 bytes of Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima."""
     first, second, mixed = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = torch.cat((first & 63, (mixed & 15) | ((first >> 2) & 48)), dim=1)
@@ -112,7 +112,7 @@ def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _k_affine(blocks: Tensor, quants: Tensor) -> Tensor:
     """Apply the scales and minima that Q4_K and Q5_K share to (num_blocks, 8, 32) quants."""
-    scales, minima = _k_scales(blocks[:, 4:16])
+    scales, minima = unpack_k_scales(blocks[:, 4:16])
     scale = (_half(blocks, 0) * scales.float()).unsqueeze(2)
     minimum = (_half(blocks, 2) * minima.float()).unsqueeze(2)
     return (scale * quants.float() - minimum).reshape(-1, 256)

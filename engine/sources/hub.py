@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cortexd.errors import CortexError, ModelSourceError
+from cortexd.errors import CortexError, ModelSourceError, RegistryUnreachable
 from cortexd.models import ModelFiles
 from cortexd.settings import Store
 from engine.sources.checkpoint_files import (
@@ -50,8 +50,8 @@ def resolve_hub(
 ) -> ModelFiles:
     """Return a model of the hub, fetched as far as it is not in the client's cache.
 
-    Raises: ModelSourceError, InsufficientDisk, InvalidValue, BadModelFile, Cancelled,
-    DeadlineExceeded.
+    Raises: ModelSourceError, RegistryUnreachable, InsufficientDisk, InvalidValue, BadModelFile,
+    Cancelled, DeadlineExceeded.
     """
     from huggingface_hub import constants
 
@@ -64,7 +64,10 @@ def resolve_hub(
             return _download(hub_id, quant, listing, cache, transfer)
     except _Unreachable as error:
         cause = f"the hub cannot be reached ({error})"
-        return _resolve_cached(hub_id, quant, cache, transfer.model_id, cause)
+        try:
+            return _resolve_cached(hub_id, quant, cache, transfer.model_id, cause)
+        except ModelSourceError as failure:
+            raise RegistryUnreachable(failure.message) from error
 
 
 def _list_repository(hub_id: HubId) -> _Listing:

@@ -16,6 +16,7 @@ import jinja2
 from cortexd.errors import CortexError, InvalidRequest, TemplateRenderFailed
 from engine.text.call_style import EXAMPLE_ID, EXAMPLE_NAME
 from engine.text.chat_messages import Message, has_parts, prepare_messages
+from engine.text.render_time import SlowTemplateError
 from engine.text.template_bounds import check_length
 from engine.text.template_sandbox import TemplateEnvironment, start_deadline
 
@@ -28,15 +29,21 @@ class ChatTemplate:
     """The chat templates of one model.
 
     `sources` maps a name to a Jinja source: "default", and perhaps "tool_use", which is taken when
-    a request has tools. `variables` are `bos_token` and its like.
+    a request has tools. `variables` are `bos_token` and its like; `origin` is where the sources
+    stand, for errors.
     """
 
     def __init__(
-        self, sources: Mapping[str, str], variables: Mapping[str, str], model_id: str
+        self,
+        sources: Mapping[str, str],
+        variables: Mapping[str, str],
+        model_id: str,
+        origin: str = "",
     ) -> None:
         self._sources = dict(sources)
         self._variables = dict(variables)
         self._model_id = model_id
+        self._origin = origin
         self._compiled: dict[str, jinja2.Template] = {}
 
     def render(
@@ -181,8 +188,14 @@ class ChatTemplate:
                 check_length(length)
                 pieces.append(piece)
             return "".join(pieces)
+        except SlowTemplateError:
+            raise
         except jinja2.TemplateSyntaxError as error:
-            raise self._failure(f"{error.message} (line {error.lineno})") from error
+            # The file's fault, not the conversation's.
+            where = (
+                f"{self._origin}, line {error.lineno}" if self._origin else f"line {error.lineno}"
+            )
+            raise self._failure(f"{where}: {error.message}") from error
         except jinja2.TemplateError as error:
             raise self._failure(error.message or type(error).__name__) from error
         except Exception as error:  # foreign code may raise anything, RecursionError included

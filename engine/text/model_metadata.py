@@ -18,6 +18,7 @@ from cortexd.errors import BadModelFile
 from cortexd.models import ModelFiles
 from engine.text.gguf_tokenizer import token_id
 
+_MAX_JSON_BYTES: Final = 16 * 2**20
 _MAX_TEMPLATE_BYTES: Final = 4 * 2**20
 _GGUF_TEMPLATE: Final = "tokenizer.chat_template"
 # GGUF key → name of the template variable.
@@ -46,6 +47,8 @@ def read_json(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
+        if (size := Path(path).stat().st_size) > _MAX_JSON_BYTES:
+            raise BadModelFile(f"{path}: {size} bytes; at most {_MAX_JSON_BYTES} are accepted")
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise BadModelFile(f"{path}: cannot be read: {error.strerror}") from error
@@ -84,6 +87,15 @@ def read_chat_templates(
         if isinstance(value, str):
             templates[key[len(_GGUF_TEMPLATE) + 1 :] or "default"] = value
     return templates
+
+
+def template_origin(files: ModelFiles, tokenizer_config: Mapping[str, Any]) -> str:
+    """Return the place that `read_chat_templates` reads from, as errors name it."""
+    if files.chat_template is not None:
+        return files.chat_template
+    if isinstance(tokenizer_config.get("chat_template"), str | list):
+        return f"{files.tokenizer_config} chat_template"
+    return f"{files.weights[0]} {_GGUF_TEMPLATE}"
 
 
 def _read_template_file(path: Path) -> str:

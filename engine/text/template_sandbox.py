@@ -24,6 +24,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from engine.text.render_time import SlowTemplateError, quick_budget_s
 from engine.text.template_bounds import (
     BOUNDED_FILTERS,
     TemplateTooCostly,
@@ -33,14 +34,16 @@ from engine.text.template_bounds import (
     check_string_method,
 )
 
-MAX_RENDER_S: Final = 10.0
+# A hundred times what the longest conversations take.
+MAX_RENDER_S: Final = 5.0
 
 _deadline: ContextVar[float] = ContextVar("template_deadline")
 
 
 def start_deadline() -> None:
-    """Give the render that follows in this context `MAX_RENDER_S` seconds."""
-    _deadline.set(time.monotonic() + MAX_RENDER_S)
+    """Give the render that follows in this context `MAX_RENDER_S` seconds, a quick one less."""
+    budget_s = quick_budget_s()
+    _deadline.set(time.monotonic() + (MAX_RENDER_S if budget_s is None else budget_s))
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -83,8 +86,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return jinja2.Template.from_code(self, code, self.make_globals(None))
 
     def check_deadline(self) -> None:
-        """Raise `TemplateTooCostly` when the render has run for too long."""
+        """Raise `TemplateTooCostly` when the render has run for too long, or SlowTemplateError."""
         if time.monotonic() > _deadline.get():
+            if quick_budget_s() is not None:
+                raise SlowTemplateError
             raise TemplateTooCostly(f"the template ran for more than {MAX_RENDER_S:g} s")
 
     def join_values(self, *values: Any) -> str:

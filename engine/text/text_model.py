@@ -32,7 +32,9 @@ from engine.text.model_metadata import (
     read_json,
     read_sampling_defaults,
     read_special_tokens,
+    template_origin,
 )
+from engine.text.tokenizer_check import check_tokenizer
 
 
 class TextModel:
@@ -65,6 +67,8 @@ class TextModel:
         self.default_sampling = dict(default_sampling or {})
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids = tuple(sorted({*end_token_ids, *self._turn_end_ids()}))
+        # Runs the template: here, where models are loaded, and not where they are listed.
+        self.can_call_tools = chat_template.renders_tools
 
     @classmethod
     def load(cls, files: ModelFiles) -> TextModel:
@@ -99,8 +103,12 @@ class TextModel:
         tokenizer_config = read_json(files.tokenizer_config)
         generation_config = read_json(files.generation_config)
         special_tokens = read_special_tokens(tokenizer_config, metadata, tokenizer)
+        check_tokenizer(files, tokenizer, special_tokens)
         template = ChatTemplate(
-            read_chat_templates(files, tokenizer_config, metadata), special_tokens, files.model_id
+            read_chat_templates(files, tokenizer_config, metadata),
+            special_tokens,
+            files.model_id,
+            template_origin(files, tokenizer_config),
         )
         return cls(
             tokenizer,
@@ -123,7 +131,7 @@ class TextModel:
         """Return the prompt for a conversation, the assistant's turn opened.
 
         Raises: InvalidRequest when the model has no template, or the template refuses;
-        TemplateRenderFailed when it leaves the tools out.
+        TemplateRenderFailed when it leaves the tools out; SlowTemplateError in `quick_render`.
         """
         text = self._chat_template.render(messages, tools=tools, template_kwargs=template_kwargs)
         self._chat_template.check_tools(text, tools or [])
@@ -148,11 +156,6 @@ class TextModel:
     def can_reason(self) -> bool:
         """Tell whether the model has tokens around its reasoning."""
         return reasoning_markers(self._added_tokens) is not None
-
-    @property
-    def can_call_tools(self) -> bool:
-        """Tell whether tools reach the model."""
-        return self._chat_template.renders_tools
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of `text`; control tokens spelled out in it become control tokens.

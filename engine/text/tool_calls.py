@@ -23,12 +23,14 @@ ToolSchemas = Mapping[str, JsonObject]
 
 _FUNCTION: Final = re.compile(r"\s*<function=([^<>\s]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER: Final = re.compile(r"\s*<parameter=([^<>\s]+)>(.*?)</parameter>", re.DOTALL)
-_NAME_AND_ARGUMENTS: Final = re.compile(
-    r"\s*([A-Za-z0-9_.:/-]+)\s*(?:\[CALL_ID\][^\[\]{}]*)?(?:\[ARGS\])?\s*(\{.*\})\s*", re.DOTALL
+# A name and what Mistral may put between it and the arguments.
+_NAME: Final = r"\s*([A-Za-z0-9_.:/-]+)\s*(?:\[CALL_ID\][^\[\]{}]*)?(?:\[ARGS\])?\s*"
+_NAME_AND_ARGUMENTS: Final = re.compile(_NAME + r"(\{.*\})\s*", re.DOTALL)
+# JSON, perhaps after such a name: complete strings and all that is none, then a string that is
+# still open. A raw line break ends a string in no JSON: what holds one was never meant to be JSON.
+_OPEN_STRING: Final = re.compile(
+    rf"(?:{_NAME})?" + r'\s*[\[{](?:[^"]|"(?:[^"\\\n]|\\.)*+")*+"(?:[^"\\\n]|\\.)*+\\?'
 )
-# Complete strings and all that is not one, then perhaps a string that is still open. A raw line
-# break ends a string in no JSON: what holds one was never meant to be JSON.
-_OPEN_STRING: Final = re.compile(r'\s*[\[{](?:[^"]|"(?:[^"\\\n]|\\.)*+")*+"(?:[^"\\\n]|\\.)*+\\?')
 # A number beyond the range of a double is still a number.
 _DECODER: Final = msgspec.json.Decoder(float_hook=float)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from actors.actor import ActorContext
 from actors.router import Router, RouterArgs
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import (
+    BadModelFile,
     Cancelled,
     CortexError,
     InsufficientMemory,
@@ -22,6 +24,8 @@ from cortexd.errors import (
     ModelLoading,
     ModelNotFound,
     NoHealthyNode,
+    Overloaded,
+    QueueTimeout,
 )
 from cortexd.messages import (
     ActorDown,
@@ -37,7 +41,7 @@ from cortexd.messages import (
 from cortexd.messages.control import Message
 from cortexd.messages.neurons import NodeDevice, NodeModel
 from cortexd.models import LoadOptions
-from cortexd.settings import NeuronEntry, Settings
+from cortexd.settings import Gateway, NeuronEntry, Settings
 from tests.actors.test_router import World, envelope, run
 
 MODEL = "org/small"
@@ -69,7 +73,7 @@ class NodesWorld(World):
         return Ok()
 
 
-def make_gateway(world: NodesWorld, folder: Path, role: Any = "gateway") -> Router:
+def make_gateway(world: NodesWorld, folder: Path, role: Any = "gateway", **settings: Any) -> Router:
     """A router with two remote neurons and an external server."""
     neurons = [
         NeuronEntry(name="a", endpoint="http://a"),
@@ -80,7 +84,7 @@ def make_gateway(world: NodesWorld, folder: Path, role: Any = "gateway") -> Rout
     context = ActorContext(
         name="router",
         incarnation=1,
-        settings=Settings(role=role, neurons=neurons),
+        settings=Settings(role=role, neurons=neurons, **settings),
         args=msgspec.msgpack.encode(RouterArgs([], catalogue)),
         listeners={},
         log=logging.getLogger("test"),
@@ -166,8 +170,8 @@ def test_cold_model_is_loaded_once_for_fifty_requests(tmp_path: Path) -> None:
     run(work)
 
 
-def test_failed_load_tells_its_cause_and_cools_down(tmp_path: Path) -> None:
-    """Waiters get the cause, later requests too, without a second load."""
+def test_failed_load_is_tried_elsewhere_then_tells_its_cause(tmp_path: Path) -> None:
+    """Each node is tried once; then waiters and later requests get the cause, without a load."""
 
     async def work() -> None:
         world = NodesWorld()
@@ -178,9 +182,24 @@ def test_failed_load_tells_its_cause_and_cools_down(tmp_path: Path) -> None:
             with pytest.raises(ModelLoadFailed, match="too big") as caught:
                 await placed(router, request, COLD)
             assert caught.value.retry_after_s
-        assert len(world.loads) == 1
+        assert [load.node for load in world.loads] == ["a", "b"]
         report(router, "b", {COLD: "loaded"})
         assert await node_of(router, "r3", COLD) == "b"
+
+    run(work)
+
+
+def test_load_with_a_structural_fault_is_tried_nowhere_else(tmp_path: Path) -> None:
+    """Another node would find the same fault in the same files."""
+
+    async def work() -> None:
+        world = NodesWorld()
+        world.load_error = BadModelFile("truncated")
+        router = make_gateway(world, tmp_path)
+        see_all(router)
+        with pytest.raises(BadModelFile):
+            await placed(router, "r1", COLD)
+        assert len(world.loads) == 1
 
     run(work)
 
@@ -281,5 +300,129 @@ def test_operator_loads_and_unloads_at_the_neurons_of_a_gateway(tmp_path: Path) 
         see_all(router)
         await router.load(LoadOptions(model_id="org/any"))
         assert [load.options.model_id for load in world.loads] == ["org/any"]
+
+    run(work)
+
+
+def seats(router: Router, name: str, count: int) -> None:
+    """Let a node have been seen with the model loaded and so many seats."""
+    models = [NodeModel(MODEL, "loaded", max_in_flight=count)]
+    report(router, name, {}, models=models)
+
+
+def test_conversation_stays_where_its_prefix_is(tmp_path: Path) -> None:
+    """The replica that has seen the beginning wins, unless it is clearly busier."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        for name in ("a", "b"):
+            seats(router, name, 16)
+        first = await node_of_chain(router, "r0", [1, 2])
+        other = {"a": "b", "b": "a"}[first]
+        router.on_end_request(EndRequest("r0"), envelope())
+        assert await node_of_chain(router, "s0", [7]) == other  # a new one goes to the next in turn
+        router.on_end_request(EndRequest("s0"), envelope())
+        nodes = [await node_of_chain(router, f"t{n}", [1, 2, 30 + n]) for n in range(6)]
+        assert nodes[:5] == [first] * 5  # up to four requests busier
+        assert nodes[5] == other
+        seats(router, first, 16)
+        report(router, first, {}, models=[NodeModel(MODEL, "loaded")], is_healthy=False)
+        assert await node_of_chain(router, "u", [1, 2]) == other
+
+    run(work)
+
+
+async def node_of_chain(router: Router, request: str, chain: list[int]) -> str:
+    """Return the node of a request with this prefix."""
+    answer = await placed(router, request, prefix=chain)
+    assert isinstance(answer, RoutedRemote)
+    return answer.node
+
+
+def test_requests_without_a_seat_wait_and_take_turns_by_principal(tmp_path: Path) -> None:
+    """The queue is bounded; keys share freed seats; who leaves frees the place."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path, gateway=Gateway(max_queue_depth=3))
+        seats(router, "a", 2)
+        order: list[str] = []
+
+        async def ask(name: str, principal: str) -> None:
+            await placed(router, name, account=principal)
+            order.append(name)
+
+        await ask("g1", "greedy")
+        await ask("g2", "greedy")
+        waiting = {}
+        for name, principal in (("g3", "greedy"), ("g4", "greedy"), ("m1", "modest")):
+            waiting[name] = asyncio.create_task(ask(name, principal))
+            await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await ask("g5", "greedy")
+        assert caught.value.retry_after_s
+        # Another modest one displaces the greedy key's latest.
+        waiting["m2"] = asyncio.create_task(ask("m2", "modest2"))
+        with pytest.raises(Overloaded):
+            await waiting["g4"]
+        router.on_end_request(EndRequest("m2"), envelope())
+        with pytest.raises(Cancelled):
+            await waiting["m2"]
+        assert router.fleet.queue_depths() == {MODEL: 2}
+        router.on_end_request(EndRequest("g1"), envelope())
+        await waiting["m1"]
+        router.on_end_request(EndRequest("g2"), envelope())
+        await waiting["g3"]
+        assert order == ["g1", "g2", "m1", "g3"]
+        assert router.fleet.queue_depths() == {}
+
+    run(work)
+
+
+def test_wait_for_a_seat_has_an_end(tmp_path: Path) -> None:
+    """503 with a hint after the configured time, counted from the first ask."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path, gateway=Gateway(queue_wait_s=0.01))
+        seats(router, "a", 1)
+        await placed(router, "r1")
+        with pytest.raises(QueueTimeout) as caught:
+            await placed(router, "r2", since=time.monotonic())
+        assert caught.value.retry_after_s
+        assert router.fleet.queue_depths() == {}
+
+    run(work)
+
+
+def test_node_that_fails_requests_is_left_alone_then_tried_by_one(tmp_path: Path) -> None:
+    """The breaker opens although the polls are good; one request is the trial."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, a={MODEL: "loaded"})
+        for number in range(3):
+            await placed(router, f"r{number}")
+            failed = NodeFailed("a", "HTTP 500", f"r{number}", is_refusing=False)
+            router.on_node_failed(failed, envelope())
+            router.on_end_request(EndRequest(f"r{number}"), envelope())
+        report(router, "a", {MODEL: "loaded"})
+        with pytest.raises(NoHealthyNode):
+            await placed(router, "r3")
+        (status, *_) = router.fleet.statuses()
+        assert (status.is_healthy, status.breaker) == (True, "open")
+
+    run(work)
+
+
+def test_draining_node_gets_nothing_new(tmp_path: Path) -> None:
+    """It is healthy and passed over."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        report(router, "a", {MODEL: "loaded"}, is_draining=True)
+        report(router, "b", {MODEL: "loaded"})
+        assert {await node_of(router, f"r{n}") for n in range(3)} == {"b"}
+        report(router, "b", {MODEL: "loaded"}, is_draining=True)
+        with pytest.raises(NoHealthyNode):
+            await placed(router, "r9")
 
     run(work)

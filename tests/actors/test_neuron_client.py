@@ -14,7 +14,7 @@ from actors import neuron_client
 from actors.neuron_client import NeuronClient
 from cortexd.errors import InsufficientMemory, NotFound
 from cortexd.messages import NeuronReport
-from cortexd.models import LoadOptions
+from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.settings import NeuronEntry
 from tests.doubles.front import async_test
 
@@ -25,6 +25,7 @@ class FakeNeuron:
     def __init__(self) -> None:
         self.url = ""
         self.models: Any = [{"id": "m", "status": "loaded"}]
+        self.health: dict[str, Any] = {}
         self.status = 200
         self.hangs = False
         self.loads: list[Any] = []
@@ -41,7 +42,7 @@ class FakeNeuron:
             )
         documents = {
             "/models": self.models,
-            "/health": {"devices": [], "models": [{"id": "m", "in_flight": 2}]},
+            "/health": {**self.health, "devices": [], "models": [{"id": "m", "in_flight": 2}]},
             "/discovery": {"devices": [{"index": 0, "vram_total_mb": 8}]},
         }
         return web.json_response(documents[request.path], status=self.status)
@@ -141,12 +142,32 @@ async def test_load_polls_again_before_it_answers() -> None:
     async with fleet(neuron) as (client, reports):
         await reports.until("n0", is_healthy=True, models=[])
         neuron.models = [{"id": "m", "status": "loaded"}]
-        await client.load("n0", LoadOptions(model_id="m", quant="Q8_0"))
+        policy = ModelPolicy(residency_priority=7, defaults={"top_k": 4})
+        await client.load("n0", LoadOptions(model_id="m", quant="Q8_0"), policy)
         assert [model.state for model in reports.last["n0"].models] == ["loaded"]
         assert neuron.loads[0]["model_id"] == "m"
         assert neuron.loads[0]["quant"] == "Q8_0"
+        assert neuron.loads[0]["residency_priority"] == 7
+        assert neuron.loads[0]["defaults"] == {"top_k": 4}
+        assert "idle_ttl_s" not in neuron.loads[0]
         neuron.status = 507
         with pytest.raises(InsufficientMemory, match='node "n0": too big'):
-            await client.load("n0", LoadOptions(model_id="m"))
+            await client.load("n0", LoadOptions(model_id="m"), None)
         with pytest.raises(NotFound):
             await client.unload("other", "m", force=False)
+
+
+@async_test
+async def test_draining_and_progress_are_told() -> None:
+    """What a neuron says of itself beyond its state."""
+    neuron = FakeNeuron()
+    neuron.health = {"status": "draining"}
+    loading = {"id": "m", "status": "loading", "stage": "weights", "progress": 0.4, "eta_s": 3}
+    neuron.models = [{**loading, "residency_priority": 5}]
+    async with fleet(neuron) as (_, reports):
+        report = await reports.until("n0", is_draining=True)
+        (model,) = report.models
+        assert (model.state, model.detail, model.progress) == ("loading", "weights", 0.4)
+        assert (model.eta_s, model.priority) == (3.0, 5)
+        neuron.health = {}
+        await reports.until("n0", is_draining=False)

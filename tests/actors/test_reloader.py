@@ -99,7 +99,7 @@ def test_change_is_told_and_a_bad_version_changes_nothing(
 
     async def work() -> None:
         reloader, peers = await started(path)
-        assert peers.catalogues("router") == peers.catalogues("evictor") == [["org/a"]]
+        assert peers.catalogues("router") == [["org/a"]]
         assert (await asked(reloader))["status"] == "unchanged"
         path.write_text(GOOD + '[[models]]\nid = "org/b"\n')
         file = await asked(reloader)

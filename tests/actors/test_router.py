@@ -27,7 +27,9 @@ from cortexd.errors import (
     ModelLoading,
     ModelNotFound,
     ModelSourceError,
+    NodeDraining,
     Overloaded,
+    RegistryUnreachable,
 )
 from cortexd.messages import (
     ActorDown,
@@ -45,6 +47,7 @@ from cortexd.messages import (
     Ok,
     ProposeEviction,
     QueryHost,
+    RecycleModel,
     ResolvedFiles,
     ResolveFiles,
     Route,
@@ -56,7 +59,15 @@ from cortexd.messages import (
 from cortexd.messages.control import ActorInfo, Message
 from cortexd.messages.envelope import Address, Envelope
 from cortexd.messages.fleet import DeviceReport
-from cortexd.models import LoadOptions, ModelFiles, ModelLimits, ModelSpec, RopeSpec, WeightBytes
+from cortexd.models import (
+    LoadOptions,
+    ModelFiles,
+    ModelLimits,
+    ModelPolicy,
+    ModelSpec,
+    RopeSpec,
+    WeightBytes,
+)
 from cortexd.settings import Gateway, Settings
 
 MODEL = "org/small"
@@ -514,6 +525,102 @@ def test_another_catalogue_takes_effect_without_a_restart(tmp_path: Path) -> Non
             router.on_end_request(EndRequest(request), envelope())
         await router.unload(MODEL, force=False)
         assert MODEL not in router.models
+
+    run(work)
+
+
+def test_engine_that_outlived_others_is_started_anew_and_waiters_wait(tmp_path: Path) -> None:
+    """Each unload ages the others; recycling ends the age, and a model in use is left alone."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router, "r1")
+        for number in range(2):
+            await routed(router, f"o{number}", OTHER)
+            router.on_end_request(EndRequest(f"o{number}"), envelope())
+            await router.unload(OTHER, force=False)
+        model = router.models[MODEL]
+        assert model.status().num_cycles == 2
+        epoch = model.epoch
+        await router.on_recycle(RecycleModel(MODEL), envelope())
+        assert model.epoch == epoch
+        router.on_end_request(EndRequest("r1"), envelope())
+        recycling = asyncio.create_task(router.on_recycle(RecycleModel(MODEL), envelope()))
+        await asyncio.sleep(0)
+        assert (await routed(router, "r2")).epoch > epoch
+        await recycling
+        assert (model.status().num_cycles, model.state) == (0, "loaded")
+
+    run(work)
+
+
+def test_recycled_model_that_no_catalogue_names_stays(tmp_path: Path) -> None:
+    """An operator had brought it; starting its engine anew does not take it away."""
+
+    async def work() -> None:
+        router = make_router(World(), tmp_path)
+        await router.load(LoadOptions(model_id="org/by-hand"))
+        await router.on_recycle(RecycleModel("org/by-hand"), envelope())
+        assert state_of(router, "org/by-hand") == "loaded"
+
+    run(work)
+
+
+def test_policy_of_the_loader_wins_over_the_hosts_catalogue(tmp_path: Path) -> None:
+    """Class, time to live and request defaults come with the load."""
+
+    async def work() -> None:
+        router = make_router(World(), tmp_path)
+        assert router.models[MODEL].status().priority == 100
+        policy = ModelPolicy(residency_priority=7, idle_ttl_s=3, defaults={"top_k": 5})
+        await router.load(LoadOptions(model_id=MODEL), policy)
+        status = router.models[MODEL].status()
+        assert (status.priority, status.idle_ttl_s) == (7, 3)
+        assert (await routed(router)).defaults == {"top_k": 5}
+
+    run(work)
+
+
+def test_draining_host_takes_nothing_new_also_after_a_restart(tmp_path: Path) -> None:
+    """What runs keeps its lease; off takes requests again."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router, "r1")
+        router.drain(is_on=True)
+        with pytest.raises(NodeDraining) as caught:
+            await routed(router, "r2")
+        assert caught.value.retry_after_s
+        assert list(router.models[MODEL].leases) == ["r1"]
+        again = make_router(world, tmp_path)
+        assert again.is_draining
+        again.drain(is_on=False)
+        assert not make_router(world, tmp_path).is_draining
+
+    run(work)
+
+
+def test_default_model_whose_registry_is_out_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others load meanwhile; it waits as unloaded, not failed, and comes at last."""
+    monkeypatch.setattr("actors.router._REGISTRY_DELAY_S", 0.01)
+
+    async def work() -> None:
+        world = World()
+        world.resolve_error = RegistryUnreachable("no network")
+        router = make_router(world, tmp_path)
+        router.default_models = [LoadOptions(model_id=MODEL)]
+        await router.on_start()
+        model = router.models[MODEL]
+        while world.count(ResolveFiles) < 3:
+            await model.wait_changed()
+        world.resolve_error = None
+        while not model.is_in("loaded"):
+            await model.wait_changed()
+        await router.on_stop()
 
     run(work)
 

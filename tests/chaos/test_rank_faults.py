@@ -139,8 +139,8 @@ def test_group_survives_every_fault_of_every_rank(
             print(text, flush=True)
 
     say(
-        f"\nseed {seed}; deadlines: start {START_TIMEOUT_S:g} s, step {STEP_TIMEOUT_S:g} s; a delay "
-        f"is {DELAY_S:g} s"
+        f"\nseed {seed}; deadlines: start {START_TIMEOUT_S:g} s, step {STEP_TIMEOUT_S:g} s; "
+        f"a delay is {DELAY_S:g} s"
     )
     say(f"{'moment':8} {'fault':6} {'rank':4} {'request ended':18} {'same ranks':10} answers again")
     assert _load(daemon, model)[0] == 200

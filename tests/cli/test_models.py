@@ -119,3 +119,14 @@ def test_reload_shows_changes_and_refuses_errors(
     daemon.answers["reload"] = {"files": []}
     assert main(["reload"]) == 0
     assert "nothing to reload" in capsys.readouterr().out
+
+
+def test_drain_tells_what_still_runs(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On and off."""
+    daemon.answers["drain"] = {"draining": True, "in_flight": 2}
+    assert main(["drain", "on"]) == 0
+    assert "2 still run" in capsys.readouterr().out
+    assert main(["drain", "off"]) == 0
+    assert daemon.requests == [("drain", {"on": True}), ("drain", {"on": False})]

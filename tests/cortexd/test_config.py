@@ -212,7 +212,7 @@ def test_option_error_names_the_option(tmp_path: Path) -> None:
         ('[gateway]\ndevice = "cpu"', '2: gateway.device is an unknown key; did you '
          'mean "engine.device"?'),
         ("[[nodes]]\nx = 1", "1: nodes is an unknown key; known keys at the top level: "
-         "default_models, engine, eviction"),
+         "default_models, engine, entitlements, eviction"),
         ("gateway = 3", "1: gateway must be a table, not 3"),
         ("neurons = [1]", "1: neurons[0] must be a table, not 1"),
         ("[gateway]\nfronts = true", "2: gateway.fronts must be an integer from 1 to 64"

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cortexd.catalogue import DEFAULT_PRIORITY
-from cortexd.eviction import Strategy, choose_victims, idle_models, may_displace
+from cortexd.eviction import (
+    Strategy,
+    choose_victims,
+    fragmented_models,
+    idle_models,
+    may_displace,
+)
 from cortexd.models import ModelState, ModelStatus
 
 
@@ -17,10 +23,18 @@ def model(
     used_s: float | None = None,
     in_flight: int = 0,
     state: ModelState = "loaded",
+    ttl_s: float | None = None,
+    cycles: int = 0,
 ) -> ModelStatus:
     """Return a model of `size` bytes, last used `used_s` seconds ago."""
     return ModelStatus(
-        model_id=name, state=state, memory_bytes=size, last_used_s=used_s, in_flight=in_flight
+        model_id=name,
+        state=state,
+        memory_bytes=size,
+        last_used_s=used_s,
+        in_flight=in_flight,
+        idle_ttl_s=ttl_s,
+        num_cycles=cycles,
     )
 
 
@@ -182,3 +196,28 @@ def test_idle_models_are_those_past_their_time() -> None:
     ]
     assert idle_models(models, 10) == ["older", "old"]
     assert idle_models(models, 0) == []
+
+
+def test_own_time_to_live_wins_over_the_hosts() -> None:
+    """Shorter, longer, never; also where the host has none."""
+    models = [
+        model("short", used_s=6, ttl_s=5),
+        model("long", used_s=50, ttl_s=100),
+        model("never", used_s=999, ttl_s=0),
+        model("plain", used_s=50),
+    ]
+    assert idle_models(models, 10) == ["plain", "short"]
+    assert idle_models(models, 0) == ["short"]
+
+
+def test_engines_that_outlived_many_others_are_started_anew_when_unused() -> None:
+    """Not below the count, never one in use; 0 switches it off."""
+    models = [
+        model("old", cycles=3),
+        model("older", cycles=5),
+        model("busy", cycles=9, in_flight=1),
+        model("young", cycles=2),
+        model("gone", cycles=9, state="unloaded"),
+    ]
+    assert fragmented_models(models, 3) == ["older", "old"]
+    assert fragmented_models(models, 0) == []

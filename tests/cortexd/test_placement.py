@@ -111,7 +111,7 @@ def test_place_refuses(
 def test_unknown_model_is_answered_with_close_names() -> None:
     """A typo is told what was meant."""
     with pytest.raises(ModelNotFound, match='did you mean "org/model"'):
-        place("org/modle", [node("a")], None, [MODEL, "other"])
+        place("org/modle", [node("a")], None, lambda: [MODEL, "other"])
 
 
 def test_load_options_take_the_first_devices_that_fit() -> None:

@@ -20,18 +20,26 @@ from cortexd.errors import (
     ModelNotFound,
     NoHealthyNode,
 )
+from cortexd.ledger import Charge, Ledger, Reservation
 from cortexd.messages import (
     Cancel,
     EndRequest,
     HostReport,
     ListModels,
+    Loading,
     LoadModel,
     LoadReport,
     ModelList,
+    NodeView,
     Ok,
     Place,
     QueryHost,
+    QueryLoading,
+    QueryNode,
+    ReportUsage,
     RequestFinished,
+    RequestsFinished,
+    Reserve,
     Route,
     Routed,
     RoutedHere,
@@ -43,6 +51,7 @@ from cortexd.messages import (
 from cortexd.messages.control import Message
 from cortexd.messages.fleet import DeviceReport
 from cortexd.messages.inference import PromptScores, SequenceDelta
+from cortexd.messages.neurons import CatalogueCard
 from cortexd.models import (
     ModelFiles,
     ModelLimits,
@@ -82,6 +91,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, Message]] = []
+        self.finished: list[RequestFinished] = []  # what metrics got
         self.reply: Sequence[int] = b"Hello, world!"  # token ids
         self.replies: list[Sequence[int]] = []  # taken first, one per Submit
         self.finish_reason = "stop"
@@ -92,12 +102,24 @@ class Fleet:
         self.paused = asyncio.Event()
         self.load_error: CortexError | None = None
         self.replicas: list[RoutedRemote] = []  # remote ones, in the order of choice
+        self.loading = Loading()
+        self.catalogue: list[CatalogueCard] = []
+        self.is_draining = False
+        self.defaults: dict[str, float] = {}
+        self.lost_nodes: set[str] = set()
         self.placing = asyncio.Event()  # cleared: the model loads at its node
         self.placing.set()
         self.host_answers = True
         self.context = CONTEXT
         self.spec = SPEC
-        self.incarnations: dict[str, int | None] = {"router": 1, LEADER: 1, "poller": 1}
+        self.incarnations: dict[str, int | None] = {
+            "router": 1,
+            LEADER: 1,
+            "poller": 1,
+            "budgets": 1,
+        }
+        self.ledger = Ledger()
+        self.charges: list[Charge] = []
         self.epoch = 1
         self.on_batch: Callable[[TokenBatch], None] = lambda batch: None
         self._resume = asyncio.Event()
@@ -113,6 +135,8 @@ class Fleet:
         if name in self.incarnations and self.incarnations[name] is None:
             raise ActorDown(f"{name} is down")
         self.sent.append((name, body))
+        if isinstance(body, RequestsFinished):
+            self.finished += body.requests
         self._changed.set()
         if isinstance(body, Submit):
             self._running[body.sequence_id] = asyncio.ensure_future(self._generate(body))
@@ -134,6 +158,10 @@ class Fleet:
         if isinstance(body, Place):
             await self.placing.wait()
             return self._place(body)
+        if isinstance(body, QueryLoading):
+            return self.loading
+        if isinstance(body, QueryNode):
+            return NodeView(body.node not in self.lost_nodes)
         if isinstance(body, QueryHost) and not self.host_answers:
             raise ActorDown("poller did not answer")
         return self._answer(body)
@@ -183,15 +211,26 @@ class Fleet:
                 await self._changed.wait()
         return self.all_sent(kind)
 
+    async def wait_for_finished(self, count: int = 1) -> list[RequestFinished]:
+        """Wait until metrics has heard of so many ended requests."""
+        async with asyncio.timeout(5):
+            while len(self.finished) < count:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.finished
+
+    async def wait_for_charge(self, count: int = 1) -> Charge:
+        """Wait until so many requests were settled; return the last one's charge."""
+        async with asyncio.timeout(5):
+            while len(self.charges) < count:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.charges[-1]
+
     @property
     def submits(self) -> list[Submit]:
         """Return what the leader was asked to run."""
         return [body for _, body in self.sent if isinstance(body, Submit)]
-
-    @property
-    def finished(self) -> list[RequestFinished]:
-        """Return the records metrics got."""
-        return [body for _, body in self.sent if isinstance(body, RequestFinished)]
 
     def open_leases(self) -> set[str]:
         """Return leases that were asked for and not ended."""
@@ -223,6 +262,7 @@ class Fleet:
             self.spec,
             ModelLimits(context=self.context, output=self.context),
             is_cold,
+            self.defaults,
         )
 
     def _place(self, body: Place) -> RoutedHere | RoutedRemote:
@@ -235,7 +275,22 @@ class Fleet:
                 return replica
         raise NoHealthyNode("no node answers; retry later", retry_after_s=5)
 
+    def _budget(self, body: Reserve | ReportUsage) -> Message:
+        if isinstance(body, Reserve):
+            reservation = Reservation(body.key_id, "front.0.1", body.tokens, 0.0)
+            self.ledger.reserve(body.request_id, reservation, 0.0)
+            return Ok()
+        for entry in body.entries:
+            self.ledger.report(entry.request_id, entry.prompt_tokens, entry.completion_tokens, 0.0)
+            charge = self.ledger.settle(entry.request_id, 0.0) if entry.is_final else None
+            if charge is not None:
+                self.charges.append(charge)
+        self._changed.set()
+        return Ok()
+
     def _answer(self, body: Message) -> Message:
+        if isinstance(body, Reserve | ReportUsage):
+            return self._budget(body)
         if isinstance(body, ListModels):
             state: ModelState = "loaded" if self._loaded.is_set() else "loading"
             limits = ModelLimits(context=self.context, output=self.context)
@@ -246,8 +301,11 @@ class Fleet:
                 limits=limits,
                 memory_bytes=5 * 2**20,
                 loaded_at=1.7e9,
+                progress=0.25 if state == "loading" else None,
             )
-            return ModelList([status], {ALIAS: MODEL})
+            return ModelList(
+                [status], {ALIAS: MODEL}, catalogue=self.catalogue, is_draining=self.is_draining
+            )
         if isinstance(body, QueryHost):
             device = DeviceReport(0, "test cpu", "cpu", 8 * 2**30, 2 * 2**30, 12.5)
             load = LoadReport(MODEL, 2, 1, 3, 10, 100.0, 20.0, 0, 5, 6, 7)

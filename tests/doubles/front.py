@@ -20,7 +20,8 @@ from actors.front.server import Server
 from actors.front.services import Services
 from actors.front.text_models import TextModels
 from cortexd.errors import CortexError
-from cortexd.settings import Gateway, NeuronEntry, Settings
+from cortexd.keys import Key
+from cortexd.settings import Entitlements, Gateway, NeuronEntry, Settings
 from engine.text.text_model import TextModel
 from tests.doubles.fleet import LEADER, MODEL, Fleet
 from tests.doubles.text import ByteTextModel
@@ -130,18 +131,32 @@ async def served_front(
     send_buffer_bytes: int | None = None,
     neurons: Sequence[NeuronEntry] = (),
     real_text_model: TextModel | None = None,
+    keys: Sequence[Key] | None = None,
+    require_auth: bool = True,
     **gateway: Any,
 ) -> AsyncIterator[ServedFront]:
-    """Serve until the block ends; then nothing of any request may be left."""
+    """Serve until the block ends; then nothing of any request may be left.
+
+    `keys`: those in force; None where none are configured.
+    """
     fleet = Fleet()
     text_model = ByteTextModel()
     services = Services(
-        settings=Settings(gateway=Gateway(**gateway), neurons=list(neurons)),
+        settings=Settings(
+            gateway=Gateway(**gateway),
+            neurons=list(neurons),
+            entitlements=Entitlements(
+                keys_file=None if keys is None else "keys.toml", require_auth=require_auth
+            ),
+        ),
         bus=fleet,
         log=logging.getLogger("front"),
         sequences=SequenceTable(),
         text_models=TextModels(loader=lambda files: real_text_model or text_model),  # type: ignore[arg-type,return-value]
     )
+    if keys:
+        services.keys.set_keys(list(keys))
+        fleet.ledger.set_keys(keys)
     fleet.on_batch = services.sequences.dispatch
     listeners = {name: _listener(send_buffer_bytes) for name in ("api", "neuron")}
     api_port, neuron_port = (listener.getsockname()[1] for listener in listeners.values())
@@ -153,6 +168,8 @@ async def served_front(
             yield front
         finally:
             await server.close()
+            await services.spending.close(1.0)
     assert len(services.sequences) == 0, "sequences are left"
     assert fleet.open_leases() == set(), "leases are left"
     assert services.num_active == 0, "requests are left"
+    assert not fleet.ledger.reservations, "reservations are left"

@@ -34,10 +34,12 @@ COMPILE_TIMEOUT_S: Final = 90.0  # under the supervisor's patience with a loadin
 COMMON_FLAGS: Final = (
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
 )  # fmt: skip
+_AVX512_FLAGS: Final = (
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
+)  # fmt: skip
 X86_FLAGS: Final = {
-    "kernels_avx512.cpp": (
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
-    ),
+    "kernels_avx512.cpp": _AVX512_FLAGS,
+    "kernels_avx512bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
     "kernels_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
 }  # fmt: skip
 

@@ -7,32 +7,39 @@
 namespace cortexd {
 namespace {
 
-bool is_supported(const Kernels& set) {
 #if defined(__x86_64__)
-    if (&set == &kAvx512Kernels) {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni");
-    }
-    // Every CPU with AVX2 has F16C; FMA is asked for because a hypervisor may hide it.
-    if (&set == &kAvx2Kernels) {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    }
-#endif
-    return &set == &kPortableKernels;
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
 }
+// Every CPU with AVX2 has F16C; FMA is asked for because a hypervisor may hide it.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-constexpr const Kernels* kBestFirst[] = {
-#if defined(__x86_64__)
-    &kAvx512Kernels, &kAvx2Kernels,
+const Kernels* avx512_bf16() {
+    static const Kernels set = with_bf16(kAvx512Kernels);
+    return &set;
+}
 #endif
-    &kPortableKernels};
 
-const Kernels* best() {
-    for (const Kernels* set : kBestFirst) {
-        if (is_supported(*set)) return set;
+// The sets that this CPU runs, the best first; ends with null.
+struct Sets {
+    const Kernels* sets[5] = {};
+
+    Sets() {
+        int count = 0;
+#if defined(__x86_64__)
+        if (has_avx512() && __builtin_cpu_supports("avx512bf16")) sets[count++] = avx512_bf16();
+        if (has_avx512()) sets[count++] = &kAvx512Kernels;
+        if (has_avx2()) sets[count++] = &kAvx2Kernels;
+#endif
+        sets[count] = &kPortableKernels;
     }
-    return &kPortableKernels;
+};
+
+const Sets& supported() {
+    static const Sets sets;
+    return sets;
 }
 
 std::atomic<const Kernels*> active{nullptr};
@@ -42,16 +49,16 @@ std::atomic<const Kernels*> active{nullptr};
 const Kernels& kernels() {
     const Kernels* set = active.load(std::memory_order_acquire);
     if (set == nullptr) {
-        set = best();
+        set = supported().sets[0];
         active.store(set, std::memory_order_release);
     }
     return *set;
 }
 
 bool force_kernels(const char* name) {
-    for (const Kernels* set : kBestFirst) {
-        if (std::strcmp(set->name, name) == 0 && is_supported(*set)) {
-            active.store(set, std::memory_order_release);
+    for (const Kernels* const* set = supported().sets; *set != nullptr; ++set) {
+        if (std::strcmp((*set)->name, name) == 0) {
+            active.store(*set, std::memory_order_release);
             return true;
         }
     }

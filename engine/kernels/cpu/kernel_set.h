@@ -14,6 +14,8 @@ constexpr Kernels kernel_set(const char* name) {
     return {name,
             quantize<Isa>,
             multiply_groups<Isa>,
+            nullptr,
+            nullptr,
             rms_norm<Isa>,
             silu_mul<Isa>,
             rotate<Isa>,

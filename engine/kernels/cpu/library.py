@@ -17,7 +17,7 @@ from cortexd.errors import ConfigError
 from engine.kernels.cpu import build
 
 ISA_ENV: Final = "CORTEXD_CPU_ISA"
-ISA_NAMES: Final = ("avx512", "avx2", "portable")
+ISA_NAMES: Final = ("avx512bf16", "avx512", "avx2", "portable")
 
 
 class Unavailable(Exception):
@@ -104,7 +104,7 @@ def status() -> str:
 
 
 def isa() -> str:
-    """Return the active instruction set: avx512, avx2 or portable."""
+    """Return the active instruction set, one of `ISA_NAMES`."""
     name: bytes = load().cortexd_isa()
     return name.decode()
 

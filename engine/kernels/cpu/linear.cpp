@@ -7,8 +7,10 @@ namespace {
 // See kFloatsPerChunk.
 constexpr int64_t kMacsPerChunk = 60000;
 
-// Dense kernels take this many groups side by side (see Isa::kDenseGroups).
-constexpr int64_t kDenseStep = 4;
+// Dense kernels take this many groups side by side (see Isa::kDenseGroups); and with many tokens,
+// which come from the second-level cache, a pass over them serves as many groups.
+constexpr int64_t kGroupStep = 4;
+constexpr int64_t kManyTokens = 32;
 
 int64_t num_groups(const Matrix& matrix) { return (matrix.rows + kRows - 1) / kRows; }
 
@@ -31,13 +33,18 @@ void multiply(const Projection& projection, const Activation& x, int64_t num_tok
     for (int64_t i = 0; i < projection.num_parts; ++i) groups += num_groups(projection.parts[i]);
     const int64_t macs_per_group = kRows * projection.parts[0].columns * num_tokens;
     int64_t grain = macs_per_group < kMacsPerChunk ? kMacsPerChunk / macs_per_group : 1;
-    if (projection.has_dense_part()) grain = (grain + kDenseStep - 1) / kDenseStep * kDenseStep;
+    if (projection.has_dense_part() || num_tokens > kManyTokens) {
+        grain = (grain + kGroupStep - 1) / kGroupStep * kGroupStep;
+    }
     parallel_for(groups, grain, [&](int64_t begin, int64_t end) {
         int64_t first = 0, column = 0;
         for (int64_t i = 0; i < projection.num_parts; ++i) {
             const Matrix& matrix = projection.parts[i];
             const Overlap range(begin, end, first, num_groups(matrix));
-            if (range.begin < range.end) {
+            if (range.begin < range.end && is_rounded(matrix)) {
+                set.multiply_rounded_groups(matrix, x.rounded, num_tokens, range.begin, range.end,
+                                            y + column, y_stride, accumulate);
+            } else if (range.begin < range.end) {
                 set.multiply_groups(matrix, x, num_tokens, range.begin, range.end, y + column,
                                     y_stride, accumulate);
             }

@@ -19,6 +19,12 @@ inline int64_t tokens_per_chunk(int64_t columns) {
     return columns < kFloatsPerChunk ? kFloatsPerChunk / columns : 1;
 }
 
+// Whether the matrix is multiplied with activations rounded to bfloat16.
+inline bool is_rounded(const Matrix& matrix) {
+    return matrix.type == Type::BF16 && matrix.precision == Precision::kFast &&
+           kernels().round_row != nullptr;
+}
+
 // Matrices of equal width whose outputs stand side by side.
 struct Projection {
     const Matrix* parts;
@@ -36,6 +42,13 @@ struct Projection {
         return false;
     }
     bool has_quantized_part() const { return has_part(false); }
+    // Whether a part takes rows rounded to bfloat16.
+    bool has_rounded_part() const {
+        for (int64_t i = 0; i < num_parts; ++i) {
+            if (is_rounded(parts[i])) return true;
+        }
+        return false;
+    }
     bool has_dense_part() const { return has_part(true); }
 };
 
@@ -49,19 +62,27 @@ class ActivationBuffer {
         const int64_t columns = projection.parts[0].columns;
         const int64_t blocks = columns / kBlock;
         const bool is_quantized = projection.has_quantized_part();
+        const Precision precision = projection.parts[0].precision;
+        const bool has_rounded = projection.has_rounded_part();
         grow(num_tokens, is_quantized ? num_tokens * blocks : 0);
+        if (has_rounded && static_cast<size_t>(num_tokens * columns) > rounded_.size()) {
+            rounded_.resize(static_cast<size_t>(num_tokens * columns));
+        }
         const Kernels& set = kernels();
         parallel_for(num_tokens, tokens_per_chunk(columns), [&](int64_t begin, int64_t end) {
             for (int64_t m = begin; m < end; ++m) {
                 const float* const row = row_of(m);
                 rows_[static_cast<size_t>(m)] = row;
+                if (has_rounded) set.round_row(row, columns, rounded_.data() + m * columns);
                 if (!is_quantized) continue;
-                set.quantize(row, blocks, values_.data() + m * blocks * kBlockBytes,
+                set.quantize(row, blocks, precision, values_.data() + m * blocks * kBlockBytes,
                              infos_.data() + m * blocks);
             }
         });
     }
-    Activation view() const { return {values_.data(), infos_.data(), rows_.data()}; }
+    Activation view() const {
+        return {values_.data(), infos_.data(), rows_.data(), rounded_.data()};
+    }
 
    private:
     void grow(int64_t tokens, int64_t blocks) {
@@ -74,6 +95,7 @@ class ActivationBuffer {
     std::vector<const float*> rows_;
     std::vector<int8_t> values_;
     std::vector<BlockInfo> infos_;
+    std::vector<uint16_t> rounded_;
 };
 
 // y (num_tokens, projection.rows()), dense, = [y +] x . matrix^T + bias.

@@ -1,10 +1,10 @@
 """Matrix products with weights that stay as they are stored: quantised, bfloat16, float16, float32.
 
 Used by `engine.layers.linear`. A weight is repacked once (numbers exact, see packed.h). For
-quantised weights each call quantises the activation to 16 bits per 32 values and multiplies
-integers; for dense ones it multiplies and adds in float32. A token's result is bit-identical
-whatever the other tokens, their number and the threads (for quantised weights the instruction set
-as well).
+quantised weights each call quantises the activation per 32 values, to 8 bits or (exact) to 16, and
+multiplies integers; for dense ones it multiplies and adds in float32. A token's result is
+bit-identical whatever the other tokens, their number and the threads (for quantised weights the
+instruction set as well).
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ TYPE_NUMBERS: Final = {
     "Q4_K": 12,
     "Q5_K": 13,
     "Q6_K": 14,
+    "IQ4_NL": 20,
+    "IQ4_XS": 23,
     "BF16": 30,
+    "MXFP4": 39,
 }
 DENSE_TYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -58,7 +61,13 @@ class PackedLinear:
     __slots__ = ("_storage", "bias", "in_features", "matrix", "out_features", "type_name")
 
     def __init__(
-        self, type_name: str, shape: tuple[int, int], storage: Tensor, bias: Tensor | None
+        self,
+        type_name: str,
+        shape: tuple[int, int],
+        storage: Tensor,
+        bias: Tensor | None,
+        *,
+        is_exact: bool,
     ) -> None:
         self.type_name = type_name
         self.out_features, self.in_features = shape
@@ -66,6 +75,7 @@ class PackedLinear:
         self.bias = bias
         self.matrix = Matrix(
             TYPE_NUMBERS[type_name],
+            int(is_exact),
             self.out_features,
             self.in_features,
             storage.data_ptr(),
@@ -81,10 +91,13 @@ class PackedLinear:
 _ARENA: Final = Arena()
 
 
-def pack(weight: QuantizedRows | Tensor, bias: Tensor | None) -> PackedLinear | None:
+def pack(
+    weight: QuantizedRows | Tensor, bias: Tensor | None, *, is_exact: bool = False
+) -> PackedLinear | None:
     """Repack `weight` for `linear`; None when there are no kernels, or none for its type or shape.
 
-    The weight's own bytes are not needed afterwards.
+    `is_exact` products round activations to 16 bits, or not at all, instead of to 8 (see
+    activation.h). The weight's own bytes are not needed afterwards.
     """
     name, source = _stored(weight)
     number = TYPE_NUMBERS.get(name)
@@ -103,7 +116,7 @@ def pack(weight: QuantizedRows | Tensor, bias: Tensor | None) -> PackedLinear | 
     )
     assert done == 0, f"{name} of {rows}x{columns} has a size but no packing"
     float_bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    return PackedLinear(name, (rows, columns), storage, float_bias)
+    return PackedLinear(name, (rows, columns), storage, float_bias, is_exact=is_exact)
 
 
 def _stored(weight: QuantizedRows | Tensor) -> tuple[str, Tensor]:

@@ -32,7 +32,10 @@ struct BlockScales {
             const uint8_t* super = meta + b / 8 * 320;
             const uint8_t* factors = super + 64 + b % 8 * 32;
             const auto d = Isa::load_half(super);
-            if constexpr (L::kHalves) {
+            if constexpr (L::kScales == Scales::kSuperOne) {
+                out.scale = Isa::multiply(d, Isa::load_i8(factors));
+                out.second = Isa::zero();
+            } else if constexpr (L::kHalves) {
                 out.scale = Isa::multiply(d, Isa::load_i8(factors));
                 out.second = Isa::multiply(d, Isa::load_i8(factors + 16));
             } else {
@@ -42,16 +45,17 @@ struct BlockScales {
             }
         } else {
             const uint8_t* record = meta + b * (L::kHasMin ? 64 : 32);
-            out.scale = Isa::load_half(record);
+            out.scale = L::kScales == Scales::kBrain ? Isa::load_brain(record)
+                                                     : Isa::load_half(record);
             out.second = L::kHasMin ? Isa::load_half(record + 32) : Isa::zero();
         }
         return out;
     }
 };
 
-template <class Isa, class L>
+template <class Isa, class L, class Sum>
 typename Isa::F block_term(const BlockScales<Isa, L>& weights, const BlockInfo& x,
-                           const typename Isa::Sum (&dots)[L::kParts]) {
+                           const Sum (&dots)[L::kParts]) {
     const auto x_scale = Isa::set1(x.scale);
     const auto first_scale = Isa::multiply(weights.scale, x_scale);
     const auto product = Isa::multiply(first_scale, Isa::to_float(dots[0]));
@@ -66,9 +70,10 @@ typename Isa::F block_term(const BlockScales<Isa, L>& weights, const BlockInfo& 
 }
 
 // 16 rows x `Tokens` tokens.
-template <class Isa, class L, int Tokens>
+template <class Isa, class L, Precision P, int Tokens>
 void multiply_tile(const uint8_t* group, int64_t blocks, const int8_t* values,
                    const BlockInfo* infos, typename Isa::F (&sums)[Tokens]) {
+    using Sum = typename Isa::template Sum<P>;
     constexpr bool kOffset = L::kHasOffset && !Isa::kSubtractsOffset;
     const uint8_t* payload = group + L::meta_bytes(blocks);
     const int64_t stride = blocks * kBlockBytes;
@@ -77,19 +82,19 @@ void multiply_tile(const uint8_t* group, int64_t blocks, const int8_t* values,
         for (int64_t line = 0; line < L::kPayload; line += 64) {
             __builtin_prefetch(payload + kPrefetchBytes + line, 0, 2);
         }
-        typename Isa::Sum dots[Tokens][L::kParts];
+        Sum dots[Tokens][L::kParts];
         for (int m = 0; m < Tokens; ++m) {
             [[maybe_unused]] const BlockInfo& x = infos[m * blocks + b];
             [[maybe_unused]] const int32_t* negative = L::kHalves ? x.negative_half_sums : &x.negative_sum;
             for (int part = 0; part < L::kParts; ++part) {
                 if constexpr (kOffset) {
-                    dots[m][part] = Isa::start(negative[part], L::kOffsetShift);
+                    Isa::start(negative[part], L::kOffsetShift, dots[m][part]);
                 } else {
-                    dots[m][part] = Isa::start();
+                    Isa::start(dots[m][part]);
                 }
             }
         }
-        Isa::template dot<L, Tokens>(payload, values + b * kBlockBytes, stride, dots);
+        Isa::template dot<L, Tokens>(payload, values + b * Isa::block_bytes(P), stride, dots);
         const auto scales = BlockScales<Isa, L>::load(group, b);
         for (int m = 0; m < Tokens; ++m) {
             const auto term = block_term<Isa, L>(scales, infos[m * blocks + b], dots[m]);
@@ -98,18 +103,38 @@ void multiply_tile(const uint8_t* group, int64_t blocks, const int8_t* values,
     }
 }
 
-// Tokens in tiles of at most `Tokens`, the rest in tiles of half that size.
-template <class Isa, class L, int Tokens>
+// Tokens in tiles of at most `Tokens`, the rest in smaller ones (exact products: in single ones,
+// since each size costs compile time).
+template <class Isa, class L, Precision P, int Tokens>
 void multiply_group(const uint8_t* group, int64_t blocks, const Activation& x, int64_t first,
                     int64_t num_tokens, const Output& out) {
     for (; first + Tokens <= num_tokens; first += Tokens) {
         typename Isa::F sums[Tokens];
-        multiply_tile<Isa, L, Tokens>(group, blocks, x.values + first * blocks * kBlockBytes,
+        multiply_tile<Isa, L, P, Tokens>(group, blocks, x.values + first * blocks * kBlockBytes,
                                       x.infos + first * blocks, sums);
         for (int m = 0; m < Tokens; ++m) out.template store<Isa>(sums[m], first + m);
     }
     if constexpr (Tokens > 1) {
-        multiply_group<Isa, L, Tokens / 2>(group, blocks, x, first, num_tokens, out);
+        constexpr int kNext = P == Precision::kExact ? 1 : Tokens / 2;
+        multiply_group<Isa, L, P, kNext>(group, blocks, x, first, num_tokens, out);
+    }
+}
+
+// The tokens of one pass over some groups: their integers and the groups stay in the caches.
+constexpr int64_t kPassTokens = 32;
+
+template <class Isa, class L, Precision P>
+void multiply_range(const Matrix& matrix, const Activation& x, int64_t num_tokens, int64_t begin,
+                    int64_t end, const Destination& to) {
+    const int64_t blocks = matrix.columns / kBlock;
+    for (int64_t first = 0; first < num_tokens; first += kPassTokens) {
+        const int64_t left = num_tokens - first;
+        const int64_t last = left < kPassTokens ? num_tokens : first + kPassTokens;
+        for (int64_t g = begin; g < end; ++g) {
+            multiply_group<Isa, L, P, Isa::tile_tokens(P, L::kParts)>(
+                matrix.packed + g * L::group_bytes(blocks), blocks, x, first, last,
+                Output(matrix, g, to));
+        }
     }
 }
 
@@ -119,11 +144,10 @@ void multiply_groups(const Matrix& matrix, const Activation& x, int64_t num_toke
     const Destination to{y, y_stride, accumulate};
     visit_layout(matrix.type, [&](auto layout) {
         using L = decltype(layout);
-        const int64_t blocks = matrix.columns / kBlock;
-        for (int64_t g = begin; g < end; ++g) {
-            multiply_group<Isa, L, Isa::kTileTokens / L::kParts>(
-                matrix.packed + g * L::group_bytes(blocks), blocks, x, 0, num_tokens,
-                Output(matrix, g, to));
+        if (!Isa::kHasFastSums || matrix.precision == Precision::kExact) {
+            multiply_range<Isa, L, Precision::kExact>(matrix, x, num_tokens, begin, end, to);
+        } else if constexpr (Isa::kHasFastSums) {
+            multiply_range<Isa, L, Precision::kFast>(matrix, x, num_tokens, begin, end, to);
         }
     });
     visit_dense(matrix.type, [&](auto dense) {
@@ -131,11 +155,12 @@ void multiply_groups(const Matrix& matrix, const Activation& x, int64_t num_toke
     });
 }
 
-template <class Isa>
-void quantize(const float* x, int64_t blocks, int8_t* values, BlockInfo* infos) {
+template <class Isa, Precision P>
+void quantize_row(const float* x, int64_t blocks, int8_t* values, BlockInfo* infos) {
     constexpr uint32_t kInfinityBits = 0x7f800000;
     constexpr float kSmallest = 1e-30f;  // below it kLargest / largest would overflow
-    for (int64_t b = 0; b < blocks; ++b, x += kBlock, values += kBlockBytes) {
+    constexpr float kLargest = largest_integer(P);
+    for (int64_t b = 0; b < blocks; ++b, x += kBlock, values += Isa::block_bytes(P)) {
         const uint32_t bits = Isa::largest_magnitude(x);
         float largest;
         std::memcpy(&largest, &bits, 4);
@@ -143,15 +168,25 @@ void quantize(const float* x, int64_t blocks, int8_t* values, BlockInfo* infos) 
             // Zeros, or a poisoned row: NaN must reach the logits, where it is detected.
             const float scale =
                 bits >= kInfinityBits ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
-            std::memset(values, 0, kBlockBytes);
+            std::memset(values, 0, static_cast<size_t>(Isa::block_bytes(P)));
             infos[b] = BlockInfo{scale, scale, 0, {0, 0}};
             continue;
         }
         int32_t sums[2];
-        Isa::quantize(x, kLargest / largest, values, sums);
+        Isa::template quantize<P>(x, kLargest / largest, values, sums);
         const float scale = largest / kLargest;
         const int32_t sum = sums[0] + sums[1];
         infos[b] = BlockInfo{scale, scale * static_cast<float>(sum), -sum, {-sums[0], -sums[1]}};
+    }
+}
+
+template <class Isa>
+void quantize(const float* x, int64_t blocks, Precision precision, int8_t* values,
+              BlockInfo* infos) {
+    if (precision == Precision::kExact) {
+        quantize_row<Isa, Precision::kExact>(x, blocks, values, infos);
+    } else {
+        quantize_row<Isa, Precision::kFast>(x, blocks, values, infos);
     }
 }
 

@@ -118,6 +118,30 @@ void read_block(LayoutQ6_K, const uint8_t* row, int64_t b, Block& block) {
     std::memcpy(&block.scale, p + 208, 2);
 }
 
+void read_block(LayoutIQ4_NL, const uint8_t* row, int64_t b, Block& block) {
+    read_block(LayoutQ4_0{}, row, b, block);
+}
+
+// d, the high two bits of eight 6-bit scales, the low four bits, nibbles.
+void read_block(LayoutIQ4_XS, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b / 8 * 136;
+    const int j = static_cast<int>(b % 8);
+    std::memcpy(&block.scale, p, 2);
+    uint16_t high;
+    std::memcpy(&high, p + 2, 2);
+    const int low = p[4 + j / 2] >> (j % 2 * 4) & 15;
+    block.factor[0] = static_cast<uint8_t>((low | (high >> (2 * j) & 3) << 4) - 32);
+    low_then_high_nibbles(p + 8 + j * 16, block.value);
+}
+
+// The scale is 2^(e - 127), and the integers are twice the numbers: 2^(e - 128) as a bfloat16.
+void read_block(LayoutMXFP4, const uint8_t* row, int64_t b, Block& block) {
+    const uint8_t* p = row + b * 17;
+    // 2^-127 and 2^-128 are subnormal.
+    block.scale = static_cast<uint16_t>(p[0] > 1 ? (p[0] - 1) << 7 : 0x20 << p[0]);
+    low_then_high_nibbles(p + 1, block.value);
+}
+
 template <class L>
 void place_payload(const uint8_t* value, int64_t r, uint8_t* payload) {
     for (int quad = 0; quad < 8; ++quad) {

@@ -16,34 +16,43 @@ from torch.nn import functional
 from engine.kernels.cpu.ops import QueryRow, Rotary
 
 BLOCK: Final = 32
-LARGEST: Final = 32512.0
+# The largest integer of an activation, fast and exact.
+LARGEST: Final = {False: 127.0, True: 32512.0}
 # Below it LARGEST / largest would overflow; such a block counts as zeros.
 SMALLEST: Final = 1e-30
 
 
-def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, *, is_exact: bool) -> tuple[Tensor, Tensor]:
     """Return int16 values and float32 scales (num_tokens, in / 32[, 32]): x is about q * scale.
 
-    The scale is largest / 32512, or NaN for a block that holds NaN or infinity.
+    The scale is that of the block's largest value, or NaN for one that holds NaN or infinity.
     """
+    top = LARGEST[is_exact]
     blocks = x.reshape(x.shape[0], -1, BLOCK)
     largest = blocks.abs().amax(-1)
     is_poisoned = ~blocks.isfinite().all(-1)
     is_zero = is_poisoned | (largest < SMALLEST)
-    inverse = torch.where(is_zero, 0.0, LARGEST / largest)
+    inverse = torch.where(is_zero, 0.0, top / largest)
     values = torch.where(is_zero[..., None], 0.0, blocks * inverse[..., None]).round()
-    scale = torch.where(is_zero, 0.0, largest / LARGEST)
+    scale = torch.where(is_zero, 0.0, largest / top)
     return values.to(torch.int16), torch.where(is_poisoned, torch.nan, scale)
 
 
-def linear(integers: Tensor, scales: Tensor, minima: Tensor | None, x: Tensor) -> Tensor:
+def linear(
+    integers: Tensor,
+    scales: Tensor,
+    minima: Tensor | None,
+    x: Tensor,
+    *,
+    is_exact: bool,
+) -> Tensor:
     """Return (num_tokens, out) as the kernels add it up, bit by bit.
 
     The weight is integers (out, in) times scales (out, in / size), plus minima (out, in / 32);
     size is 32, or 16 for types that scale the halves of a block. Integer sums are exact
     and rounded once to float32, as is every other product and sum; blocks in ascending order.
     """
-    values, x_scale = quantize_activation(x)
+    values, x_scale = quantize_activation(x, is_exact=is_exact)
     num_tokens, num_blocks = x_scale.shape
     scales = scales.reshape(scales.shape[0], num_blocks, -1)
     parts = scales.shape[-1]  # 1, or 2 halves

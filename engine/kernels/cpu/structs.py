@@ -13,6 +13,7 @@ class Matrix(ctypes.Structure):
 
     _fields_ = [
         ("type", ctypes.c_int32),
+        ("precision", ctypes.c_int32),
         ("rows", Size),
         ("columns", Size),
         ("packed", Pointer),

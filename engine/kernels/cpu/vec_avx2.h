@@ -12,7 +12,10 @@ namespace cortexd {
 namespace {
 
 struct Avx2 {
-    static constexpr int kTileTokens = 2;  // 16 registers hold no more
+    // 16 registers hold no more.
+    static constexpr int tile_tokens(Precision, int parts) { return 2 / parts; }
+    static constexpr bool kHasFastSums = false;
+    static constexpr int64_t block_bytes(Precision) { return 64; }  // always widened to 16 bits
     static constexpr int kDenseGroups = 2;
     static constexpr int kDenseTokens = 2;
     // Whether dot() already subtracts the offset of the stored integers.
@@ -23,6 +26,7 @@ struct Avx2 {
     struct I {
         __m256i half[2];
     };
+    template <Precision>
     using Sum = I;
 
     static F zero() { return set1(0.0f); }
@@ -96,6 +100,15 @@ struct Avx2 {
         return {{_mm256_cvtph_ps(load_16_bytes(from)), _mm256_cvtph_ps(load_16_bytes(from + 16))}};
     }
 
+    static F load_brain(const uint8_t* from) {
+        F out;
+        for (int half = 0; half < 2; ++half) {
+            const __m256i words = _mm256_cvtepu16_epi32(load_16_bytes(from + half * 16));
+            out.half[half] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+        }
+        return out;
+    }
+
     static void load_bf16_pair(const uint8_t* from, F& first, F& second) {
         const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
         for (int half = 0; half < 2; ++half) {
@@ -129,6 +142,9 @@ struct Avx2 {
                                                : _mm256_srli_epi16(bits, shift - 4);
             value = _mm256_or_si256(value, _mm256_and_si256(shifted, _mm256_set1_epi8(0x30)));
         }
+        if constexpr (L::kCode != Code::kPlain) {
+            value = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_16_bytes(L::kTable)), value);
+        }
         return value;
     }
     static __m256i broadcast_pair(const int8_t* x) {
@@ -140,7 +156,7 @@ struct Avx2 {
     // widened to 16 bits by taking the even and the odd ones.
     template <class L, int Tokens>
     static void dot(const uint8_t* payload, const int8_t* x, int64_t stride,
-                    Sum (&sums)[Tokens][L::kParts]) {
+                    I (&sums)[Tokens][L::kParts]) {
         const __m256i mask = _mm256_set1_epi16(255);
         for (int part = 0; part < 2; ++part) {
             for (int quad = 0; quad < 8; ++quad) {
@@ -158,10 +174,9 @@ struct Avx2 {
             }
         }
     }
-    static Sum start() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-    static Sum start(int32_t value, int shift) {
-        const __m256i shifted = _mm256_slli_epi32(_mm256_set1_epi32(value), shift);
-        return {{shifted, shifted}};
+    static void start(I& sum) { sum.half[0] = sum.half[1] = _mm256_setzero_si256(); }
+    static void start(int32_t value, int shift, I& sum) {
+        sum.half[0] = sum.half[1] = _mm256_slli_epi32(_mm256_set1_epi32(value), shift);
     }
 
     static uint32_t largest_magnitude(const float* x) {
@@ -184,6 +199,7 @@ struct Avx2 {
         four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
         return _mm_cvtsi128_si32(four);
     }
+    template <Precision>
     static void quantize(const float* x, float inverse, int8_t* q, int32_t* sums) {
         const __m256 scale = _mm256_set1_ps(inverse);
         // Of each quad elements 0, 2, 1, 3.

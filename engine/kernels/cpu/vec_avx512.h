@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "packed.h"
 
@@ -12,8 +13,14 @@ namespace cortexd {
 namespace {
 
 struct Avx512 {
-    // 8 tokens: 16 integer and 8 float accumulators and the weights fill the 32 registers.
-    static constexpr int kTileTokens = 8;
+    // 8 tokens: 8 or (of halves) 16 integer and 8 float accumulators and the weights fit in the 32
+    // registers. So do 4 tokens of 16 bits.
+    static constexpr int tile_tokens(Precision p, int) {
+        return p == Precision::kExact ? 4 : 8;
+    }
+    // Whether 8-bit integers are laid out and multiplied in another way than 16-bit ones.
+    static constexpr bool kHasFastSums = true;
+    static constexpr int64_t block_bytes(Precision p) { return p == Precision::kExact ? 64 : 32; }
     // 16 accumulators and 8 weights of the dense kernels.
     static constexpr int kDenseGroups = 4;
     static constexpr int kDenseTokens = 4;
@@ -22,10 +29,15 @@ struct Avx512 {
     using F = __m512;
     using I = __m512i;
     // 256 * high + low: products with the two bytes of 16-bit activations.
-    struct Sum {
+    struct ExactSum {
         I high;
         I low;
     };
+    struct FastSum {
+        I value;
+    };
+    template <Precision P>
+    using Sum = std::conditional_t<P == Precision::kExact, ExactSum, FastSum>;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float value) { return _mm512_set1_ps(value); }
@@ -51,9 +63,10 @@ struct Avx512 {
         const I bits = _mm512_slli_epi32(_mm512_castps_si512(biased), 23);
         return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f800000)));
     }
-    static F to_float(const Sum& sum) {
+    static F to_float(const ExactSum& sum) {
         return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low));
     }
+    static F to_float(const FastSum& sum) { return _mm512_cvtepi32_ps(sum.value); }
     static __m128i load_16_bytes(const uint8_t* from) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     }
@@ -65,6 +78,11 @@ struct Avx512 {
     }
     static F load_half(const uint8_t* from) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+
+    static F load_brain(const uint8_t* from) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     }
 
     static void load_bf16_pair(const uint8_t* from, F& first, F& second) {
@@ -96,11 +114,14 @@ struct Avx512 {
         }
     }
     // x: the high bytes of a block's 32 integers, then the low bytes.
-    static void add_products(I weights, const int8_t* x, Sum& sum) {
+    static void add_products(I weights, const int8_t* x, ExactSum& sum) {
         sum.high = _mm512_dpbusd_epi32(sum.high, weights, broadcast_quad(x));
         sum.low = _mm512_dpbusd_epi32(sum.low, weights, broadcast_quad(x + kBlock));
     }
-    template <class L, int Quad, int Tokens>
+    static void add_products(I weights, const int8_t* x, FastSum& sum) {
+        sum.value = _mm512_dpbusd_epi32(sum.value, weights, broadcast_quad(x));
+    }
+    template <class L, int Quad, int Tokens, class Sum>
     static void dot_line(const uint8_t* payload, const int8_t* x, int64_t stride,
                          Sum (&sums)[Tokens][L::kParts]) {
         // Quad and Quad + 4: the two nibbles of one line, or two lines of 8-bit integers.
@@ -117,6 +138,11 @@ struct Avx512 {
                 first = _mm512_or_si512(first, high_bits<L, Quad>(payload));
                 second = _mm512_or_si512(second, high_bits<L, Quad + 4>(payload));
             }
+            if constexpr (L::kCode != Code::kPlain) {
+                const I table = _mm512_broadcast_i32x4(load_16_bytes(L::kTable));
+                first = _mm512_shuffle_epi8(table, first);
+                second = _mm512_shuffle_epi8(table, second);
+            }
         }
         for (int m = 0; m < Tokens; ++m) {
             const int8_t* q = x + m * stride + Quad * 4;
@@ -124,7 +150,7 @@ struct Avx512 {
             add_products(second, q + 16, sums[m][L::kParts - 1]);
         }
     }
-    template <class L, int Tokens>
+    template <class L, int Tokens, class Sum>
     static void dot(const uint8_t* payload, const int8_t* x, int64_t stride,
                     Sum (&sums)[Tokens][L::kParts]) {
         dot_line<L, 0>(payload, x, stride, sums);
@@ -132,10 +158,17 @@ struct Avx512 {
         dot_line<L, 2>(payload, x, stride, sums);
         dot_line<L, 3>(payload, x, stride, sums);
     }
-    static Sum start() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-    static Sum start(int32_t value, int shift) {
-        const I shifted = _mm512_slli_epi32(_mm512_set1_epi32(value), static_cast<unsigned>(shift));
-        return {_mm512_setzero_si512(), shifted};
+    static void start(ExactSum& sum) { sum.high = sum.low = _mm512_setzero_si512(); }
+    static void start(FastSum& sum) { sum.value = _mm512_setzero_si512(); }
+    static I shifted(int32_t value, int shift) {
+        return _mm512_slli_epi32(_mm512_set1_epi32(value), static_cast<unsigned>(shift));
+    }
+    static void start(int32_t value, int shift, ExactSum& sum) {
+        sum.high = _mm512_setzero_si512();
+        sum.low = shifted(value, shift);
+    }
+    static void start(int32_t value, int shift, FastSum& sum) {
+        sum.value = shifted(value, shift);
     }
 
     static uint32_t largest_magnitude(const float* x) {
@@ -144,15 +177,20 @@ struct Avx512 {
         const I b = _mm512_and_si512(_mm512_loadu_si512(x + 16), mask);
         return _mm512_reduce_max_epu32(_mm512_max_epu32(a, b));
     }
+    template <Precision P>
     static void quantize(const float* x, float inverse, int8_t* q, int32_t* sums) {
         const F scale = _mm512_set1_ps(inverse);
         for (int half = 0; half < 2; ++half) {
             const I value = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + half * 16), scale));
+            sums[half] = _mm512_reduce_add_epi32(value);
+            if constexpr (P == Precision::kFast) {
+                store_bytes(q + half * 16, value);
+                continue;
+            }
             // The low byte, read as a signed one, is value - 256 * high.
             const I high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
             store_bytes(q + half * 16, high);
             store_bytes(q + kBlock + half * 16, value);
-            sums[half] = _mm512_reduce_add_epi32(value);
         }
     }
     static void store_bytes(int8_t* to, I value) {

@@ -11,7 +11,9 @@ namespace cortexd {
 namespace {
 
 struct Portable {
-    static constexpr int kTileTokens = 2;
+    static constexpr int tile_tokens(Precision, int parts) { return 2 / parts; }
+    static constexpr bool kHasFastSums = false;
+    static constexpr int64_t block_bytes(Precision) { return 64; }  // always of two bytes each
     static constexpr int kDenseGroups = 1;
     static constexpr int kDenseTokens = 2;
     // Whether dot() already subtracts the offset of the stored integers.
@@ -21,10 +23,12 @@ struct Portable {
     };
     // 256 * high + low: products with the two bytes of 16-bit activations. Each is an integer of at
     // most 128 * 128 * 32 < 2^24, so exact in floats, which every vector unit multiplies fast.
-    struct Sum {
+    struct TwoSums {
         float high[16];
         float low[16];
     };
+    template <Precision>
+    using Sum = TwoSums;
 
     template <class Function>
     static F map(Function function) {
@@ -89,7 +93,7 @@ struct Portable {
         });
     }
     // Rounded once, in the last addition, like the conversion of a whole integer.
-    static F to_float(const Sum& sum) {
+    static F to_float(const TwoSums& sum) {
         return map([&](int i) { return sum.high[i] * 256.0f + sum.low[i]; });
     }
     static F load_u8(const uint8_t* from) {
@@ -97,6 +101,17 @@ struct Portable {
     }
     static F load_i8(const uint8_t* from) {
         return map([&](int i) { return static_cast<float>(static_cast<int8_t>(from[i])); });
+    }
+
+    static F load_brain(const uint8_t* from) {
+        return map([&](int i) {
+            uint16_t half;
+            std::memcpy(&half, from + i * 2, 2);
+            const uint32_t bits = static_cast<uint32_t>(half) << 16;
+            float value;
+            std::memcpy(&value, &bits, 4);
+            return value;
+        });
     }
 
     static void load_bf16_pair(const uint8_t* from, F& first, F& second) {
@@ -159,7 +174,7 @@ struct Portable {
     // x: the high bytes of a block's 32 integers, then the low bytes.
     template <class L, int Tokens>
     static void dot(const uint8_t* payload, const int8_t* x, int64_t stride,
-                    Sum (&sums)[Tokens][L::kParts]) {
+                    TwoSums (&sums)[Tokens][L::kParts]) {
         constexpr int kOffset = L::kHasOffset ? 1 << (L::kHasOffset ? L::kOffsetShift : 0) : 0;
         for (int quad = 0; quad < 8; ++quad) {
             uint32_t words[16];
@@ -167,20 +182,21 @@ struct Portable {
             for (int j = 0; j < 4; ++j) {
                 float weights[16];
                 for (int r = 0; r < 16; ++r) {
-                    const int stored = static_cast<int>(words[r] >> (8 * j) & 255);
+                    int stored = static_cast<int>(words[r] >> (8 * j) & 255);
+                    if (L::kCode != Code::kPlain) stored = L::kTable[stored];
                     weights[r] = static_cast<float>(stored - kOffset);
                 }
                 for (int m = 0; m < Tokens; ++m) {
                     const int8_t* q = x + m * stride + quad * 4 + j;
                     const float high = q[0], low = q[kBlock];
-                    Sum& sum = sums[m][quad < 4 ? 0 : L::kParts - 1];
+                    TwoSums& sum = sums[m][quad < 4 ? 0 : L::kParts - 1];
                     for (int r = 0; r < 16; ++r) sum.high[r] += weights[r] * high;
                     for (int r = 0; r < 16; ++r) sum.low[r] += weights[r] * low;
                 }
             }
         }
     }
-    static Sum start() { return Sum{}; }
+    static void start(TwoSums& sum) { sum = TwoSums{}; }
 
     // Largest |x| of 32 values as bits: comparing bits lets NaN win over infinity over numbers.
     static uint32_t largest_magnitude(const float* x) {
@@ -194,6 +210,7 @@ struct Portable {
         return largest;
     }
     // q = round-half-even(x * inverse) for 32 values; returns the sums of both halves.
+    template <Precision>
     static void quantize(const float* x, float inverse, int8_t* q, int32_t* sums) {
         constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits
         sums[0] = sums[1] = 0;

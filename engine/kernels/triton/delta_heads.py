@@ -69,8 +69,10 @@ def key_head_of(
 ) -> int:
     """Return the K head that a V head reads."""
     if TILED:
-        return value_head % num_key_heads
-    return value_head // (num_value_heads // num_key_heads)
+        head = value_head % num_key_heads
+    else:
+        head = value_head // (num_value_heads // num_key_heads)
+    return head
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Runs of tokens through the gated delta rule, 64 at a time, in two kernels and a gated norm.
+"""Runs of tokens through the gated delta rule, chunk by chunk: two kernels and a gated norm.
 
 The first, parallel over chunks, solves (I + L) [U | W] = [beta V | beta exp(G) K] by forward
 substitution. The second, one program per row, V head and slice of the values, carries S from chunk
@@ -31,7 +31,8 @@ from engine.kernels.triton.delta_heads import (
 )
 from engine.kernels.triton.launch import tile
 
-CHUNK: Final = 64
+# With 64 tokens the tiles would not fit into the 99 KiB of shared memory that Ada and Ampere have.
+CHUNK: Final = 32
 # Slices of the values per program: more run at once, and each keeps less of S in registers.
 _VALUE_SLICE: Final = 32
 

@@ -71,17 +71,49 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
         "tools[0].function.parameters",
     ),
     ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
-    ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
+    ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+    ({"tool_choice": "any"}, "unsupported_parameter", "tool_choice"),
     (
         {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-        "unsupported_parameter",
+        "invalid_value",
         "tool_choice",
     ),
     ({"parallel_tool_calls": 1}, "invalid_type", "parallel_tool_calls"),
     ({"functions": []}, "unsupported_parameter", "functions"),
-    ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-    ({"response_format": "json"}, "unsupported_parameter", "response_format"),
-    ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
+    ({"response_format": "json"}, "invalid_type", "response_format"),
+    ({"response_format": {"type": "xml"}}, "unsupported_parameter", "response_format.type"),
+    (
+        {"response_format": {"type": "json_schema"}},
+        "missing_required_parameter",
+        "response_format.json_schema",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+        "missing_required_parameter",
+        "response_format.json_schema.schema",
+    ),
+    ({"guided_grammar": "root ::= x"}, "unsupported_parameter", "guided_grammar"),
+    (
+        {"guided_json": {"items": {"not": {}}}},
+        "unsupported_parameter",
+        "guided_json.items.not",
+    ),
+    ({"guided_json": {"type": "what"}}, "invalid_value", "guided_json.type"),
+    ({"guided_json": {"minLength": "1}/"}}, "invalid_value", "guided_json.minLength"),
+    ({"guided_json": {"$ref": "http://a/b"}}, "unsupported_parameter", "guided_json.$ref"),
+    ({"guided_json": "{"}, "invalid_value", "guided_json"),
+    ({"guided_json": {"enum": []}}, "invalid_value", "guided_json"),
+    ({"guided_json": {"pattern": "(?=a)"}}, "invalid_value", "guided_json"),
+    ({"guided_regex": "["}, "invalid_value", "guided_regex"),
+    ({"guided_regex": "a", "guided_choice": ["b"]}, "invalid_value", "guided_choice"),
+    ({"guided_choice": []}, "invalid_value", "guided_choice"),
+    ({"guided_choice": [1]}, "invalid_type", "guided_choice"),
+    (
+        {"structured_outputs": {"grammar": "x"}},
+        "unsupported_parameter",
+        "structured_outputs.grammar",
+    ),
+    ({"structured_outputs": {"regex": "a", "json": {}}}, "invalid_value", "structured_outputs"),
     ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
     ({"audio": {"voice": "x"}}, "unsupported_parameter", "audio"),
     ({"best_of": 3}, "unsupported_parameter", "best_of"),
@@ -229,16 +261,19 @@ async def test_unknown_model_is_404() -> None:
             body = {**chat_body(stream=stream), "model": "no/such\nmodel"}
             status, answer, _ = await front.post(CHAT, body)
             assert (status, answer["error"]["code"]) == (404, "model_not_found")
-        assert {record.model for record in front.fleet.finished} == {"unknown"}
+        assert {record.model for record in await front.fleet.wait_for_finished(2)} == {"unknown"}
 
 
 @async_test
 async def test_prompt_over_the_context_is_refused_with_both_numbers() -> None:
     """400 context_length_exceeded with `max` and `prompt_len`, before anything is submitted."""
     async with served_front() as front:
-        for path, body in (
-            (CHAT, chat_body("x" * 500)),
-            (COMPLETIONS, {"model": MODEL, "prompt": "x" * CONTEXT}),
+        for number, (path, body) in enumerate(
+            (
+                (CHAT, chat_body("x" * 500)),
+                (COMPLETIONS, {"model": MODEL, "prompt": "x" * CONTEXT}),
+            ),
+            start=1,
         ):
             status, answer, _ = await front.post(path, body)
             error = answer["error"]
@@ -247,7 +282,7 @@ async def test_prompt_over_the_context_is_refused_with_both_numbers() -> None:
             assert error["prompt_len"] >= CONTEXT
             assert f"maximum context length is {CONTEXT} tokens" in error["message"]
             assert str(error["prompt_len"]) in error["message"]
-            assert front.fleet.finished[-1].model == MODEL
+            assert (await front.fleet.wait_for_finished(number))[-1].model == MODEL
         assert_untouched(front.fleet)
         status, answer, _ = await front.post(
             COMPLETIONS, {"model": MODEL, "prompt": "x" * (CONTEXT - 1), "max_tokens": 50}

@@ -229,7 +229,7 @@ async def test_chat_alias_keeps_its_name_and_is_recorded_as_the_model() -> None:
     async with served_front() as front:
         _, answer, _ = await front.post(CHAT, {**chat_body(), "model": ALIAS})
         assert answer["model"] == ALIAS
-        assert front.fleet.finished[0].model == MODEL
+        assert (await front.fleet.wait_for_finished())[0].model == MODEL
 
 
 @async_test
@@ -239,7 +239,7 @@ async def test_chat_one_record_per_request() -> None:
         await front.chat()
         await front.stream(CHAT, chat_body(stream=True))
         await front.post(CHAT, b"{")
-        good, streamed, bad = front.fleet.finished
+        good, streamed, bad = await front.fleet.wait_for_finished(3)
         assert (good.status, good.finish_reason, good.completion_tokens) == (200, "stop", 13)
         assert good.ttft_s is not None
         assert good.ttft_s <= good.duration_s
@@ -276,3 +276,15 @@ async def test_chat_client_request_id_is_echoed_only_when_harmless() -> None:
         for offered, is_kept in [("abc-1.2:3_X", True), ("bad id", False), ("x" * 129, False)]:
             _, _, headers = await front.post(CHAT, chat_body(), headers={"x-request-id": offered})
             assert (headers["x-request-id"] == offered) is is_kept
+
+
+@async_test
+async def test_catalogue_defaults_fill_what_the_request_leaves_open() -> None:
+    """The request wins over the catalogue, the catalogue over the model's own."""
+    async with served_front() as front:
+        front.fleet.defaults = {"top_k": 7.0, "temperature": 0.25, "max_tokens": 3.0}
+        await front.chat(temperature=0.5, max_tokens=None)
+        await front.chat(top_k=2, max_tokens=2)
+        first, second = front.fleet.submits
+        assert (first.temperature, first.top_k, first.max_tokens) == (0.5, 7, 3)
+        assert (second.temperature, second.top_k, second.max_tokens) == (0.25, 2, 2)

@@ -52,7 +52,7 @@ async def test_fields_reach_the_engine(path: str) -> None:
         assert submit.stop_token_ids == array("i", [10]).tobytes()
         assert submit.bad_words == [packed("ab"), packed(" ab"), packed(" c")]
         assert submit.allowed_token_ids == array("i", [66, 67]).tobytes()
-        assert submit.cache_salt == "mine"
+        assert submit.cache_salt == "client mine"
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)

@@ -67,14 +67,18 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type is"),
     ({"tools": [{"type": "function"}]}, "tools[0].function is missing"),
     ({"tool_choice": {}}, "tool_choice.type is null; allowed: auto"),
-    ({"tool_choice": {"type": "any"}}, "a call cannot be forced here"),
+    ({"tool_choice": {"type": "any"}}, "tools is empty"),
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name is missing"),
-    ({"tool_choice": {"type": "tool", "name": "a"}}, "a call cannot be forced here"),
+    ({"tool_choice": {"type": "tool", "name": "a"}}, "is not among tools"),
     ({"thinking": {"type": "maybe"}}, 'thinking.type is "maybe"; allowed'),
     ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
     ({"container": "c"}, "container is not supported"),
-    ({"output_format": {"type": "json_schema"}}, "output_format is not supported"),
-    ({"output_config": {"format": {}}}, "output_config.format is not supported"),
+    ({"output_format": {"type": "json_schema"}}, "output_format.schema is missing"),
+    ({"output_config": {"format": {}}}, "output_config.format.type must be json_schema"),
+    (
+        {"output_format": {"type": "json_schema", "schema": {"if": {}}}},
+        'keyword "if" at output_format.schema.if',
+    ),
     (user("refuse"), "the chat template refused"),
 ]
 RAW: list[bytes] = [b"", b"{", b"[]", b"null", b"{}", DEEP, b'{"model": "\\ud800"}', b"\xff"]
@@ -160,7 +164,7 @@ async def test_unknown_model_and_route_are_404() -> None:
             assert (status, answer["error"]["type"]) == (404, "not_found_error")
         status, answer, _ = await front.post("/v1/messages/batches", b"{}")
         assert (status, answer["error"]["type"]) == (404, "not_found_error")
-        assert {record.model for record in front.fleet.finished} == {"unknown"}
+        assert {record.model for record in await front.fleet.wait_for_finished(2)} == {"unknown"}
 
 
 @async_test

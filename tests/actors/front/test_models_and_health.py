@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from cortexd.errors import ActorDown
+from cortexd.messages.neurons import CatalogueCard
+from cortexd.openai import ModelCost
 from tests.doubles.fleet import ALIAS, CONTEXT, MODEL
 from tests.doubles.front import async_test, served_front
 
@@ -82,3 +84,19 @@ async def test_probes_and_version() -> None:
         assert version["package_version"]
         async with front.http.head(front.url + "/") as response:
             assert response.status == 200
+
+
+@async_test
+async def test_price_and_places_of_the_catalogue_are_listed() -> None:
+    """Also of a model that is loaded nowhere; a free one says 0, an unpriced one nothing."""
+    async with served_front() as front:
+        free = ModelCost(input=0.0, output=0.0)
+        front.fleet.catalogue = [
+            CatalogueCard(model_id="org/cold", feasible_on=["n"], capabilities=["v"], cost=free),
+            CatalogueCard(model_id=MODEL, feasible_on=[front.services.node]),
+        ]
+        _, body = await front.get("/v1/models")
+        cards = {card["id"]: card for card in body["data"]}
+        assert cards["org/cold"]["cost"] == {"input": 0.0, "output": 0.0}
+        assert (cards["org/cold"]["loaded"], cards["org/cold"]["feasible_on"]) == (False, ["n"])
+        assert "cost" not in cards[MODEL]

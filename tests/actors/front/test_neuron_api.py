@@ -6,7 +6,7 @@ from typing import Any
 
 from cortexd.errors import InsufficientMemory, ModelAlreadyLoaded, ModelNotFound
 from cortexd.messages import LoadModel, UnloadModelNow
-from cortexd.models import LoadOptions
+from cortexd.models import LoadOptions, ModelPolicy
 from tests.doubles.fleet import ALIAS, CONTEXT, MODEL
 from tests.doubles.front import ServedFront, async_test, chat_body, served_front
 
@@ -165,3 +165,39 @@ async def test_neuron_serves_inference_too() -> None:
         status, body = await post(front, "/v1/chat/completions", chat_body())
         assert status == 200
         assert body["choices"][0]["message"]["content"] == "Hello, world!"
+
+
+@async_test
+async def test_load_takes_the_callers_policy() -> None:
+    """A gateway tells what its catalogue says of the model; bad values are refused by name."""
+    async with served_front() as front:
+        body = {
+            "model_id": MODEL,
+            "residency_priority": 7,
+            "idle_ttl_s": 5,
+            "defaults": {"top_k": 3},
+        }
+        assert (await post(front, "/models/load", body))[0] == 200
+        (load,) = front.fleet.all_sent(LoadModel)
+        assert isinstance(load, LoadModel)
+        assert load.policy == ModelPolicy(
+            residency_priority=7, idle_ttl_s=5, defaults={"top_k": 3.0}
+        )
+        status, answer = await post(front, "/models/load", {"model_id": MODEL, "idle_ttl_s": -1})
+        assert (status, answer["error"]["param"]) == (400, "idle_ttl_s")
+
+
+@async_test
+async def test_state_beyond_loaded_is_told() -> None:
+    """How far a load is, what the model can, and whether this host takes requests."""
+    async with served_front() as front:
+        _, models = await front.get("/models", neuron=True)
+        assert (models[0]["tool_call"], models[0]["residency_priority"]) == (True, 100)
+        assert (await front.get("/health", neuron=True))[1]["status"] == "ok"
+        front.fleet.begin_loading()
+        front.fleet.is_draining = True
+        _, models = await front.get("/models", neuron=True)
+        assert (models[0]["status"], models[0]["progress"]) == ("loading", 0.25)
+        assert (await front.get("/health", neuron=True))[1]["status"] == "draining"
+        assert (await front.get("/health"))[1]["status"] == "draining"
+        assert (await front.get("/readyz"))[0] == 503

@@ -8,10 +8,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+import pytest
 from aiohttp import web
 
 from cortexd.errors import ModelNotFeasible
-from cortexd.messages import EndRequest, NodeFailed, RequestFinished, RoutedRemote
+from cortexd.messages import (
+    EndRequest,
+    Loading,
+    NodeFailed,
+    Place,
+    QueryNode,
+    RequestFinished,
+    RoutedRemote,
+)
 from cortexd.settings import NeuronEntry
 from tests.doubles.front import ServedFront, async_test, chat_body, parse_events, served_front
 
@@ -44,8 +53,7 @@ def replica(node: str, url: str, kind: Any = "cortex", model: str = MODEL) -> Ro
 
 async def finished(front: ServedFront) -> RequestFinished:
     """Return the record of the only request."""
-    (record,) = await front.fleet.wait_for(RequestFinished)
-    assert isinstance(record, RequestFinished)
+    (record,) = await front.fleet.wait_for_finished()
     return record
 
 
@@ -232,3 +240,108 @@ async def test_neuron_listener_hands_nothing_on() -> None:
         body = chat_body(model=MODEL)
         async with front.http.post(front.neuron_url + CHAT, json=body) as response:
             assert response.status == 404
+
+
+@async_test
+async def test_node_on_its_way_out_sends_the_request_elsewhere() -> None:
+    """A refusal is no answer; any other 503 is the client's."""
+    code = "node_draining"
+
+    async def leaving(request: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": "no", "code": code}}, status=503)
+
+    async def staying(request: web.Request) -> web.Response:
+        return web.json_response({"node": "b"})
+
+    async with (
+        upstream(leaving) as one,
+        upstream(staying) as two,
+        served_front(neurons=NEURONS) as front,
+    ):
+        front.fleet.replicas = [replica("a", one), replica("b", two)]
+        assert (await front.chat(model=MODEL))[:2] == (200, {"node": "b"})
+        code = "model_loading"
+        status, body, _ = await front.chat(model=MODEL)
+        assert (status, body["error"]["code"]) == (503, "model_loading")
+
+
+@async_test
+async def test_node_that_accepts_and_is_gone_is_left_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A unary answer may take long, as long as the polls say that its node lives."""
+    monkeypatch.setattr("actors.front.node_watch.CHECK_PERIOD_S", 0.05)
+    closed = asyncio.Event()
+
+    async def silent(request: web.Request) -> web.Response:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+        raise AssertionError("it is cancelled")
+
+    async def other(request: web.Request) -> web.Response:
+        return web.json_response({"node": "b"})
+
+    async with (
+        upstream(silent) as one,
+        upstream(other) as two,
+        served_front(neurons=NEURONS) as front,
+    ):
+        front.fleet.replicas = [replica("a", one), replica("b", two)]
+        asking = asyncio.create_task(front.chat(model=MODEL))
+        await front.fleet.wait_for(QueryNode, 2)
+        assert not asking.done()
+        front.fleet.lost_nodes.add("a")
+        assert (await asking)[:2] == (200, {"node": "b"})
+        await closed.wait()
+        (failed,) = front.fleet.all_sent(NodeFailed)
+        assert isinstance(failed, NodeFailed)
+        assert (failed.node, failed.is_refusing) == ("a", False)
+
+
+@async_test
+async def test_conversation_is_told_to_the_router_and_the_ending_too() -> None:
+    """The chain of the prompt goes along; a proper answer and a fault are told apart."""
+    status_code = 200
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": "x"}}, status=status_code)
+
+    async with upstream(handler) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", url)]
+        for code in (200, 429, 500):
+            status_code = code
+            await front.chat(model=MODEL)
+        places = [body for body in front.fleet.all_sent(Place) if isinstance(body, Place)]
+        assert places[0].prefix
+        assert {tuple(place.prefix) for place in places} == {tuple(places[0].prefix)}
+        ends = await front.fleet.wait_for(EndRequest, 3)
+        assert [end.is_answered for end in ends if isinstance(end, EndRequest)] == [
+            True,
+            True,
+            False,
+        ]
+
+
+@async_test
+async def test_waiting_stream_is_told_how_far_the_load_is() -> None:
+    """As a comment line, in which nothing of a node's words can pass for an event."""
+    events = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\ndata: [DONE]\n\n'
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=events, headers={"Content-Type": "text/event-stream"})
+
+    async with (
+        upstream(handler) as url,
+        served_front(neurons=NEURONS, first_byte_hold_ms=10, keepalive_s=0.02) as front,
+    ):
+        front.fleet.replicas = [replica("a", url)]
+        front.fleet.loading = Loading("weights\n\ndata: x", 0.41, 11.2)
+        front.fleet.placing.clear()
+        body = chat_body(model=MODEL, stream=True)
+        async with front.http.post(front.url + CHAT, json=body) as response:
+            line = await response.content.readline()
+            assert line == b": loading stage=weightsdata: x 41% eta=11s\n"
+            front.fleet.placing.set()
+            assert (await response.read()).endswith(events)

@@ -11,9 +11,14 @@ import torch
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
-TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
-# Where the float16 scales stand in a super-block that numpy cannot produce by quantising.
-SUPER_SCALES = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+TYPES = [
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
+]
+# Where the float16 scales stand in a block that numpy cannot produce by quantising.
+FLOAT16_SCALES = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0]}
+IQ4_NUMBERS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+FP4_NUMBERS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -41,11 +46,11 @@ def random_rows(name: str, num_rows: int, num_columns: int, seed: int = 0) -> Ro
     """Return rows of plausible weights of about 0.05."""
     random = np.random.default_rng(seed)
     kind = gguf.GGMLQuantizationType[name]
-    if name in SUPER_SCALES:
+    if name in FLOAT16_SCALES:
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         shape = (num_rows, num_columns // block_size, block_bytes)
         blocks = random.integers(0, 256, shape, dtype=np.uint8)
-        for offset in SUPER_SCALES[name]:
+        for offset in FLOAT16_SCALES[name]:
             scale = random.uniform(1e-4, 1e-3, shape[:2]).astype(np.float16)
             blocks[:, :, offset : offset + 2] = scale[..., None].view(np.uint8)
         packed = blocks.reshape(num_rows, -1)
@@ -126,7 +131,41 @@ def _q6_k(rows: Rows) -> Parts:
     return integers.reshape(out, columns), scales.flatten(1), None
 
 
+def _iq4_nl(rows: Rows) -> Parts:
+    out, columns = rows.shape
+    blocks = rows.packed.numpy().reshape(out, columns // 32, 18)
+    return _iq4_integers(blocks[:, :, 2:], rows), _halves(blocks, 0), None
+
+
+def _iq4_xs(rows: Rows) -> Parts:
+    out, columns = rows.shape
+    blocks = rows.packed.numpy().reshape(out, columns // 256, 136).astype(np.int64)
+    low = np.stack([blocks[:, :, 4:8] & 15, blocks[:, :, 4:8] >> 4], -1).reshape(out, -1, 8)
+    high = (blocks[:, :, 2] | blocks[:, :, 3] << 8)[:, :, None] >> 2 * np.arange(8) & 3
+    factor = torch.from_numpy((low | high << 4) - 32).float()
+    scales = _halves(blocks.astype(np.uint8), 0)[..., None] * factor
+    nibbles = blocks[:, :, 8:].reshape(out, -1, 16)
+    return _iq4_integers(nibbles, rows), scales.flatten(1), None
+
+
+def _iq4_integers(nibbles: np.ndarray, rows: Rows) -> Tensor:
+    places = np.concatenate([nibbles & 15, nibbles >> 4], -1)
+    return torch.tensor(IQ4_NUMBERS)[torch.from_numpy(places).long()].reshape(rows.shape).float()
+
+
+def _mxfp4(rows: Rows) -> Parts:
+    out, columns = rows.shape
+    blocks = rows.packed.numpy().reshape(out, columns // 32, 17).astype(np.int64)
+    places = np.concatenate([blocks[:, :, 1:] & 15, blocks[:, :, 1:] >> 4], -1)
+    numbers = torch.tensor([*FP4_NUMBERS, *(-number for number in FP4_NUMBERS)])
+    scales = torch.from_numpy(2.0 ** (blocks[:, :, 0] - 128.0)).float()
+    return 2 * numbers[torch.from_numpy(places)].reshape(rows.shape), scales, None
+
+
 _PARTS = {
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
     "Q4_0": _legacy(18, False, False, 8),
     "Q4_1": _legacy(20, True, False, 0),
     "Q5_0": _legacy(22, False, True, 16),

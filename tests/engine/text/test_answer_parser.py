@@ -61,6 +61,35 @@ BARE: list[tuple[str, list[Piece]]] = [
     ('Words {"name": "f", "parameters": {}}', [Text('Words {"name": "f", "parameters": {}}')]),
 ]
 
+MISTRAL = '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]'
+NAMED = '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[CALL_ID]123456789[ARGS]{"s": "[TOOL_CALLS]"}'
+BARE_XML = "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>"
+HOLDS_END = '<tool_call>{"name": "f", "arguments": {"a": "</tool_call> \\" {"}}</tool_call>'
+# (style, answer, pieces): forms with other markers, and values that hold them
+STYLED: list[tuple[CallStyle, str, list[Piece]]] = [
+    (CallStyle("mistral_list"), MISTRAL, [F, ToolCall("g", "{}")]),
+    (CallStyle("mistral_list"), f"Well.\n{MISTRAL} ", [Text("Well."), F, ToolCall("g", "{}")]),
+    (CallStyle("mistral_list"), '[TOOL_CALLS] [{"name"', [Text('[TOOL_CALLS] [{"name"')]),
+    (CallStyle("mistral_list"), "[TOOL_CALLS] no", [Text("[TOOL_CALLS] no")]),
+    (CallStyle("mistral_args"), NAMED, [F, ToolCall("g", '{"s": "[TOOL_CALLS]"}')]),
+    (CallStyle("mistral_args"), '[TOOL_CALLS]f{"a": 1}', [F]),
+    (CallStyle("mistral_args"), "[TOOL_CALLS]f[ARGS]{", [Text("[TOOL_CALLS]f[ARGS]{")]),
+    (CallStyle("xml"), BARE_XML, [F_TYPED]),
+    (CallStyle("xml"), f"Look:\n{BARE_XML}\n{BARE_XML}", [Text("Look:"), F_TYPED, F_TYPED]),
+    (CallStyle("xml"), f"{BARE_XML}\n</tool_call>\nso", [F_TYPED, Text("so")]),
+    (CallStyle("xml"), "<function=f>no</function>", [Text("<function=f>no</function>")]),
+    (CallStyle("xml"), "</tool_call> text", [Text("</tool_call> text")]),
+    (CallStyle("xml", is_tagged=True), f"{XML}\n{BARE_XML}", [F_TYPED, F_TYPED]),
+    (
+        CallStyle("xml"),
+        "<function=g><parameter=s>a</function>b</parameter></function>",
+        [ToolCall("g", '{"s":"a</function>b"}')],
+    ),
+    (TAGGED, HOLDS_END, [ToolCall("f", '{"a": "</tool_call> \\" {"}')]),
+    (TAGGED, '<tool_call>{"a\n"</tool_call>' + CALL, [Text('<tool_call>{"a\n"</tool_call>'), F]),
+    (TAGGED, BARE_XML, [Text(BARE_XML)]),
+]
+
 
 def parser(*, is_reasoning: bool = False) -> AnswerParser:
     """Return a parser for a model with everything."""
@@ -86,6 +115,41 @@ def test_parse_every_split_point_gives_the_same_pieces(
     splits = [[answer[:cut], answer[cut:]] for cut in range(len(answer) + 1)]
     for pushes in [[answer], list(answer), *splits]:
         assert parse(parser(is_reasoning=is_reasoning), pushes) == expected, pushes
+
+
+@pytest.mark.parametrize(("style", "answer", "expected"), STYLED)
+def test_every_style_is_read_alike_however_it_is_cut(
+    style: CallStyle, answer: str, expected: list[Piece]
+) -> None:
+    """Mistral's two forms, XML without markers, and end markers that stand inside a value."""
+    for cut in range(len(answer) + 1):
+        for pushes in ([answer[:cut], answer[cut:]], list(answer)):
+            subject = AnswerParser(THINK, schemas=SCHEMAS, style=style)
+            assert parse(subject, pushes) == expected, pushes
+
+
+@given(
+    style=st.sampled_from([style for style, _, _ in STYLED]),
+    parts=st.lists(
+        st.sampled_from(
+            [MISTRAL, NAMED, BARE_XML, XML, CALL, HOLDS_END, "[TOOL_CALLS]", "</tool_call>"]
+        )
+        | st.text(alphabet='ab<[{"f\n ', max_size=5),
+        max_size=6,
+    ),
+    cuts=st.lists(st.integers(0, 600), max_size=6),
+)
+def test_random_answers_of_every_style_do_not_depend_on_the_split(
+    style: CallStyle, parts: list[str], cuts: list[int]
+) -> None:
+    """Streaming and unary answers have equal calls."""
+    answer = "".join(parts)
+    places = sorted({0, len(answer), *(min(cut, len(answer)) for cut in cuts)})
+    results = [
+        parse(AnswerParser(THINK, schemas=SCHEMAS, style=style), pushes)
+        for pushes in ([answer], list(answer), [answer[a:b] for a, b in pairwise(places)])
+    ]
+    assert results[0] == results[1] == results[2]
 
 
 @given(

@@ -10,6 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from cortexd.errors import InvalidRequest, InvalidType, InvalidValue, UnsupportedParameter
 from engine.text import template_sandbox
 from engine.text.chat_template import ChatTemplate
+from engine.text.render_time import SlowTemplateError, quick_render
 from tests.engine.text.chat_templates import (
     CHATML,
     HEADERS_WITH_BOS,
@@ -280,3 +281,11 @@ def test_render_with_kwargs_may_drop_the_generation_prompt() -> None:
 def test_text_after_answer_begins_with_the_turn_end(source: str, begin: str) -> None:
     """The probe finds what ends an assistant's turn, and survives a template that fails."""
     assert _template(source).text_after_answer().startswith(begin)
+
+
+def test_quick_render_gives_up_early_and_is_no_refusal() -> None:
+    """On an event loop a slow template is left to a thread, where it has its full time."""
+    with pytest.raises(SlowTemplateError), quick_render():
+        _template(HOSTILE[0]).render([USER])
+    with quick_render():
+        assert _template("{{ messages[0].content }}").render([USER]) == USER["content"]

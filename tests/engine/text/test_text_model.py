@@ -261,3 +261,44 @@ def test_import_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_tokenizer_without_needed_tokens_is_named(tmp_path: Path) -> None:
+    """An end token that is none, or characters without tokens, would go unnoticed for long."""
+    config = {"eos_token": "<|nothing|>"}
+    with pytest.raises(BadModelFile, match=r'config\.json: eos_token "<\|nothing\|>" is no token'):
+        TextModel.load(_dense_model(tmp_path, tokenizer_config=config))
+    state = json.loads(train_byte_level("gpt-2").to_str())
+    state["model"]["merges"] = []
+    state["model"]["vocab"] = {"a": 0, "b": 1}
+    files = _dense_model(tmp_path)
+    Path(str(files.tokenizer)).write_text(json.dumps(state))
+    with pytest.raises(BadModelFile, match=r"tokenizer\.json: .* no token for \d+ ASCII"):
+        TextModel.load(files)
+    metadata = byte_level_metadata(train_byte_level("gpt-2"), "gpt-2")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    metadata["tokenizer.ggml.tokens"] = [token.replace("q", "\u0100") for token in tokens]
+    metadata["tokenizer.ggml.tokens"][tokens.index("q")] = "<odd>"
+    merges = metadata["tokenizer.ggml.merges"]
+    metadata["tokenizer.ggml.merges"] = [merge for merge in merges if "q" not in merge]
+    with pytest.raises(BadModelFile, match=r"gguf tokenizer\.ggml\.tokens: .* such as 'q'"):
+        TextModel.load(_gguf_model(tmp_path, metadata))
+
+
+def test_template_with_a_syntax_error_names_its_file(tmp_path: Path) -> None:
+    """The caller cannot help it: the file and the line are told."""
+    config = {"chat_template": "{{ ok }}\n{% for x in %}"}
+    model = TextModel.load(_dense_model(tmp_path, tokenizer_config=config))
+    place = r"tokenizer_config\.json chat_template, line 2"
+    with pytest.raises(InvalidRequest, match=place):
+        model.render_chat(USER)
+    assert not model.can_call_tools
+
+
+def test_huge_json_beside_a_model_is_not_read(tmp_path: Path) -> None:
+    """A file of the wrong size costs no memory."""
+    files = _dense_model(tmp_path, generation_config={})
+    with Path(str(files.generation_config)).open("wb") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(BadModelFile, match="at most 16777216 are accepted"):
+        TextModel.load(files)

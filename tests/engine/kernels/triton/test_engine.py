@@ -14,8 +14,9 @@ from engine import device as devices
 from engine.engine import Engine
 from tests.engine.checkpoints import load_engine, make_oracle, random_prompt, save_oracle
 from tests.engine.doubles import make_submit
-from tests.engine.driving import OWNER, record, run_to_end
+from tests.engine.driving import OWNER, generate, record, run_to_end
 from tests.engine.kernels.triton.cases import DEVICE
+from tests.engine.models.test_native import make_files
 
 PROMPTS = [random_prompt(length) for length in (2, 21)]
 # The interpreter takes a millisecond for every head of every token.
@@ -57,6 +58,24 @@ def test_engine_on_triton_equals_torch(
     assert found == expected
     for ours, theirs in zip(logits, expected_logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_quantised_model_on_triton_equals_torch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Matrices and the tied head stay quantised; what has no kernel is named once."""
+    types = {"o_proj.weight": "Q4_1", "proj.weight": "Q4_0"}
+    files = make_files(tmp_path, "llama", types)
+    logits = {}
+    for backend in ("triton", "reference"):
+        engine = load(files, backend)
+        recorder = record(engine)
+        generate(engine, PROMPTS[1], max_tokens=2, ignore_eos=True)
+        logits[backend] = recorder.logits
+    for ours, theirs in zip(logits["triton"], logits["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    warnings = [r for r in caplog.records if r.message == "weights.without_kernel"]
+    assert [record.cortexd_fields["types"] for record in warnings] == [["Q4_1"]]
 
 
 def test_hybrid_in_bfloat16_stays_near_torch(tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""`python -m bench cpu`: our engine against llama.cpp and transformers on this CPU.
+
+Same file, same number of threads, a process each, turn by turn, so that a machine that others use
+slows all of them down. Makes what it needs under `--cache-dir` on first use: llama.cpp from its
+source package, and the model files. The table has the medians of the rounds; the ratio is that of
+the wall-clock medians, the one in brackets that of the CPU time, which others disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench import llama_cpp
+from bench.model_files import FORMATS, QWEN3_0_6B, model_file
+from bench.runner import Load, Runner, Sample
+
+DEMO: Final = "demo"
+DEFAULT_FORMATS: Final = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", DEMO)
+LOADS: Final = (Load(1, 128, 64), Load(4, 128, 32), Load(8, 128, 32), Load(0, 512, 0))
+BANDWIDTH_MIB: Final = 800
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all measurements share."""
+
+    driver: Path
+    cache_dir: Path
+    threads: int
+    rounds: int
+    has_transformers: bool
+    bandwidth: float  # bytes per second
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and print the tables; return the exit code."""
+    options = _options(arguments)
+    driver = llama_cpp.find_or_build(options.cache_dir)
+    bandwidth = _bandwidth(driver, options.threads)
+    setup = Setup(
+        driver, options.cache_dir, options.threads, options.rounds, options.transformers, bandwidth
+    )
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}, commit {_commit()}")
+    print(f"{_cpu_name()}, {os.cpu_count()} CPUs, {options.threads} threads")
+    print(f"{llama_cpp.SOURCE_PACKAGE}, native build; memory reads {bandwidth / 1e9:.1f} GB/s")
+    print("tok/s; share: weight bytes per step times steps per second, of the memory bandwidth\n")
+    print("| format | load | ours | llama.cpp | ratio (CPU time) | our share | transformers bf16 |")
+    print("|---|---|---|---|---|---|---|")
+    for name in options.formats:
+        _measure_format(setup, name)
+    print(f"\nload of the machine, this run included: {os.getloadavg()[0]:.2f}")
+    return 0
+
+
+def _measure_format(setup: Setup, name: str) -> None:
+    path = _demo_file() if name == DEMO else _shape_file(setup, name)
+    threads = str(setup.threads)
+    sides = [
+        Runner([sys.executable, "-m", "bench.engine_side", str(path), threads]),
+        Runner([str(setup.driver), "run", str(path), threads]),
+    ]
+    if name == "BF16" and setup.has_transformers:
+        sides.append(Runner([sys.executable, "-m", "bench.transformers_side", threads]))
+    label = "SmolLM2-135M Q4_1" if name == DEMO else f"{QWEN3_0_6B.name} {name}"
+    try:
+        for load in LOADS:
+            print(_row(label, load, _samples(sides, load, setup.rounds), setup, path), flush=True)
+    finally:
+        for side in sides:
+            side.close()
+
+
+def _samples(sides: Sequence[Runner], load: Load, rounds: int) -> list[list[Sample]]:
+    """Return each side's samples, after one run of each that warms up."""
+    for side in sides:
+        side.measure(load)
+    samples: list[list[Sample]] = [[] for _ in sides]
+    for _ in range(rounds):
+        for side, taken in zip(sides, samples, strict=True):
+            taken.append(side.measure(load))
+    return samples
+
+
+def _row(label: str, load: Load, samples: list[list[Sample]], setup: Setup, path: Path) -> str:
+    walls = [statistics.median(s.wall_s for s in side) for side in samples]
+    cpus = [statistics.median(s.cpu_s for s in side) for side in samples]
+    speeds = [load.num_tokens / wall for wall in walls]
+    kind = f"decode, batch {load.batch}" if load.batch else f"prefill {load.prompt}"
+    share = ""
+    if load.batch:
+        read = path.stat().st_size * load.tokens / walls[0]
+        share = f"{read / setup.bandwidth:.0%}"
+    third = f"{speeds[2]:.1f}" if len(speeds) > 2 else ""
+    return (
+        f"| {label} | {kind} | {speeds[0]:.1f} | {speeds[1]:.1f} "
+        f"| {walls[1] / walls[0]:.2f} ({cpus[1] / cpus[0]:.2f}) | {share} | {third} |"
+    )
+
+
+def _shape_file(setup: Setup, name: str) -> Path:
+    return model_file(setup.cache_dir / "models", QWEN3_0_6B, name, setup.driver)
+
+
+def _demo_file() -> Path:
+    import threading
+
+    from cortexd import paths
+    from cortexd.demo import DEMO_MODEL
+    from cortexd.settings import Store
+    from engine.sources import resolve
+
+    store = Store()
+    cache_dir = paths.cache_dir(store)
+    files = resolve(DEMO_MODEL, None, store, cache_dir, lambda *stage: None, threading.Event())
+    return Path(files.weights[0])
+
+
+def _bandwidth(driver: Path, threads: int) -> float:
+    command = [str(driver), "bandwidth", str(threads), str(BANDWIDTH_MIB)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(json.loads(out)["bytes_per_s"])
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench cpu", description=__doc__)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=[*FORMATS, DEMO],
+        default=DEFAULT_FORMATS,
+        metavar="FORMAT",
+        help=f'of {", ".join(FORMATS)}, or "{DEMO}" for the demo model\'s own file',
+    )
+    parser.add_argument("--transformers", action="store_true", help="measure transformers too")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=base / "cortexd" / "bench",
+        help="where llama.cpp and the model files are, or are made (4 GB)",
+    )
+    return parser.parse_args(arguments)

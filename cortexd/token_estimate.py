@@ -1,0 +1,83 @@
+"""How many tokens a request may use, guessed from its body without its model's tokenizer. Pure.
+
+For budgets, where the exact numbers come too late or not at all: what runs on another node, and
+answers that carry no usage. Only text counts: an image of a megabyte is no megabyte of prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import msgspec
+
+# Of English in most vocabularies; other scripts take about one token for each character.
+_CHARACTERS_PER_TOKEN: Final = 4
+_IMAGE_TOKENS: Final = 1000
+# An answer's bound when the client gives none, as of the reference.
+DEFAULT_OUTPUT_TOKENS: Final = 4096
+_PROMPT_FIELDS: Final = ("messages", "prompt", "system", "tools")
+_ANSWER_FIELDS: Final = ("choices", "content")
+_IMAGE_TYPES: Final = frozenset({"image", "image_url", "input_image"})
+# A body nested deeper than any that is accepted is not looked at any further.
+_MAX_DEPTH: Final = 64
+
+
+class TokenEstimate(msgspec.Struct, frozen=True):
+    """Tokens of the prompt, and of all answers at most; None: the client set no bound."""
+
+    prompt: int
+    output: int | None
+
+    @property
+    def total(self) -> int:
+        """Return all of them, with the usual bound of an answer where the client set none."""
+        return self.prompt + (DEFAULT_OUTPUT_TOKENS if self.output is None else self.output)
+
+    @property
+    def least(self) -> int:
+        """Return what to hold before it is known where the request runs and what fits there."""
+        return self.prompt + (1 if self.output is None else min(self.output, DEFAULT_OUTPUT_TOKENS))
+
+
+def estimate_request(body: bytes) -> TokenEstimate:
+    """Return the estimate of a request of either dialect; of what is no JSON object, nothing."""
+    document = _object(body)
+    prompt = sum(_tokens(document.get(name)) for name in _PROMPT_FIELDS)
+    bound = document.get("max_completion_tokens")
+    bound = document.get("max_tokens") if bound is None else bound
+    answers = document.get("n")
+    num_answers = answers if isinstance(answers, int) and answers > 0 else 1
+    return TokenEstimate(
+        prompt, bound * num_answers if isinstance(bound, int) and bound > 0 else None
+    )
+
+
+def estimate_answer(body: bytes) -> int:
+    """Return the tokens of a whole answer of either dialect that carries no usage."""
+    document = _object(body)
+    return sum(_tokens(document.get(name)) for name in _ANSWER_FIELDS)
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _tokens(value: object, depth: int = 0) -> int:
+    if isinstance(value, str):
+        num_ascii = len(value.encode("ascii", "ignore"))
+        return math.ceil(num_ascii / _CHARACTERS_PER_TOKEN) + len(value) - num_ascii
+    if depth > _MAX_DEPTH:
+        return 0
+    if isinstance(value, list):
+        # A prompt may be token ids.
+        return sum(1 if isinstance(item, int) else _tokens(item, depth + 1) for item in value)
+    if isinstance(value, dict):
+        if value.get("type") in _IMAGE_TYPES:
+            return _IMAGE_TOKENS
+        return sum(_tokens(item, depth + 1) for item in value.values())
+    return 0
