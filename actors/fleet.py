@@ -223,12 +223,17 @@ class Fleet:
             self._tell_breaker(node, before)
             self._serve_queue(lease.model_id)
 
-    def front_down(self, front: str) -> None:
-        """Close the leases of a dead front ("name.incarnation")."""
-        for node in self._nodes.values():
-            gone = [request for request, lease in node.leases.items() if lease.front == front]
-            for request in gone:
-                self.end_request(request)
+    def front_down(self, front: str) -> list[tuple[str, str, str]]:
+        """Close the leases of a dead front ("name.incarnation"); return request, model, node."""
+        gone = [
+            (request_id, lease.model_id, node.entry.name)
+            for node in self._nodes.values()
+            for request_id, lease in node.leases.items()
+            if lease.front == front
+        ]
+        for request_id, _, _ in gone:
+            self.end_request(request_id)
+        return gone
 
     # What others report
 

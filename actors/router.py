@@ -77,7 +77,7 @@ from cortexd.messages import (
     UnloadModelNow,
 )
 from cortexd.messages.envelope import Envelope
-from cortexd.metrics import BREAKER_STATE, QUEUE_DEPTH
+from cortexd.metrics import BREAKER_STATE, QUEUE_DEPTH, REQUEST_ERRORS, REQUESTS
 from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.neuron_list import local_node_name, remote_neurons
 
@@ -414,15 +414,33 @@ class Router(AsyncActor):
             )
 
     def on_actor_down(self, down: ActorDown) -> None:
-        """Close the leases of a dead front."""
+        """Close the leases of a dead front, and record its requests in its place."""
         holder = f"{down.name}.{down.incarnation}"
-        self.fleet.front_down(holder)
-        for model in self.models.values():
+        for request_id, model_id, node in self.fleet.front_down(holder):
+            self._record_lost(request_id, model_id, node, holder)
+        for model_id, model in self.models.items():
             gone = [request for request, owner in model.leases.items() if owner == holder]
-            for request in gone:
-                del model.leases[request]
+            for request_id in gone:
+                del model.leases[request_id]
+                self._record_lost(request_id, model_id, self.node_name, holder)
             if gone:
                 model.wake()
+
+    def _record_lost(self, request_id: str, model_id: str, node: str, front: str) -> None:
+        """Write what the front would have written at the request's end, as far as it is known."""
+        event(
+            self.log,
+            "request.finished",
+            30,
+            id=request_id,
+            model=model_id,
+            node=node,
+            front=front,
+            status=0,
+            error="front_crashed",
+        )
+        self.measure(REQUESTS.sample(1, model=model_id, node=node))
+        self.measure(REQUEST_ERRORS.sample(1, model=model_id, node=node, code="front_crashed"))
 
     async def on_group_up(self, up: GroupUp) -> None:
         """Ask a new leader what it runs, then route to it."""

@@ -43,6 +43,7 @@ from cortexd.messages import (
     GroupUp,
     HostReport,
     LoadReport,
+    Measured,
     ModelLoaded,
     Ok,
     ProposeEviction,
@@ -52,6 +53,7 @@ from cortexd.messages import (
     ResolveFiles,
     Route,
     Routed,
+    Sample,
     StartGroup,
     StopGroup,
     UnloadIdle,
@@ -108,10 +110,13 @@ class World:
         self.epoch = 0
         self.orders: dict[str, StartGroup] = {}
         self.loads_by_itself = True
+        self.measured: list[Sample] = []
         self.router: Router
 
     def tell(self, name: str, body: Message) -> None:
-        """Nothing the router tells matters here."""
+        """Keep what metrics is told."""
+        if isinstance(body, Measured):
+            self.measured += body.samples
 
     async def ask(self, name: str, body: Message, *, deadline_s: float) -> Message:
         """Answer as the named actor would."""
@@ -331,14 +336,21 @@ def test_request_that_ends_while_it_waits_opens_no_lease(tmp_path: Path) -> None
 
 
 def test_dead_front_gives_its_leases_back(tmp_path: Path) -> None:
-    """Only the dead incarnation's leases close."""
+    """Only the dead incarnation's leases close; its requests are counted in its place."""
 
     async def work() -> None:
-        router = make_router(World(), tmp_path)
+        world = World()
+        router = make_router(world, tmp_path)
         await routed(router)
         await router.on_route(route("r2"), envelope(front="front.1"))
         router.on_actor_down(ActorDown(1, "front.0", 1, "", 0, "killed"))
         assert list(router.models[MODEL].leases) == ["r2"]
+        lost = [one for one in world.measured if one.metric.startswith("cortex_request")]
+        assert [(one.metric, one.value) for one in lost] == [
+            ("cortex_requests_total", 1),
+            ("cortex_request_errors_total", 1),
+        ]
+        assert all(MODEL in one.labels for one in lost)
 
     run(work)
 
