@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from actors.fleet_views import catalogue_cards, known_names, loading_of, node_statuses
+from actors.managed_model import Lease
 from actors.remote_loads import RemoteLoads
-from actors.remote_node import Lease, RemoteNode, local_view
+from actors.remote_node import RemoteNode, local_view
 from actors.seat_queue import Answer, SeatQueue
 from cortexd.affinity import PrefixMemory
 from cortexd.breaker import BreakerState
@@ -172,7 +174,7 @@ class Fleet:
 
         def running() -> Counter[str]:
             return Counter(
-                lease.principal
+                lease.account
                 for node in self._nodes.values()
                 for lease in node.leases.values()
                 if lease.model_id == model_id
@@ -222,6 +224,12 @@ class Fleet:
                 node.breaker.ended(request_id)
             self._tell_breaker(node, before)
             self._serve_queue(lease.model_id)
+
+    def leases(self) -> Iterator[tuple[str, Lease]]:
+        """Yield the node and the lease of every request that runs on another one."""
+        for node in self._nodes.values():
+            for lease in node.leases.values():
+                yield node.entry.name, lease
 
     def front_down(self, front: str) -> list[tuple[str, str, str]]:
         """Close the leases of a dead front ("name.incarnation"); return request, model, node."""

@@ -22,7 +22,7 @@ from actors.actor import ActorContext, AsyncActor, handles
 from actors.fleet import Fleet
 from actors.load_errors import load_failed, loading_error, may_retry
 from actors.local_models import LocalModels, check_devices, quoted
-from actors.managed_model import ManagedModel
+from actors.managed_model import Lease, ManagedModel, anonymous_by_place
 from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
 from cortexd.breaker import BreakerState
@@ -77,7 +77,7 @@ from cortexd.messages import (
     UnloadModelNow,
 )
 from cortexd.messages.envelope import Envelope
-from cortexd.metrics import BREAKER_STATE, QUEUE_DEPTH, REQUEST_ERRORS, REQUESTS
+from cortexd.metrics import ANONYMOUS, BREAKER_STATE, QUEUE_DEPTH, REQUEST_ERRORS, REQUESTS
 from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.neuron_list import local_node_name, remote_neurons
 
@@ -182,6 +182,13 @@ class Router(AsyncActor):
             BREAKER_STATE.sample(_BREAKER_VALUES[node.breaker], node=node.name)
             for node in self.fleet.statuses()
         ]
+        here = (
+            (self.node_name, lease) for one in self.models.values() for lease in one.leases.values()
+        )
+        samples += [
+            ANONYMOUS.sample(count, node=node, model=model_id)
+            for (node, model_id), count in anonymous_by_place([*here, *self.fleet.leases()]).items()
+        ]
         with contextlib.suppress(ActorDownError, MailboxFull):  # it is told again soon
             self.tell("metrics", Gauges(samples))
 
@@ -256,7 +263,8 @@ class Router(AsyncActor):
             await self._wait(model, message, envelope)
             if model.options.model_id not in self.models and not model.error:
                 raise self.local.not_found(message.model)
-        model.leases[message.request_id] = f"{envelope.src.name}.{envelope.src.incarnation}"
+        front = f"{envelope.src.name}.{envelope.src.incarnation}"
+        model.leases[message.request_id] = Lease(model.options.model_id, front, message.account)
         model.last_used = time.monotonic()
         assert model.files is not None, "a loaded model is described"
         assert model.spec is not None, "a loaded model is described"
@@ -419,7 +427,7 @@ class Router(AsyncActor):
         for request_id, model_id, node in self.fleet.front_down(holder):
             self._record_lost(request_id, model_id, node, holder)
         for model_id, model in self.models.items():
-            gone = [request for request, owner in model.leases.items() if owner == holder]
+            gone = [request for request, one in model.leases.items() if one.front == holder]
             for request_id in gone:
                 del model.leases[request_id]
                 self._record_lost(request_id, model_id, self.node_name, holder)

@@ -38,6 +38,7 @@ from cortexd.messages import (
     DescribeModel,
     EndRequest,
     EvictionProposal,
+    Gauges,
     GroupDown,
     GroupStarting,
     GroupUp,
@@ -111,12 +112,15 @@ class World:
         self.orders: dict[str, StartGroup] = {}
         self.loads_by_itself = True
         self.measured: list[Sample] = []
+        self.gauges: list[Sample] = []
         self.router: Router
 
     def tell(self, name: str, body: Message) -> None:
         """Keep what metrics is told."""
         if isinstance(body, Measured):
             self.measured += body.samples
+        if isinstance(body, Gauges):
+            self.gauges = body.samples
 
     async def ask(self, name: str, body: Message, *, deadline_s: float) -> Message:
         """Answer as the named actor would."""
@@ -648,5 +652,28 @@ def test_offered_context_follows_the_engines_speed(tmp_path: Path) -> None:
             router.on_host_report(HostReport("h", "Linux", "6", None, [], [load]), envelope())
             limits = (await routed(router, f"r{context}")).limits
             assert (limits.context, limits.output) == (expected, expected - 1)
+
+    run(work)
+
+
+def test_anonymous_requests_are_shown_by_model(tmp_path: Path) -> None:
+    """Only requests without an account count; the series goes with the last request."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router)
+        await router.on_route(msgspec.structs.replace(route("r2"), account="team"), envelope())
+
+        def shown() -> list[float]:
+            router.show_gauges()
+            name = "cortex_model_anon_in_flight"
+            return [one.value for one in world.gauges if one.metric == name]
+
+        assert shown() == [1]
+        router.on_end_request(EndRequest("r1"), envelope())
+        assert shown() == [0]
+        router.on_end_request(EndRequest("r2"), envelope())
+        assert shown() == []
 
     run(work)
