@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from actors.fleet_views import catalogue_cards, known_names, loading_of, node_statuses
@@ -228,6 +229,12 @@ class Fleet:
                 node.breaker.ended(request_id)
             self._tell_breaker(node, before)
             self._serve_queue(lease.model_id)
+
+    def leases(self) -> Iterator[tuple[str, Lease]]:
+        """Yield the node and the lease of every request that runs on another one."""
+        for node in self._nodes.values():
+            for lease in node.leases.values():
+                yield node.entry.name, lease
 
     def front_down(self, front: str) -> list[tuple[str, str, str]]:
         """Close the leases of a dead front ("name.incarnation"); return request, model, node."""

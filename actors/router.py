@@ -23,7 +23,7 @@ from actors.actor import ActorContext, AsyncActor, handles
 from actors.fleet import Fleet
 from actors.local_models import LocalModels, check_devices, quoted
 from actors.local_requests import LocalRequests
-from actors.managed_model import ManagedModel
+from actors.managed_model import ManagedModel, anonymous_by_place
 from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
 from cortexd.breaker import BreakerState
@@ -75,7 +75,7 @@ from cortexd.messages import (
     UnloadModelNow,
 )
 from cortexd.messages.envelope import Envelope
-from cortexd.metrics import BREAKER_STATE, QUEUE_DEPTH, REQUEST_ERRORS, REQUESTS
+from cortexd.metrics import ANONYMOUS, BREAKER_STATE, QUEUE_DEPTH, REQUEST_ERRORS, REQUESTS
 from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.neuron_list import local_node_name, remote_neurons
 
@@ -172,6 +172,13 @@ class Router(AsyncActor):
         samples += [
             BREAKER_STATE.sample(_BREAKER_VALUES[node.breaker], node=node.name)
             for node in self.fleet.statuses()
+        ]
+        here = (
+            (self.node_name, lease) for one in self.models.values() for lease in one.leases.values()
+        )
+        samples += [
+            ANONYMOUS.sample(count, node=node, model=model_id)
+            for (node, model_id), count in anonymous_by_place([*here, *self.fleet.leases()]).items()
         ]
         with contextlib.suppress(ActorDownError, MailboxFull):  # it is told again soon
             self.tell("metrics", Gauges(samples))

@@ -38,6 +38,7 @@ from cortexd.messages import (
     DescribeModel,
     EndRequest,
     EvictionProposal,
+    Gauges,
     GroupDown,
     GroupStarting,
     GroupUp,
@@ -111,12 +112,15 @@ class World:
         self.orders: dict[str, StartGroup] = {}
         self.loads_by_itself = True
         self.measured: list[Sample] = []
+        self.gauges: list[Sample] = []
         self.router: Router
 
     def tell(self, name: str, body: Message) -> None:
         """Keep what metrics is told."""
         if isinstance(body, Measured):
             self.measured += body.samples
+        if isinstance(body, Gauges):
+            self.gauges = body.samples
 
     async def ask(self, name: str, body: Message, *, deadline_s: float) -> Message:
         """Answer as the named actor would."""
@@ -747,5 +751,28 @@ def test_requests_in_the_queue_ask_again_when_the_engine_ends(tmp_path: Path) ->
         router.on_group_down(GroupDown(0, group, 1, "killed", will_restart=True, commanded=False))
         with pytest.raises(ModelLoading):
             await waiting
+
+    run(work)
+
+
+def test_anonymous_requests_are_shown_by_model(tmp_path: Path) -> None:
+    """Only requests without an account count; the series goes with the last request."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router)
+        await router.on_route(msgspec.structs.replace(route("r2"), account="team"), envelope())
+
+        def shown() -> list[float]:
+            router.show_gauges()
+            name = "cortex_model_anon_in_flight"
+            return [one.value for one in world.gauges if one.metric == name]
+
+        assert shown() == [1]
+        router.on_end_request(EndRequest("r1"), envelope())
+        assert shown() == [0]
+        router.on_end_request(EndRequest("r2"), envelope())
+        assert shown() == []
 
     run(work)
