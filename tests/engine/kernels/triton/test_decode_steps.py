@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cortexd.models import ModelFiles
-from engine.block_pool import NULL_BLOCK
 from engine.decode_steps import BUCKETS, DecodeSteps, Flight
 from engine.engine import Engine
 from engine.scheduler import PlannedRow
