@@ -1,6 +1,6 @@
 """The metrics actor: one Prometheus registry for the whole daemon, rendered on its own listener.
 
-Fronts tell it one `RequestFinished` per request, the poller one `HostReport` a second, everyone
+Fronts tell it a `RequestFinished` for each request, the poller one `HostReport` a second, everyone
 `Measured` and `Gauges`; nothing here is on a request's path. Its death loses counts (Prometheus
 sees a counter reset) and no request. `cortexd.metrics` says what there is and how to add to it.
 """
@@ -24,6 +24,7 @@ from cortexd.messages import (
     Measured,
     NeuronReport,
     RequestFinished,
+    RequestsFinished,
     Sample,
 )
 from cortexd.messages.envelope import Envelope
@@ -53,10 +54,11 @@ class Metrics(AsyncActor):
         """Close the listener's connections."""
         await self._runner.cleanup()
 
-    @handles(RequestFinished)
-    def on_request_finished(self, message: RequestFinished, envelope: Envelope) -> None:
-        """Count one ended request."""
-        self._metrics.add(request_samples(message))
+    @handles(RequestsFinished)
+    def on_requests_finished(self, message: RequestsFinished, envelope: Envelope) -> None:
+        """Count ended requests."""
+        for request in message.requests:
+            self._metrics.add(request_samples(request))
 
     @handles(Measured)
     def on_measured(self, message: Measured, envelope: Envelope) -> None:

@@ -12,6 +12,7 @@ from actors.front.services import Services
 from actors.front.text_models import TextModels
 from cortexd.errors import CortexError, EngineRestarting, ShuttingDown
 from cortexd.log import event
+from cortexd.log_batch import batch_log_lines
 from cortexd.messages import ActorDown, GroupDown, KeysChanged, TokenBatch
 from cortexd.messages.envelope import Envelope
 
@@ -41,6 +42,7 @@ class Front(AsyncActor):
 
     async def on_start(self) -> None:
         """Accept connections."""
+        batch_log_lines()
         await self._server.start(self.context.listeners)
 
     async def on_drain(self, deadline_s: float) -> None:
@@ -58,6 +60,7 @@ class Front(AsyncActor):
         self._services.is_draining = True
         self._sequences.fail_all(ShuttingDown("this server is shutting down; try again"))
         await self._server.close()
+        self._services.reports.flush()
         await self._services.spending.close(_LAST_WORDS_S)
 
     async def _wait_until_idle(self, timeout_s: float) -> None:

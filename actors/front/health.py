@@ -63,7 +63,10 @@ async def health(request: web.Request) -> web.Response:
         else _fleet_status(healthy, has_faults=bool(_unservable(services, known))),
         "nodes": {"healthy": healthy, "total": int(services.serves_here) + len(known.nodes)},
         "models": dict(Counter(status.state for status in statuses)) | {"total": len(statuses)},
-        "requests": {"active": services.num_active, "lost_messages": services.num_lost_messages},
+        "requests": {
+            "active": services.num_active,
+            "lost_messages": services.num_lost_messages + services.spending.num_lost,
+        },
         "uptime_s": round(time.monotonic() - services.started, 3),
     }
     if draining := [node.name for node in known.nodes if node.is_draining]:

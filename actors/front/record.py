@@ -152,7 +152,7 @@ class RequestRecord:
             num_comments=self.num_comments,
             num_keepalive_events=self.num_keepalive_events,
         )
-        services.tell_quietly("metrics", finished)
+        services.reports.add(finished)
 
 
 def _milliseconds(seconds: float | None) -> float | None:

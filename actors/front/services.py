@@ -14,6 +14,7 @@ from aiohttp import web
 from actors.front.auth import KeyRing
 from actors.front.bus import Bus
 from actors.front.grammars import Grammars
+from actors.front.reports import Reports
 from actors.front.sequences import SequenceTable
 from actors.front.spending import Spending
 from actors.front.text_models import TextModels
@@ -40,6 +41,7 @@ class Services:
     grammars: Grammars = field(default_factory=Grammars)
     keys: KeyRing = field(init=False)
     spending: Spending = field(init=False)
+    reports: Reports = field(init=False)
     node_keys: dict[str, str] = field(init=False, repr=False)
     node: str = field(init=False)
     num_neurons: int = field(init=False)
@@ -59,6 +61,7 @@ class Services:
         self.serves_here = self.settings.role != "gateway"
         self.keys = KeyRing(self.settings.entitlements)
         self.spending = Spending(self.bus)
+        self.reports = Reports(lambda reports: self.tell_quietly("metrics", reports))
         self.node_keys = node_keys(remote_neurons(self.settings))
 
     @property

@@ -47,6 +47,7 @@ from cortexd.messages.fleet import (
     QueryLoad,
     RecycleModel,
     RequestFinished,
+    RequestsFinished,
     ResolvedFiles,
     ResolveFiles,
     ResolveProgress,
@@ -131,7 +132,7 @@ Body = (
     | ResolvedFiles
     | ResolveProgress
     | RecycleModel
-    | RequestFinished
+    | RequestsFinished
     | Route
     | Routed
     | UnloadIdle
@@ -196,6 +197,7 @@ __all__ = [
     "ReloadFiles",
     "ReportUsage",
     "RequestFinished",
+    "RequestsFinished",
     "Reserve",
     "ResolveFiles",
     "ResolveProgress",

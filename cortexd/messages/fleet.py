@@ -30,6 +30,7 @@ class Route(Message, frozen=True, tag="Route"):
     request_id: str
     wait: bool = False
     account: str = ""
+    since: float = 0.0  # when it first asked, monotonic seconds
 
 
 class Routed(Message, frozen=True, tag="Routed"):
@@ -230,8 +231,8 @@ class RecycleModel(Message, frozen=True, tag="RecycleModel"):
     model_id: str
 
 
-class RequestFinished(Message, frozen=True, tag="RequestFinished"):
-    """Front → metrics: one record per request, whatever the ending. Times in seconds."""
+class RequestFinished(msgspec.Struct, frozen=True, array_like=True):
+    """One record per request, whatever the ending. Times in seconds."""
 
     request_id: str
     model: str
@@ -254,3 +255,9 @@ class RequestFinished(Message, frozen=True, tag="RequestFinished"):
     num_retries: int = 0
     num_comments: int = 0  # keep-alives sent, of both kinds
     num_keepalive_events: int = 0
+
+
+class RequestsFinished(Message, frozen=True, tag="RequestsFinished"):
+    """Front → metrics: the requests that ended within a moment."""
+
+    requests: list[RequestFinished]

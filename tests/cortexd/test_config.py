@@ -370,6 +370,24 @@ def test_open_listener_is_warned_about(tmp_path: Path) -> None:
     assert len(load_settings(None, environ, tmp_path).warnings) == 1
 
 
+def test_listener_that_asks_for_keys_is_not_warned_about(tmp_path: Path) -> None:
+    """Metrics never ask; optional keys are no keys; a neuron without a key file is."""
+    environ = {
+        "CORTEXD_GATEWAY__LISTEN": "0.0.0.0:1",
+        "CORTEXD_GATEWAY__METRICS_LISTEN": "0.0.0.0:2",
+        "CORTEXD_ENTITLEMENTS__KEYS_FILE": "keys.toml",
+        "CORTEXD_NEURONS": '[{name = "a", endpoint = "http://a"}]',
+    }
+    loaded = load_settings(None, environ, tmp_path)
+    assert loaded.settings.entitlements.keys_file == str(tmp_path / "keys.toml")
+    first, second = loaded.warnings
+    assert first.startswith('neuron "a" has no key_file')
+    assert second.startswith("gateway.metrics_listen")
+    environ["CORTEXD_ENTITLEMENTS__REQUIRE_AUTH"] = "false"
+    warned = load_settings(None, environ, tmp_path).warnings
+    assert [line.split(" ")[0] for line in warned] == ["gateway.listen", "gateway.metrics_listen"]
+
+
 def test_role_that_ignores_a_table_warns(tmp_path: Path) -> None:
     """What a role does not use is said, not silently dropped."""
     neurons = '[{name = "a", endpoint = "http://a"}]'

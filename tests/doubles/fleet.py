@@ -38,6 +38,7 @@ from cortexd.messages import (
     QueryNode,
     ReportUsage,
     RequestFinished,
+    RequestsFinished,
     Reserve,
     Route,
     Routed,
@@ -90,6 +91,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, Message]] = []
+        self.finished: list[RequestFinished] = []  # what metrics got
         self.reply: Sequence[int] = b"Hello, world!"  # token ids
         self.replies: list[Sequence[int]] = []  # taken first, one per Submit
         self.finish_reason = "stop"
@@ -133,6 +135,8 @@ class Fleet:
         if name in self.incarnations and self.incarnations[name] is None:
             raise ActorDown(f"{name} is down")
         self.sent.append((name, body))
+        if isinstance(body, RequestsFinished):
+            self.finished += body.requests
         self._changed.set()
         if isinstance(body, Submit):
             self._running[body.sequence_id] = asyncio.ensure_future(self._generate(body))
@@ -207,6 +211,14 @@ class Fleet:
                 await self._changed.wait()
         return self.all_sent(kind)
 
+    async def wait_for_finished(self, count: int = 1) -> list[RequestFinished]:
+        """Wait until metrics has heard of so many ended requests."""
+        async with asyncio.timeout(5):
+            while len(self.finished) < count:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.finished
+
     async def wait_for_charge(self, count: int = 1) -> Charge:
         """Wait until so many requests were settled; return the last one's charge."""
         async with asyncio.timeout(5):
@@ -219,11 +231,6 @@ class Fleet:
     def submits(self) -> list[Submit]:
         """Return what the leader was asked to run."""
         return [body for _, body in self.sent if isinstance(body, Submit)]
-
-    @property
-    def finished(self) -> list[RequestFinished]:
-        """Return the records metrics got."""
-        return [body for _, body in self.sent if isinstance(body, RequestFinished)]
 
     def open_leases(self) -> set[str]:
         """Return leases that were asked for and not ended."""

@@ -261,16 +261,19 @@ async def test_unknown_model_is_404() -> None:
             body = {**chat_body(stream=stream), "model": "no/such\nmodel"}
             status, answer, _ = await front.post(CHAT, body)
             assert (status, answer["error"]["code"]) == (404, "model_not_found")
-        assert {record.model for record in front.fleet.finished} == {"unknown"}
+        assert {record.model for record in await front.fleet.wait_for_finished(2)} == {"unknown"}
 
 
 @async_test
 async def test_prompt_over_the_context_is_refused_with_both_numbers() -> None:
     """400 context_length_exceeded with `max` and `prompt_len`, before anything is submitted."""
     async with served_front() as front:
-        for path, body in (
-            (CHAT, chat_body("x" * 500)),
-            (COMPLETIONS, {"model": MODEL, "prompt": "x" * CONTEXT}),
+        for number, (path, body) in enumerate(
+            (
+                (CHAT, chat_body("x" * 500)),
+                (COMPLETIONS, {"model": MODEL, "prompt": "x" * CONTEXT}),
+            ),
+            start=1,
         ):
             status, answer, _ = await front.post(path, body)
             error = answer["error"]
@@ -279,7 +282,7 @@ async def test_prompt_over_the_context_is_refused_with_both_numbers() -> None:
             assert error["prompt_len"] >= CONTEXT
             assert f"maximum context length is {CONTEXT} tokens" in error["message"]
             assert str(error["prompt_len"]) in error["message"]
-            assert front.fleet.finished[-1].model == MODEL
+            assert (await front.fleet.wait_for_finished(number))[-1].model == MODEL
         assert_untouched(front.fleet)
         status, answer, _ = await front.post(
             COMPLETIONS, {"model": MODEL, "prompt": "x" * (CONTEXT - 1), "max_tokens": 50}

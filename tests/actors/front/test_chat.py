@@ -229,7 +229,7 @@ async def test_chat_alias_keeps_its_name_and_is_recorded_as_the_model() -> None:
     async with served_front() as front:
         _, answer, _ = await front.post(CHAT, {**chat_body(), "model": ALIAS})
         assert answer["model"] == ALIAS
-        assert front.fleet.finished[0].model == MODEL
+        assert (await front.fleet.wait_for_finished())[0].model == MODEL
 
 
 @async_test
@@ -239,7 +239,7 @@ async def test_chat_one_record_per_request() -> None:
         await front.chat()
         await front.stream(CHAT, chat_body(stream=True))
         await front.post(CHAT, b"{")
-        good, streamed, bad = front.fleet.finished
+        good, streamed, bad = await front.fleet.wait_for_finished(3)
         assert (good.status, good.finish_reason, good.completion_tokens) == (200, "stop", 13)
         assert good.ttft_s is not None
         assert good.ttft_s <= good.duration_s

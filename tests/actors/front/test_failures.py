@@ -11,7 +11,7 @@ import pytest
 
 from actors.front import stream
 from cortexd.errors import ModelLoadFailed, NonFiniteLogits, Overloaded, ShuttingDown
-from cortexd.messages import Cancel, EndRequest, RequestFinished, Route, TokenBatch
+from cortexd.messages import Cancel, EndRequest, Route, TokenBatch
 from cortexd.messages.inference import SequenceDelta
 from tests.doubles.fleet import LEADER
 from tests.doubles.front import ServedFront, async_test, chat_body, parse_events, served_front
@@ -47,7 +47,7 @@ async def test_client_gone_mid_stream_cancels_and_ends_the_lease() -> None:
         await front.fleet.wait_for(EndRequest)
         assert len(cancels) == 2
         assert front.fleet.num_running == 0
-        record = front.fleet.finished[0]
+        record = (await front.fleet.wait_for_finished())[0]
         assert (record.status, record.error_code) == (499, "request_cancelled")
         assert record.completion_tokens == 6
 
@@ -87,7 +87,7 @@ async def test_leader_death_mid_stream_sends_an_error_event_and_no_done() -> Non
         events = parse_events(seen + await response.read())
         assert events[-1]["error"]["code"] == "engine_restarting"
         assert "[DONE]" not in events
-        record = front.fleet.finished[0]
+        record = (await front.fleet.wait_for_finished())[0]
         assert (record.status, record.error_code) == (200, "engine_restarting")
         front.fleet.revive_leader()
         front.fleet.resume()
@@ -176,7 +176,7 @@ async def test_loading_model_keeps_a_stream_alive_until_tokens_come() -> None:
         assert documents[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
         assert sum("role" in event["choices"][0]["delta"] for event in documents) == 1
         assert events[-1] == "[DONE]"
-        assert front.fleet.finished[0].cold_start
+        assert (await front.fleet.wait_for_finished())[0].cold_start
 
 
 @async_test
@@ -253,8 +253,8 @@ async def test_client_that_does_not_read_is_cancelled(monkeypatch: pytest.Monkey
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         await front.fleet.wait_for(Cancel)
-        await front.fleet.wait_for(RequestFinished)
-        assert front.fleet.finished[0].error_code == "request_cancelled"
+        await front.fleet.wait_for_finished()
+        assert (await front.fleet.wait_for_finished())[0].error_code == "request_cancelled"
         writer.close()
 
 

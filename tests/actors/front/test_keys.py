@@ -12,7 +12,6 @@ from aiohttp import web
 
 from actors.front.app import build_app
 from cortexd.keys import Key, Window, key_digest
-from cortexd.messages import RequestFinished
 from cortexd.settings import NeuronEntry
 from tests.actors.front.test_proxy import CHAT, replica, upstream
 from tests.actors.front.test_proxy import MODEL as REMOTE
@@ -53,7 +52,7 @@ async def test_known_key_is_let_in_however_it_is_shown() -> None:
         for headers in (bearer("good"), {"Authorization": "bearer  good"}, {"x-api-key": "good"}):
             for path in (CHAT, MESSAGES):
                 assert (await ask(front, headers, path))[0] == 200
-        record = front.fleet.finished[0]
+        record = (await front.fleet.wait_for_finished())[0]
         assert (record.account, record.key_id) == ("team", "good")
 
 
@@ -72,8 +71,8 @@ def test_unknown_key_is_401_in_both_dialects(headers: dict[str, str]) -> None:
             status, body, _ = await ask(front, headers, MESSAGES)
             assert (status, body["type"]) == (401, "error")
             assert body["error"]["type"] == "authentication_error"
-            records = front.fleet.all_sent(RequestFinished)
-            assert [record.status for record in records] == [401, 401]  # type: ignore[attr-defined]
+            records = await front.fleet.wait_for_finished(2)
+            assert [record.status for record in records] == [401, 401]
             assert front.fleet.submits == []
 
     run()
@@ -343,7 +342,8 @@ async def test_only_a_gateway_may_manage_a_neuron_and_speak_for_others() -> None
             headers = bearer(name) | claims
             async with front.http.post(url + CHAT, data=body, headers=headers) as response:
                 assert response.status == 200
-        assert [(one.account, one.key_id) for one in front.fleet.finished] == [
+        records = await front.fleet.wait_for_finished(3)
+        assert [(one.account, one.key_id) for one in records] == [
             ("team", "alice"),
             ("k", "k"),
             ("gw", "gw"),

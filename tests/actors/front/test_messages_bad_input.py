@@ -164,7 +164,7 @@ async def test_unknown_model_and_route_are_404() -> None:
             assert (status, answer["error"]["type"]) == (404, "not_found_error")
         status, answer, _ = await front.post("/v1/messages/batches", b"{}")
         assert (status, answer["error"]["type"]) == (404, "not_found_error")
-        assert {record.model for record in front.fleet.finished} == {"unknown"}
+        assert {record.model for record in await front.fleet.wait_for_finished(2)} == {"unknown"}
 
 
 @async_test

@@ -53,8 +53,7 @@ def replica(node: str, url: str, kind: Any = "cortex", model: str = MODEL) -> Ro
 
 async def finished(front: ServedFront) -> RequestFinished:
     """Return the record of the only request."""
-    (record,) = await front.fleet.wait_for(RequestFinished)
-    assert isinstance(record, RequestFinished)
+    (record,) = await front.fleet.wait_for_finished()
     return record
 
 
