@@ -107,11 +107,8 @@ def test_padding_rows_write_to_null_block_and_slot_only(files: ModelFiles) -> No
     held = {block for s in engine.scheduler.running for block in s.block_table}
     blocks, states = engine.cache.blocks, engine.cache.states
     before = blocks.clone()
-    free = [
-        b
-        for b in range(blocks.shape[1])
-        if b != NULL_BLOCK and not engine.scheduler.pool.is_held(b)
-    ]
+    pool = engine.scheduler.pool
+    free = [block for block in range(1, pool.num_blocks) if not pool.is_held(block)]
     slots = {s.state_slot for s in engine.scheduler.running} | {NULL_SLOT}
     kept = None if states is None else states.recurrent.clone()
     engine.step()
