@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from actors.fleet_views import catalogue_cards, known_names, loading_of, node_statuses
+from actors.managed_model import Lease
 from actors.remote_loads import RemoteLoads
-from actors.remote_node import Lease, RemoteNode, local_view
-from actors.seat_queue import Answer, SeatQueue
+from actors.remote_node import RemoteNode, local_view
+from actors.seat_queue import SeatQueue
 from cortexd.affinity import PrefixMemory
 from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue, CatalogueModel
@@ -41,6 +43,7 @@ from cortexd.settings import NeuronEntry
 if TYPE_CHECKING:
     from actors.router import Router
 
+Answer = RoutedHere | RoutedRemote
 # A gateway that has just started knows nothing yet; the first round of polls takes this long.
 _FIRST_POLL_S: Final = 2.0
 _RECHECK_S: Final = 1.0
@@ -64,7 +67,11 @@ class Fleet:
         self._turns: Counter[str] = Counter()
         self._serves_here = settings.role != "gateway"
         self._loads = RemoteLoads(router, self._wake)
-        self._seats = SeatQueue(settings.gateway.max_queue_depth, settings.gateway.queue_wait_s)
+        self._seats: SeatQueue[Place, Answer] = SeatQueue(
+            "gateway.max_queue_depth",
+            settings.gateway.max_queue_depth,
+            settings.gateway.queue_wait_s,
+        )
         self._waiting: set[str] = set()
         self._ended: set[str] = set()
         self._started_at = time.monotonic()
@@ -172,7 +179,7 @@ class Fleet:
 
         def running() -> Counter[str]:
             return Counter(
-                lease.principal
+                lease.account
                 for node in self._nodes.values()
                 for lease in node.leases.values()
                 if lease.model_id == model_id
@@ -222,6 +229,12 @@ class Fleet:
                 node.breaker.ended(request_id)
             self._tell_breaker(node, before)
             self._serve_queue(lease.model_id)
+
+    def leases(self) -> Iterator[tuple[str, Lease]]:
+        """Yield the node and the lease of every request that runs on another one."""
+        for node in self._nodes.values():
+            for lease in node.leases.values():
+                yield node.entry.name, lease
 
     def front_down(self, front: str) -> list[tuple[str, str, str]]:
         """Close the leases of a dead front ("name.incarnation"); return request, model, node."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cortexd.catalogue import DEFAULT_PRIORITY
 from cortexd.errors import CortexError
@@ -25,6 +27,14 @@ from cortexd.models import (
 
 _FIRST_COOLDOWN_S = 10.0
 _MAX_COOLDOWN_S = 600.0
+
+
+class Lease(NamedTuple):
+    """One request that holds a model, here or at a node: for whom, and which front asked."""
+
+    model_id: str
+    front: str  # "name.incarnation"
+    account: str  # "": anonymous
 
 
 @dataclass(slots=True)
@@ -46,7 +56,7 @@ class ManagedModel:
     progress: float | None = None
     stage: str | None = None
     error: CortexError | None = None
-    leases: dict[str, str] = field(default_factory=dict)  # request id → front "name.incarnation"
+    leases: dict[str, Lease] = field(default_factory=dict)  # by request id
     last_used: float = field(default_factory=time.monotonic)
     loaded_at: float | None = None
     state_since: float = field(default_factory=time.monotonic)
@@ -160,3 +170,11 @@ class ManagedModel:
             num_cycles=self.num_cycles,
             loaded_at=self.loaded_at,
         )
+
+
+def anonymous_by_place(leases: Iterable[tuple[str, Lease]]) -> Counter[tuple[str, str]]:
+    """Return how many of the requests have no account, by (node, model)."""
+    found: Counter[tuple[str, str]] = Counter()
+    for node, lease in leases:
+        found[node, lease.model_id] += not lease.account
+    return found

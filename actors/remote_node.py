@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
-from actors.managed_model import ManagedModel
+from actors.managed_model import Lease, ManagedModel
 from cortexd.affinity import PrefixMemory
 from cortexd.breaker import Breaker
 from cortexd.catalogue import DEFAULT_PRIORITY
@@ -20,14 +20,6 @@ from cortexd.settings import NeuronEntry
 
 # A node that nothing has been heard of for so long is not trusted, whatever it said last.
 _MAX_AGE_S: Final = 10.0
-
-
-class Lease(NamedTuple):
-    """One of our requests at a node."""
-
-    model_id: str
-    front: str
-    principal: str
 
 
 @dataclass(slots=True)

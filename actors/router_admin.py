@@ -92,9 +92,9 @@ class RouterAdmin:
         _decode(command, NoArgs)
         return {
             "requests": [
-                {"request_id": request, "model": name, "front": front}
+                {"request_id": request, "model": name, "front": lease.front}
                 for name, model in self._router.models.items()
-                for request, front in model.leases.items()
+                for request, lease in model.leases.items()
             ]
         }
 

@@ -12,6 +12,7 @@ from typing import Final
 
 BENCHMARKS: Final = {
     "demo": "start-up, prefill and decode of the demo model, as an HTTP client sees them",
+    "rpc": "the leader's RPC per step, and steps on several ranks against one (needs [test])",
     "gateway": "what the gateway adds, beside nginx and LiteLLM on the same mock upstream",
     "exactness": "logits against transformers, architectures x formats x ways (needs [test])",
     "cpu": "the engine against llama.cpp and transformers on this CPU, file by file",

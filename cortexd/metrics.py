@@ -127,6 +127,9 @@ EVICTIONS: Final = _counter(
 QUEUE_DEPTH: Final = _gauge(
     "cortex_router_queue_depth", "Requests that wait in the router for a place", ("model",)
 )
+ANONYMOUS: Final = _gauge(
+    "cortex_model_anon_in_flight", "Requests without an account that run", ("node", "model")
+)
 BREAKER_STATE: Final = _gauge(
     "cortex_node_breaker_state", "Circuit breaker: 0 closed, 1 half-open, 2 open", ("node",)
 )

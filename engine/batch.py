@@ -148,6 +148,7 @@ class StepBatch:
     is_fresh: Tensor
     rows: list[BatchRow]
     num_single_rows: int
+    # The same rows as kernels read them; made by the first layer that asks.
     _single_rows: PagedRows | None = None
     _run_rows: PagedRows | None = None
 

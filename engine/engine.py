@@ -25,12 +25,14 @@ from engine import device as devices
 from engine.batch import build_batch
 from engine.block_pool import BlockPool
 from engine.constraints import Constraints, compiler_for
+from engine.decode_steps import CapturableModel, DecodeSteps
 from engine.grammar.compiler import GrammarCompiler
 from engine.kv_cache import KVCache, choose_size
 from engine.load_figures import LoadFigures
 from engine.model_load import Model, load_model
 from engine.outbox import Outbox
 from engine.row_results import RowResult, not_finite, nothing_allowed, read_results
+from engine.run_ahead import RunAhead
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import PlannedRow, Scheduler, StepPlan
 from engine.sequence import Sequence
@@ -56,10 +58,12 @@ class Engine:
         lockstep: Lockstep | None = None,
         world_size: int = 1,
         grammars: GrammarCompiler | None = None,
+        capturable: CapturableModel | None = None,
     ) -> None:
         """Size the cache from what memory is left; `model` is on `device` already.
 
-        `spec` has the sizes of this rank's layers; without `grammars` none can be followed.
+        `spec` has the sizes of this rank's layers; without `grammars` none can be followed;
+        `capturable` is the model's form for decode steps that do not wait for the host.
         """
         self._lockstep = lockstep or Alone()
         self._is_split = world_size > 1
@@ -75,6 +79,11 @@ class Engine:
             size.context,
             SlotPool(size.num_state_slots) if size.num_state_slots else None,
         )
+        self._ahead: RunAhead | None = None
+        if capturable is not None:
+            max_blocks = -(-size.context // settings.block_size)
+            steps = DecodeSteps(capturable, self.cache, max_blocks, device)
+            self._ahead = RunAhead(steps, self.scheduler)
         self.sampler = Sampler()
         self._constraints = Constraints(grammars, device, settings.max_queue_depth)
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
@@ -124,6 +133,7 @@ class Engine:
             lockstep=lockstep,
             world_size=comm.world_size,
             grammars=compiler_for(files, spec),
+            capturable=loaded.capturable,
         )
         progress(1.0, "ready")
         return engine
@@ -174,7 +184,7 @@ class Engine:
         self._begin_constrained()
         if self.scheduler.has_work:
             started = time.perf_counter()
-            plan = self.scheduler.plan()
+            plan = (self._ahead and self._ahead.resume()) or self.scheduler.plan()
             assert plan.rows, f"{self.scheduler} has work and planned none of it"
             results = self._execute(plan)
             if results is not None:
@@ -221,6 +231,8 @@ class Engine:
         self.cache.copy_states(plan.state_copies)
         is_in_lockstep = not self._is_split
         try:
+            if self._ahead is not None and self._ahead.takes(plan):
+                return self._ahead.run(plan)
             batch = build_batch(plan.rows, self.cache.block_size, self._device)
             self._lockstep.begin_step(plan)
             logits = self.model.forward(batch, self.cache)

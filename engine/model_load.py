@@ -16,8 +16,10 @@ from cortexd.models import ModelFiles, ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine import device as devices
 from engine.batch import StepBatch
+from engine.decode_steps import CapturableModel
 from engine.kv_cache import KVCache
 from engine.loader import Weights
+from engine.models.decoder import Decoder
 from engine.models.registry import load_class
 from engine.tp.comm import Comm
 
@@ -47,6 +49,7 @@ class LoadedModel:
     dtype: torch.dtype
     weight_bytes: int
     read_bytes: int  # of the files
+    capturable: CapturableModel | None = None  # what runs its decode steps without the host
 
 
 @torch.inference_mode()
@@ -78,8 +81,18 @@ def load_model(
     local_spec = comm.shard.local_spec(spec)
     try:
         weights.check_memory()
-        model: Model = load_class(spec.model_type)(local_spec, weights)
+        model: Decoder = load_class(spec.model_type)(local_spec, weights)
         weights.check_all_used()
     finally:
         weights.close()
-    return LoadedModel(model, local_spec, device, dtype, weights.memory_bytes, weights.total_bytes)
+    # Of several ranks only the first would know the tokens.
+    is_alone = comm.world_size == 1 and model.fused is not None and model.fused.is_capturable
+    return LoadedModel(
+        model,
+        local_spec,
+        device,
+        dtype,
+        weight_bytes=weights.memory_bytes,
+        read_bytes=weights.total_bytes,
+        capturable=model.fused if is_alone else None,
+    )

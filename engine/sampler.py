@@ -46,7 +46,7 @@ class SampledToken:
     top_logprobs: list[float] = field(default_factory=list)
 
 
-_NOT_FINITE: Final = SampledToken(None, is_finite=False)
+NOT_FINITE: Final = SampledToken(None, is_finite=False)
 
 
 class _TokenCounts:
@@ -92,11 +92,11 @@ class Sampler:
         if not self._masks and all(_is_plain_greedy(sequence) for sequence in sequences):
             ids_and_sums = torch.stack([logits.argmax(-1).double(), sums.double()]).tolist()
             return [
-                SampledToken(int(token_id)) if _is_finite(total) else _NOT_FINITE
+                SampledToken(int(token_id)) if _is_finite(total) else NOT_FINITE
                 for token_id, total in zip(*ids_and_sums, strict=True)
             ]
         return [
-            self._sample_row(row, sequence) if _is_finite(total) else _NOT_FINITE
+            self._sample_row(row, sequence) if _is_finite(total) else NOT_FINITE
             for row, sequence, total in zip(logits, sequences, sums.tolist(), strict=True)
         ]
 
@@ -235,10 +235,15 @@ def _has_penalties(submit: Submit) -> bool:
 
 
 def _is_plain_greedy(sequence: Sequence) -> bool:
+    return sequence.submit.temperature == 0 and is_plain(sequence)
+
+
+def is_plain(sequence: Sequence) -> bool:
+    """Tell whether logits, temperature, top-k, top-p and min-p decide the next token alone."""
     submit = sequence.submit
     return (
-        submit.temperature == 0
-        and submit.num_logprobs < 0
+        submit.num_logprobs < 0
+        and not submit.grammar
         and not submit.logit_bias
         and not sequence.bad_words
         and not sequence.allowed_token_ids

@@ -22,7 +22,7 @@ rest has to yield logits. These are large, so a step scores a bounded number of 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from cortexd import errors
@@ -197,6 +197,32 @@ class Scheduler:
         self._plan_prefills(making, budget)
         copies = [] if self.snapshots is None else self.snapshots.take_copies()
         return StepPlan(making.decodes + making.prefills, len(making.decodes), copies)
+
+    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """Return the next token of the same rows, before the tokens of `plan` are known.
+
+        None when another plan might be better or needed: a row does not decode its output, or ends
+        with this token; somebody waits or sat the step out; or there are not enough free blocks.
+        """
+        if self.waiting or len(plan.rows) != len(self.running):
+            return None
+        missing = []
+        for row in plan.rows:
+            sequence = row.sequence
+            # A prompt's last token may end a prefix that is yet to be published.
+            if row.num_tokens != 1 or row.start < sequence.num_prompt_tokens:
+                return None
+            if sequence.num_output_tokens + 1 >= sequence.max_tokens:
+                return None
+            missing.append(self._blocks_for(row.start + 2) - len(sequence.block_table))
+        if sum(missing) > self.pool.num_free:
+            return None
+        for row, count in zip(plan.rows, missing, strict=True):
+            if count > 0:
+                table = row.sequence.block_table
+                table += self.pool.allocate(count, after=table[-1])
+        rows = [replace(row, start=row.start + 1) for row in plan.rows]
+        return StepPlan(rows, len(rows))
 
     def complete(self, plan: StepPlan) -> None:
         """Count the plan's tokens as computed; call it before sampled tokens are appended."""

@@ -23,6 +23,7 @@ from engine.text.schema_types import declared_types, resolved
 
 # A random model would never stop; OpenAI's own service makes a few at most.
 MAX_CALLS: Final = 32
+_CLOSING: Final = literal("\n</parameter>\n")
 _NO_CLOSING: Final = r"~/(?s:.*)<\/parameter>(?s:.*)/"
 
 
@@ -98,8 +99,8 @@ class CallGrammar:
             rule = f"parameter_{index}_{position}"
             path = f"{self._paths[name]}.properties.{key}"
             value = self._xml_value(rule, key, properties.get(key, {}), schema, path)
-            head, tail = literal(f"<parameter={key}>\n"), literal("\n</parameter>\n")
-            self._rule(rule, f"{head} {value} {tail}")
+            head = literal(f"<parameter={key}>\n")
+            self._rule(rule, f"{head} {value}")
             parts.append(rule if key in (required or []) else f"{rule}?")
         start, end = f"<function={name}>\n", "</function>"
         if self._style.is_tagged:
@@ -119,17 +120,18 @@ class CallGrammar:
             shared: JsonObject = {
                 name: root[name] for name in ("$defs", "definitions") if name in root
             }
-            return json_value({**shared, **schema} if isinstance(schema, dict) else True)
+            value = json_value({**shared, **schema} if isinstance(schema, dict) else True)
+            return f"{value} {_CLOSING}"
         if kinds not in (["string"], []):
             # What could be two things is read as the other one first, so only text is sure.
             return self._text(rule, {}, path)
         return self._text(rule, found if isinstance(found, dict) else {}, path)
 
     def _text(self, rule: str, schema: Mapping[str, Any], path: str) -> str:
-        """Return the expression of a string that stands without quotes."""
+        """Return the expression of a string that stands without quotes, and of its end."""
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(values, list) and values and all(isinstance(one, str) for one in values):
-            return choice(values)
+            return f"{choice(values)} {_CLOSING}"
         for keyword in ("format", "allOf", "anyOf", "oneOf"):
             if keyword in schema:
                 raise UnsupportedParameter(
@@ -143,9 +145,11 @@ class CallGrammar:
             terminals.append(f"/(?s:.){{{least},{most}}}/")
         if "pattern" in schema:
             terminals.append(regex(_unanchored(str(schema["pattern"]))))
+        # Lazy: the tag that follows would else be taken for more of the text.
         name = f"TEXT_{rule.upper()}"
         self._rule(name, " & ".join(terminals))
-        return name
+        self._rule(f"{rule}_text[lazy]", f"{name} {_CLOSING}")
+        return f"{rule}_text"
 
 
 def object_schema(schema: JsonObject) -> JsonObject:

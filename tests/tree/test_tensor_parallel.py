@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -78,6 +79,16 @@ def _rank(daemon: Daemon, rank: int) -> str:
     return next(
         name for name, actor in daemon.actors().items() if actor["group"] and actor["rank"] == rank
     )
+
+
+def test_split_model_follows_a_grammar(split: Daemon, model: str) -> None:
+    """Masks live where tokens are chosen: on the first rank alone."""
+    schema = {"enum": ["north", "south", {"x": 1}]}
+    status, answer = split.chat(model, "where?", max_tokens=40, guided_json=schema)
+    assert status == 200, answer
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert json.loads(choice["message"]["content"]) in schema["enum"]
 
 
 def test_two_ranks_answer_as_one_streamed_and_together(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from engine.kernels.triton.launch import flags
 
 _TOKENS: Final = 16
 _CHANNELS: Final = 128
@@ -140,7 +141,7 @@ def convolve(
     num_blocks = triton.cdiv(num_channels, _CHANNELS)
     tokens = min(_TOKENS, triton.next_power_of_2(max_query_len))
     stride = mixed.stride(0)
-    fresh = is_fresh.view(torch.uint8)
+    fresh = flags(is_fresh)
     _convolve[(triton.cdiv(max_query_len, tokens), num_blocks, num_rows)](
         mixed,
         tails,

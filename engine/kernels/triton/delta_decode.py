@@ -8,7 +8,6 @@ Source: "Gated Delta Networks" (arXiv 2412.06464), the recurrent form.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +23,7 @@ from engine.kernels.triton.delta_heads import (
     l2_normalized,
     sigmoid,
 )
+from engine.kernels.triton.launch import flags
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def delta_decode(
         weights.norm,
         states.states,
         states.slots,
-        states.is_fresh.view(torch.uint8),
+        flags(states.is_fresh),
         out,
         shape.key_dim**-0.5,
         weights.eps,

@@ -29,7 +29,7 @@ from engine.kernels.triton.delta_heads import (
     l2_normalized,
     sigmoid,
 )
-from engine.kernels.triton.launch import tile
+from engine.kernels.triton.launch import flags, tile
 
 # With 64 tokens the tiles would not fit into the 99 KiB of shared memory that Ada and Ampere have.
 CHUNK: Final = 32
@@ -305,7 +305,7 @@ def delta_prefill(
         query_starts,
         states.states,
         states.slots,
-        states.is_fresh.view(torch.uint8),
+        flags(states.is_fresh),
         out,
         shape.key_dim**-0.5,
         shape.num_key_heads,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Final
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from engine.kernels.triton import is_interpreted
 
@@ -21,6 +23,11 @@ MIN_TILE: Final = 16
 def tile(size: int) -> int:
     """Return the side of a tile that holds `size` elements."""
     return max(MIN_TILE, int(triton.next_power_of_2(size)))
+
+
+def flags(values: Tensor) -> Tensor:
+    """Return booleans as bytes, and integers as they are."""
+    return values.view(torch.uint8) if values.dtype == torch.bool else values
 
 
 @triton.jit

@@ -22,7 +22,9 @@ from engine.kernels.triton.planes import Planes
 
 # The most tokens of one call: with more, the unpacking is repeated too often.
 MAX_TOKENS: Final = 64
-_BYTES: Final = 128  # of a row in one step
+# Bytes of a row in one step; more tokens leave less of a multiprocessor's memory for weights.
+_BYTES: Final = 128
+_FEW_TOKENS: Final = 16
 _KINDS: Final = {GGMLType.Q8_0: 0, GGMLType.Q4_0: 1, GGMLType.Q4_K: 2, GGMLType.Q6_K: 3}
 # The low nibbles of so many bytes are consecutive columns, the high ones those that follow.
 _GROUP_BYTES: Final = {GGMLType.Q8_0: 0, GGMLType.Q4_0: 16, GGMLType.Q4_K: 32, GGMLType.Q6_K: 64}
@@ -279,9 +281,10 @@ def multiply(x: Tensor, weight: Planes) -> Tensor:
         GROUP_BYTES=_GROUP_BYTES[weight.ggml_type],
         TOKENS=1 if num_tokens == 1 else tile(num_tokens),
         ROWS=rows,
-        BYTES=_BYTES,
+        BYTES=_BYTES if num_tokens <= _FEW_TOKENS else _BYTES // 2,
         WIDEN=WIDEN,
         num_warps=4,
+        num_stages=2,
     )
     return out
 

@@ -23,10 +23,11 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "type": "object",
         "properties": {
             "city": {"type": "string", "maxLength": 9},
+            "words": {"type": "string"},
             "unit": {"enum": ["c", "f"]},
             "days": {"type": "integer", "minimum": 1, "maximum": 14},
         },
-        "required": ["city", "unit"],
+        "required": ["city", "words", "unit"],
     },
     "note": {
         "type": "object",

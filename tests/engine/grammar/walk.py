@@ -10,7 +10,7 @@ from engine.grammar.matcher import Vocabulary, compile_grammar
 
 # Bytes, and some tokens that run across the borders of a grammar's parts.
 PIECES = [
-    *(b'": ', b'"}', b'{"', b"}\n", b"</", b"</think>"),
+    *(b'": ', b'"}', b'{"', b"}\n", b"</", b"</think>", b"\n</parameter>\n"),
     *(b"<tool_call>", b"</tool_call>", b"<function=", b"[TOOL_CALLS]"),
 ]
 VOCABULARY = Vocabulary([*(bytes([value]) for value in range(256)), *PIECES], 256 + len(PIECES))

@@ -1,0 +1,122 @@
+"""Runs one group of rank processes in a private tree, and returns what its rank 0 measured."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from actors.actor import ActorContext, AsyncActor
+from actors.root import run_root
+from actors.spec import ChildSpec
+from bench.rpc.ranks import RpcCost, RpcTask, StepTask
+from cortexd.messages import GroupDown, GroupUp, StartGroup
+from cortexd.models import LoadOptions, ModelFiles, ModelSpec, RankArgs, RopeSpec
+from cortexd.settings import Engine, Logging, Paths, Settings
+from engine.preflight import inspect
+
+_START_TIMEOUT_S = 60.0
+_ASK_DEADLINE_S = 10.0
+_NO_MODEL = ModelSpec(
+    model_type="none",
+    architecture="none",
+    vocab_size=1,
+    hidden_size=1,
+    intermediate_size=1,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=1,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=1,
+    rope=RopeSpec(),
+)
+Result = TypeVar("Result")
+
+
+class StarterArgs(msgspec.Struct, frozen=True):
+    """What the starter is told."""
+
+    root_pid: int
+    order: StartGroup
+
+
+class Starter(AsyncActor):
+    """Starts the group; once it is up, or down, the tree ends."""
+
+    def __init__(self, context: ActorContext) -> None:
+        super().__init__(context)
+        self._args = msgspec.msgpack.decode(context.args, type=StarterArgs)
+
+    async def on_start(self) -> None:
+        """Start the ranks."""
+        await self.ask("root", self._args.order, deadline_s=_ASK_DEADLINE_S)
+
+    def on_group_up(self, up: GroupUp) -> None:
+        """All has been measured."""
+        os.kill(self._args.root_pid, signal.SIGTERM)
+
+    def on_group_down(self, down: GroupDown) -> None:
+        """It failed, or rank 0 was ready before the others."""
+        os.kill(self._args.root_pid, signal.SIGTERM)
+
+
+def measure_rpc(
+    folder: Path, world_size: int, num_rows: tuple[int, ...], context: int
+) -> list[RpcCost]:
+    """Return the costs for each number of rows."""
+    path = folder / "rpc.json"
+    task = msgspec.json.encode(RpcTask(str(path), num_rows, context)).decode()
+    options = LoadOptions(model_id=task, tensor_parallel=world_size)
+    files = ModelFiles(model_id=task, source="path", revision="", format="safetensors", weights=())
+    targets = ("bench.rpc.ranks:RpcLeader", "bench.rpc.ranks:RpcWorker")
+    _run_group(RankArgs(options, files, _NO_MODEL), world_size, targets, Engine())
+    return _result(path, list[RpcCost])
+
+
+def measure_steps(folder: Path, model: Path, world_size: int, num_threads: int) -> dict[str, float]:
+    """Return the milliseconds of each kind of step."""
+    path = folder / "steps.json"
+    task = msgspec.json.encode(StepTask(str(path))).decode()
+    files = ModelFiles(
+        model_id=task,
+        source="path",
+        revision="local",
+        format="safetensors",
+        weights=(str(model / "model.safetensors"),),
+        config=str(model / "config.json"),
+    )
+    options = LoadOptions(model_id=task, tensor_parallel=world_size)
+    engine = Engine(device="cpu", num_threads=num_threads, prefix_cache=False, kv_cache_mib=256)
+    targets = ("bench.rpc.ranks:StepLeader", "actors.worker:Worker")
+    _run_group(RankArgs(options, files, inspect(files)), world_size, targets, engine)
+    return _result(path, dict[str, float])
+
+
+def _run_group(args: RankArgs, world_size: int, targets: tuple[str, str], engine: Engine) -> None:
+    leader, worker = targets
+    packed = msgspec.msgpack.encode(args)
+    order = StartGroup("bench", leader, packed, world_size, _START_TIMEOUT_S, worker)
+    starter = msgspec.msgpack.encode(StarterArgs(os.getpid(), order))
+    with tempfile.TemporaryDirectory(prefix="cx-") as folder:
+        settings = msgspec.structs.replace(
+            Settings(),
+            engine=engine,
+            paths=Paths(runtime_dir=f"{folder}/run", state_dir=f"{folder}/state"),
+            logging=Logging(level="error"),
+            default_models=[],
+        )
+        child = ChildSpec(name="starter", target="bench.rpc.tree:Starter", args=starter)
+        run_root(settings, [child], {}, on_ready=lambda: None)
+
+
+def _result(path: Path, kind: type[Result]) -> Result:
+    if not path.exists():
+        raise RuntimeError("the ranks ended without a result; see their words above")
+    result = msgspec.json.decode(path.read_bytes(), type=kind)
+    path.unlink()
+    return result
