@@ -31,7 +31,7 @@ class Model(Protocol):
 
     @property
     def backend_name(self) -> str:
-        """What computes: "native", "native linears", "triton" or "reference"."""
+        """What computes: "native", "native layers", "native linears", "triton" or "reference"."""
         ...
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
