@@ -85,6 +85,8 @@ def load_model(
         weights.check_all_used()
     finally:
         weights.close()
+    if model.backend_name == "native":
+        devices.leave_threads_to_native()
     # Of several ranks only the first would know the tokens.
     is_alone = comm.world_size == 1 and model.fused is not None and model.fused.is_capturable
     return LoadedModel(
