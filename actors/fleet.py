@@ -18,7 +18,7 @@ from actors.fleet_views import catalogue_cards, known_names, loading_of, node_st
 from actors.managed_model import Lease
 from actors.remote_loads import RemoteLoads
 from actors.remote_node import RemoteNode, local_view
-from actors.seat_queue import Answer, SeatQueue
+from actors.seat_queue import SeatQueue
 from cortexd.affinity import PrefixMemory
 from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue, CatalogueModel
@@ -43,6 +43,7 @@ from cortexd.settings import NeuronEntry
 if TYPE_CHECKING:
     from actors.router import Router
 
+Answer = RoutedHere | RoutedRemote
 # A gateway that has just started knows nothing yet; the first round of polls takes this long.
 _FIRST_POLL_S: Final = 2.0
 _RECHECK_S: Final = 1.0
@@ -66,7 +67,11 @@ class Fleet:
         self._turns: Counter[str] = Counter()
         self._serves_here = settings.role != "gateway"
         self._loads = RemoteLoads(router, self._wake)
-        self._seats = SeatQueue(settings.gateway.max_queue_depth, settings.gateway.queue_wait_s)
+        self._seats: SeatQueue[Place, Answer] = SeatQueue(
+            "gateway.max_queue_depth",
+            settings.gateway.max_queue_depth,
+            settings.gateway.queue_wait_s,
+        )
         self._waiting: set[str] = set()
         self._ended: set[str] = set()
         self._started_at = time.monotonic()

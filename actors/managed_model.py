@@ -30,10 +30,10 @@ _MAX_COOLDOWN_S = 600.0
 
 
 class Lease(NamedTuple):
-    """One request that uses a model: its front ("name.incarnation") and whose it is."""
+    """One request that holds a model, here or at a node: for whom, and which front asked."""
 
     model_id: str
-    front: str
+    front: str  # "name.incarnation"
     account: str  # "": anonymous
 
 

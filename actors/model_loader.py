@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from actors.device_room import DeviceRoom
 from actors.managed_model import ManagedModel
+from actors.room_maker import RoomMaker
 from cortexd.errors import (
     ActorDown,
     CortexError,
@@ -28,11 +29,7 @@ from cortexd.errors import (
 )
 from cortexd.log import event
 from cortexd.messages import (
-    EvictionProposal,
     GroupStarting,
-    HostReport,
-    ProposeEviction,
-    QueryHost,
     ResolvedFiles,
     ResolveFiles,
     StartGroup,
@@ -55,6 +52,8 @@ class ModelLoader:
 
     def __init__(self, router: Router) -> None:
         self._router = router
+        self._rooms = RoomMaker(router)
+        self.unloaded_at = -math.inf  # when memory was freed last, by the loop's clock
 
     async def ensure_loaded(self, model: ManagedModel) -> None:
         """Return when loaded; raise what made the load fail."""
@@ -83,7 +82,7 @@ class ModelLoader:
                 resolved = await self._resolve(model)
                 await self._check_split(model.options, resolved)
             with self._measured(model, "room"):
-                await self._make_room(model, resolved)
+                await self._rooms.make_room(model, resolved)
             await self._start_group(model, resolved)
         except CortexError as error:
             self._fail(model, error)
@@ -143,7 +142,7 @@ class ModelLoader:
 
     async def _check_devices(self, options: LoadOptions) -> None:
         """Check that there is a device for each rank; on a CPU all ranks share it."""
-        report = await self._host_report(fresh=False)
+        report = await self._rooms.host_report()
         settings = self._router.context.settings.engine
         if report is None or settings.device == "cpu":
             return
@@ -155,58 +154,6 @@ class ModelLoader:
                 f"devices {list(wanted_devices(options))}; here are {present}",
                 param="devices",
             )
-
-    async def _make_room(self, model: ManagedModel, resolved: ResolvedFiles) -> None:
-        """Unload what the evictor proposes until the model fits; InsufficientMemory otherwise."""
-        report = await self._host_report(fresh=False)
-        room = None if report is None else self._room(model.options, resolved, report)
-        if room is None or not room.missing:
-            return
-        model.stage = "making room"
-        answer = await self._router.ask(
-            "evictor",
-            ProposeEviction(
-                model.options.model_id,
-                room.needed_bytes,
-                room.needed_bytes - sum(room.missing.values()),
-                [other.status() for other in self._router.models.values() if other is not model],
-                model.priority,
-            ),
-            deadline_s=_CONTROL_DEADLINE_S,
-        )
-        assert isinstance(answer, EvictionProposal), "ProposeEviction is answered by a proposal"
-        for victim_id in answer.victims:
-            victim = self._router.models.get(victim_id)
-            if victim and victim.state == "loaded" and not victim.leases:
-                event(
-                    self._router.log,
-                    "model.evicted",
-                    model=victim_id,
-                    reason=answer.reason,
-                    incoming=model.options.model_id,
-                )
-                await self.unload(victim, force=False, reason=answer.reason)
-        report = await self._host_report(fresh=True)
-        room = None if report is None else self._room(model.options, resolved, report)
-        if room is not None and room.missing:
-            raise room.refusal(model.options, resolved, self._router.context.settings.engine)
-
-    def _room(
-        self, options: LoadOptions, resolved: ResolvedFiles, report: HostReport
-    ) -> DeviceRoom:
-        settings = self._router.context.settings.engine
-        return DeviceRoom.of(wanted_devices(options), resolved, settings, report.devices)
-
-    async def _host_report(self, *, fresh: bool) -> HostReport | None:
-        """Return what the poller saw last, or None when it does not answer."""
-        if self._router.host is not None and not fresh:
-            return self._router.host
-        try:
-            answer = await self._router.ask("poller", QueryHost(), deadline_s=1.0)
-        except CortexError:
-            return None
-        assert isinstance(answer, HostReport), "QueryHost is answered by HostReport"
-        return answer
 
     async def _start_group(self, model: ManagedModel, resolved: ResolvedFiles) -> None:
         if model.state != "loading":
@@ -276,6 +223,7 @@ class ModelLoader:
         except DeadlineExceeded as error:
             model.become("failed", error=error)
             raise
+        self.unloaded_at = asyncio.get_running_loop().time()
         if model.is_in("draining"):
             model.become("unloaded")
         self._router.local.forget(model)

@@ -2,9 +2,9 @@
 
 Fronts ask it where a model is (`Route`) and hold a lease until `EndRequest`; it loads a cold model
 once however many ask, never unloads one in use, and rebuilds its view after a crash from the
-registry, the leaders and the desired-state file. Loading itself (files, room, group) is
-`actors.model_loader`; one model's state is `actors.managed_model`; remote neurons are
-`actors.fleet`.
+registry, the leaders and the desired-state file. Its parts: requests for this host's models
+(`actors.local_requests`), loading (`actors.model_loader`), one model's state
+(`actors.managed_model`), remote neurons (`actors.fleet`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
-import time
+from collections import Counter
 from collections.abc import Awaitable
 from typing import Final
 
 import msgspec
 
+from actors.activation import load_in_order
 from actors.actor import ActorContext, AsyncActor, handles
 from actors.fleet import Fleet
-from actors.load_errors import load_failed, loading_error, may_retry
 from actors.local_models import LocalModels, check_devices, quoted
-from actors.managed_model import Lease, ManagedModel, anonymous_by_place
+from actors.local_requests import LocalRequests
+from actors.managed_model import ManagedModel, anonymous_by_place
 from actors.model_loader import ModelLoader
 from actors.router_admin import RouterAdmin
 from cortexd.breaker import BreakerState
@@ -30,15 +31,12 @@ from cortexd.catalogue import Catalogue
 from cortexd.desired import is_draining, remember_draining
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import (
-    Cancelled,
     CortexError,
     DeadlineExceeded,
     MailboxFull,
     ModelAlreadyLoaded,
     ModelLoadFailed,
     ModelNotFound,
-    NodeDraining,
-    RegistryUnreachable,
 )
 from cortexd.log import event
 from cortexd.messages import (
@@ -83,10 +81,6 @@ from cortexd.neuron_list import local_node_name, remote_neurons
 
 _DESCRIBE_DEADLINE_S = 10.0
 _GAUGE_PERIOD_S = 2.0
-_REGISTRY_RETRIES = 6
-_REGISTRY_DELAY_S = 10.0
-_MAX_REGISTRY_DELAY_S = 300.0
-_DRAINING_RETRY_AFTER_S = 5.0
 _BREAKER_VALUES: Final[dict[BreakerState, int]] = {"closed": 0, "half_open": 1, "open": 2}
 
 
@@ -109,9 +103,8 @@ class Router(AsyncActor):
         self.local = LocalModels(context.runtime_dir)
         self.host: HostReport | None = None
         self.is_draining = is_draining(context.runtime_dir)
-        self._waiting: set[str] = set()  # requests that wait for a model
-        self._ended: set[str] = set()  # those of them that ended meanwhile
-        self._loader = ModelLoader(self)
+        self.requests = LocalRequests(self)
+        self.loader = ModelLoader(self)
         self._admin = RouterAdmin(self)
         self._background: set[asyncio.Task[None]] = set()
         self.node_name = local_node_name(context.settings, platform.node())
@@ -152,7 +145,7 @@ class Router(AsyncActor):
             model.become("recovering", stage="adopting")
             if peer.state == "ready":
                 self.spawn(self._adopt(model, peer.name, peer.incarnation, peer.epoch))
-        self.spawn(self._load_in_order(missing))
+        self.spawn(load_in_order(self, missing))
         self.spawn(self._show_forever())
 
     async def on_stop(self) -> None:
@@ -174,10 +167,8 @@ class Router(AsyncActor):
 
     def show_gauges(self) -> None:
         """Tell metrics who waits, and which nodes are left alone."""
-        samples = [
-            QUEUE_DEPTH.sample(depth, model=model_id)
-            for model_id, depth in self.fleet.queue_depths().items()
-        ]
+        depths = Counter(self.fleet.queue_depths()) + Counter(self.requests.queue_depths())
+        samples = [QUEUE_DEPTH.sample(depth, model=model_id) for model_id, depth in depths.items()]
         samples += [
             BREAKER_STATE.sample(_BREAKER_VALUES[node.breaker], node=node.name)
             for node in self.fleet.statuses()
@@ -211,95 +202,12 @@ class Router(AsyncActor):
         self.is_draining = is_on
         event(self.log, "node.draining" if is_on else "node.drained_no_more")
 
-    async def _retry_later(self, model: ManagedModel) -> None:
-        """Load a model whose registry did not answer, at growing intervals, unless it is loaded."""
-        for number in range(_REGISTRY_RETRIES):
-            delay_s = min(_REGISTRY_DELAY_S * 2.0**number, _MAX_REGISTRY_DELAY_S)
-            model.become("unloaded", stage=f"its registry did not answer; again in {delay_s:g} s")
-            await asyncio.sleep(delay_s)
-            try:
-                await self._loader.ensure_loaded(model)
-                return
-            except RegistryUnreachable:
-                continue
-
-    async def _load_in_order(self, models: list[ManagedModel]) -> None:
-        """Load default models one after another; one that fails does not stop the next."""
-        for model in models:
-            try:
-                await self._loader.ensure_loaded(model)
-            except RegistryUnreachable:
-                self.spawn(self._retry_later(model))
-            except CortexError as error:
-                event(
-                    self.log,
-                    "model.load_failed",
-                    40,
-                    model=model.options.model_id,
-                    error=error.message,
-                )
-
     # Requests
 
     @handles(Route)
     async def on_route(self, message: Route, envelope: Envelope) -> Routed:
         """Lease a loaded model, loading it first when it is cold."""
-        if self.is_draining:
-            raise NodeDraining(
-                "this host takes no new requests (cortexd drain on); try another",
-                retry_after_s=_DRAINING_RETRY_AFTER_S,
-            )
-        model = self.local.find(message.model)
-        was_cold = model.state != "loaded"
-        while model.state != "loaded":
-            if model.state == "failed" and (
-                model.cooldown_left_s > 0 or not may_retry(model.error)
-            ):
-                raise load_failed(model)
-            if model.state in {"unloaded", "failed"}:
-                self._loader.begin_load(model)
-            if not message.wait:
-                raise loading_error(model)
-            await self._wait(model, message, envelope)
-            if model.options.model_id not in self.models and not model.error:
-                raise self.local.not_found(message.model)
-        front = f"{envelope.src.name}.{envelope.src.incarnation}"
-        model.leases[message.request_id] = Lease(model.options.model_id, front, message.account)
-        model.last_used = time.monotonic()
-        assert model.files is not None, "a loaded model is described"
-        assert model.spec is not None, "a loaded model is described"
-        assert model.limits is not None, "a loaded model is described"
-        return Routed(
-            model.options.model_id,
-            model.leader,
-            model.leader_incarnation,
-            model.epoch,
-            model.files,
-            model.spec,
-            model.limits,
-            was_cold,
-            model.policy.defaults,
-        )
-
-    async def _wait(self, model: ManagedModel, message: Route, envelope: Envelope) -> None:
-        """Return at the model's next change.
-
-        Raises: DeadlineExceeded, Cancelled when the request ended meanwhile. Without both, a lease
-        would be opened that nobody closes.
-        """
-        left_s = (envelope.deadline_ns - time.monotonic_ns()) / 1e9
-        self._waiting.add(message.request_id)
-        try:
-            await asyncio.wait_for(model.wait_changed(), left_s)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f'model "{model.options.model_id}" is still {model.state}'
-            ) from None
-        finally:
-            self._waiting.discard(message.request_id)
-        if message.request_id in self._ended:
-            self._ended.discard(message.request_id)
-            raise Cancelled(f"request {message.request_id} ended while it waited")
+        return await self.requests.route(message, envelope)
 
     @handles(Place)
     async def on_place(self, message: Place, envelope: Envelope) -> RoutedHere | RoutedRemote:
@@ -310,13 +218,7 @@ class Router(AsyncActor):
     def on_end_request(self, message: EndRequest, envelope: Envelope) -> None:
         """Close a lease, or the wait for one."""
         self.fleet.end_request(message.request_id, is_answered=message.is_answered)
-        if message.request_id in self._waiting:
-            self._ended.add(message.request_id)
-        for model in self.models.values():
-            if model.leases.pop(message.request_id, None) is not None:
-                model.last_used = time.monotonic()
-                if not model.leases:
-                    model.wake()
+        self.requests.end(message.request_id)
 
     @handles(ListModels)
     def on_list_models(self, message: ListModels, envelope: Envelope) -> ModelList:
@@ -361,7 +263,7 @@ class Router(AsyncActor):
         model = self.models.get(message.model_id)
         if model and model.state == "loaded" and not model.leases:
             event(self.log, "model.idle", model=message.model_id, idle_s=message.idle_s)
-            await self._loader.unload(model, force=False, reason="idle")
+            await self.loader.unload(model, force=False, reason="idle")
 
     @handles(RecycleModel)
     async def on_recycle(self, message: RecycleModel, envelope: Envelope) -> None:
@@ -369,7 +271,7 @@ class Router(AsyncActor):
         model = self.models.get(message.model_id)
         if model and model.state == "loaded" and not model.leases:
             event(self.log, "model.recycling", model=message.model_id, cycles=model.num_cycles)
-            await self._loader.recycle(model)
+            await self.loader.recycle(model)
 
     @handles(AdminCommand)
     async def on_admin(self, message: AdminCommand, envelope: Envelope) -> AdminReply:
@@ -426,13 +328,8 @@ class Router(AsyncActor):
         holder = f"{down.name}.{down.incarnation}"
         for request_id, model_id, node in self.fleet.front_down(holder):
             self._record_lost(request_id, model_id, node, holder)
-        for model_id, model in self.models.items():
-            gone = [request for request, one in model.leases.items() if one.front == holder]
-            for request_id in gone:
-                del model.leases[request_id]
-                self._record_lost(request_id, model_id, self.node_name, holder)
-            if gone:
-                model.wake()
+        for request_id, model_id in self.requests.front_down(holder):
+            self._record_lost(request_id, model_id, self.node_name, holder)
 
     def _record_lost(self, request_id: str, model_id: str, node: str, front: str) -> None:
         """Write what the front would have written at the request's end, as far as it is known."""
@@ -470,9 +367,10 @@ class Router(AsyncActor):
         else:
             error = down.error.to_exception() if down.error else ModelLoadFailed(down.reason)
             model.become("failed", error=error)
-            self._loader.measure_failed(model)
+            self.loader.measure_failed(model)
             self.local.remember()
             event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
+        self.requests.serve(model)
 
     async def _adopt(self, model: ManagedModel, leader: str, incarnation: int, epoch: int) -> None:
         """Route to a leader that is ready; a busy one is asked until it answers or is gone."""
@@ -487,7 +385,7 @@ class Router(AsyncActor):
         assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
         if model.is_in("loading", "recovering", "failed"):
             model.set_loaded(loaded, leader, incarnation, epoch)
-            self._loader.measure_loaded(model, loaded.load_s)
+            self.loader.measure_loaded(model, loaded.load_s)
 
     # For the loader and the admin commands
 
@@ -514,7 +412,7 @@ class Router(AsyncActor):
             model = self.local.add(options, is_known=False)
         if policy is not None:
             model.policy = policy
-        await self._loader.ensure_loaded(model)
+        await self.loader.ensure_loaded(model)
 
     async def unload(self, model_id: str, *, force: bool) -> None:
         """Unload by id or alias, a gateway at its neurons; ModelNotFound when it is not loaded."""
@@ -527,4 +425,4 @@ class Router(AsyncActor):
             raise ModelNotFound(
                 f'model "{model_id}" is not loaded; loaded: {quoted(self.local.ids_in("loaded"))}'
             )
-        await self._loader.unload(model, force=force, reason="operator")
+        await self.loader.unload(model, force=force, reason="operator")

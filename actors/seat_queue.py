@@ -1,4 +1,4 @@
-"""Requests that wait at the gateway because all seats of their model are taken.
+"""Requests that wait in the router because all seats of their model are taken.
 
 Part of the router actor (same loop). A request waits on a future; whoever frees a seat calls
 `serve`, which leases the seat in the waiter's name at once, so that no newcomer takes it in
@@ -10,25 +10,42 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Generic, Protocol, TypeVar
 
 from cortexd.errors import Cancelled, CortexError, DeadlineExceeded, Overloaded, QueueTimeout
 from cortexd.fair_queue import FairQueue, Ticket
-from cortexd.messages import Place, RoutedHere, RoutedRemote
 
-Answer = RoutedHere | RoutedRemote
-_Waiting = tuple[Place, str, "asyncio.Future[Answer]"]  # the request, its front, its answer
+
+class Waits(Protocol):
+    """A request that may wait; `since`: when it first asked, monotonic seconds, 0: now."""
+
+    @property
+    def request_id(self) -> str:
+        """Its lease."""
+
+    @property
+    def account(self) -> str:
+        """Whose it is."""
+
+    @property
+    def since(self) -> float:
+        """When it first asked."""
+
+
+Wanted = TypeVar("Wanted", bound=Waits)
+Answer = TypeVar("Answer")
 _SECONDS_PER_PLACE: Final = 0.25
 _MAX_RETRY_AFTER_S: Final = 60.0
 
 
-class SeatQueue:
-    """One bounded queue for each model."""
+class SeatQueue(Generic[Wanted, Answer]):
+    """One bounded queue for each model; `option` is the setting that bounds it."""
 
-    def __init__(self, max_depth: int, max_wait_s: float) -> None:
+    def __init__(self, option: str, max_depth: int, max_wait_s: float) -> None:
+        self._option = option
         self._max_depth = max_depth
         self._max_wait_s = max_wait_s
-        self._queues: dict[str, FairQueue[_Waiting]] = {}
+        self._queues: dict[str, FairQueue[tuple[Wanted, str, asyncio.Future[Answer]]]] = {}
 
     def depth(self, model_id: str) -> int:
         """Return how many requests wait for a model."""
@@ -38,7 +55,7 @@ class SeatQueue:
         """Return how many requests wait, by model."""
         return {model_id: len(queue) for model_id, queue in self._queues.items()}
 
-    async def wait(self, model_id: str, message: Place, front: str, deadline: float) -> Answer:
+    async def wait(self, model_id: str, message: Wanted, front: str, deadline: float) -> Answer:
         """Return the answer as soon as a seat is free and it is this request's turn.
 
         `deadline` is that of the asker, monotonic seconds; asking again keeps the place, since
@@ -69,7 +86,7 @@ class SeatQueue:
         self,
         model_id: str,
         running: Callable[[], Mapping[str, int]],
-        lease: Callable[[Place, str], Answer | None],
+        lease: Callable[[Wanted, str], Answer | None],
     ) -> None:
         """Give free seats to those whose turn it is.
 
@@ -116,7 +133,7 @@ class SeatQueue:
     def _full(self, model_id: str) -> Overloaded:
         return Overloaded(
             f'model "{model_id}" has {self._max_depth} requests waiting already '
-            "(gateway.max_queue_depth); retry later",
+            f"({self._option}); retry later",
             retry_after_s=min(1 + self._max_depth * _SECONDS_PER_PLACE, _MAX_RETRY_AFTER_S),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path as FilePath
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -73,7 +73,7 @@ class CatalogueModel(Section, frozen=True):
     min_device_vram_mb: NonNegativeInt = 0  # each of `min_devices` devices has at least this, MiB
     pinned_on: list[NonEmpty] = []  # the neurons it may run on; empty: any
     residency_priority: NonNegativeInt | None = None
-    source: NonEmpty | None = None
+    source: Literal["hf", "hub"] | None = None  # the reference's key; the hub is the only registry
     limit: CatalogueLimit | None = None
     cost: Cost | None = None
     capabilities: list[NonEmpty] = []

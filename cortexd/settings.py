@@ -94,6 +94,7 @@ class Engine(Section, frozen=True):
     num_threads: NonNegativeInt = 0
     block_size: Annotated[int, Meta(ge=8, le=256)] = 32
     kv_cache_mib: NonNegativeInt = 0
+    memory_limit_mib: NonNegativeInt = 0
     max_num_seqs: Annotated[int, Meta(ge=1, le=1024)] = 64
     max_num_batched_tokens: Annotated[int, Meta(ge=16, le=65536)] = 2048
     max_prefill_chunk: Annotated[int, Meta(ge=16, le=65536)] = 512

@@ -12,6 +12,7 @@ from cortexd.models import ModelLimits
 from cortexd.openai import ModelCard, ModelLimit, ModelLocation
 
 OWNER = "cortexd"
+_ABSENT = ("unloaded", "failed")
 
 
 def merged_cards(
@@ -27,7 +28,8 @@ def merged_cards(
         card = merged.get(entry.model_id) or _empty(entry.model_id, created)
         merged[entry.model_id] = msgspec.structs.replace(
             card,
-            feasible_on=_union(card.feasible_on, entry.feasible_on),
+            # The catalogue may forbid a node that knows the model.
+            feasible_on=_union(_holders(card), entry.feasible_on),
             capabilities=card.capabilities or entry.capabilities or ["text"],
             cost=entry.cost,
         )
@@ -80,6 +82,11 @@ def _with_node(card: ModelCard, node: str, model: NodeModel) -> ModelCard:
         eta_s=card.eta_s if model.eta_s is None else model.eta_s,
         error=model.detail if model.state == "failed" else card.error,
     )
+
+
+def _holders(card: ModelCard) -> list[str]:
+    """Return the nodes that have the model, or are about to."""
+    return [place.node for place in card.locations if place.status not in _ABSENT]
 
 
 def _tightest(one: ModelLimit | None, other: ModelLimit | None) -> ModelLimit | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
+from collections.abc import Sequence
 from typing import Annotated, Literal
 from urllib.parse import unquote
 
@@ -20,7 +21,9 @@ from actors.front.models import Abilities, abilities
 from actors.front.queries import host_report, known_models
 from actors.front.services import SERVICES, Services
 from cortexd.errors import InvalidValue, MissingParameter, ModelNotFound
+from cortexd.memory_budget import within_limit
 from cortexd.messages import HostReport, LoadModel, LoadReport, ModelList, UnloadModelNow
+from cortexd.messages.fleet import DeviceReport
 from cortexd.models import LoadOptions, ModelPolicy, ModelStatus
 from cortexd.settings import NonNegativeFloat, NonNegativeInt
 
@@ -59,6 +62,7 @@ async def discovery(request: web.Request) -> web.Response:
     """Answer what this host is made of."""
     services = request.app[SERVICES]
     host, known = await asyncio.gather(host_report(services), known_models(services))
+    devices = _devices(services, host, known)
     limits = [status.limits.context for status in known.models if status.limits is not None]
     return json_response(
         {
@@ -75,7 +79,7 @@ async def discovery(request: web.Request) -> web.Response:
                     "vram_total_mb": device.memory_total_bytes // _MIB,
                     "compute_capability": device.compute_capability,
                 }
-                for device in host.devices
+                for device in devices
             ],
             "harnesses": _HARNESSES,
             "max_prompt_tokens": min(limits) - 1 if limits else None,
@@ -92,7 +96,7 @@ async def health(request: web.Request) -> web.Response:
         {
             "status": "draining" if known.is_draining else "ok",
             "uptime_secs": int(time.monotonic() - services.started),
-            "devices": _device_loads(host),
+            "devices": _device_loads(_devices(services, host, known)),
             "activation": _activation(services, known),
             "models": [
                 _model_load(services, status, loads.get(status.model_id))
@@ -189,7 +193,12 @@ def _own_url(request: web.Request) -> str:
     return f"http://[{host}]:{port}" if is_v6 else f"http://{host}:{port}"
 
 
-def _device_loads(host: HostReport) -> list[dict[str, object]]:
+def _devices(services: Services, host: HostReport, known: ModelList) -> list[DeviceReport]:
+    """Return the devices as far as models may use them: gateways place by what is free there."""
+    return within_limit(host.devices, known.models, services.settings.engine.memory_limit_mib)
+
+
+def _device_loads(devices: Sequence[DeviceReport]) -> list[dict[str, object]]:
     return [
         {
             "index": device.index,
@@ -198,7 +207,7 @@ def _device_loads(host: HostReport) -> list[dict[str, object]]:
             "utilization_pct": device.utilization_pct,
             "temp_c": device.temperature_c,
         }
-        for device in host.devices
+        for device in devices
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -34,7 +35,8 @@ async def route(bus: Bus, model: str, lease_id: str, *, wait_s: float, account: 
 
     Raises: ModelNotFound, ModelLoading (patience is over), ModelLoadFailed, ActorDown (no router).
     """
-    answer = await _ask(bus, lambda wait: Route(model, lease_id, wait, account), wait_s)
+    since = time.monotonic()
+    answer = await _ask(bus, lambda wait: Route(model, lease_id, wait, account, since), wait_s)
     assert isinstance(answer, Routed), "the router answers Route with Routed or an error"
     return answer
 

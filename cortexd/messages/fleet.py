@@ -30,6 +30,7 @@ class Route(Message, frozen=True, tag="Route"):
     request_id: str
     wait: bool = False
     account: str = ""
+    since: float = 0.0  # when it first asked, monotonic seconds
 
 
 class Routed(Message, frozen=True, tag="Routed"):

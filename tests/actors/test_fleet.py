@@ -35,6 +35,7 @@ from cortexd.messages import (
     NodeFailed,
     Ok,
     Place,
+    QueryLoading,
     RoutedHere,
     RoutedRemote,
 )
@@ -166,6 +167,30 @@ def test_cold_model_is_loaded_once_for_fifty_requests(tmp_path: Path) -> None:
         answers = await asyncio.gather(*(placed(router, f"r{n}", COLD) for n in range(50)))
         assert {answer.node for answer in answers if isinstance(answer, RoutedRemote)} == {"a"}
         assert [(load.node, load.options.quant) for load in world.loads] == [("a", "Q8_0")]
+
+    run(work)
+
+
+def test_refusal_of_a_loading_model_says_how_far_it_is(tmp_path: Path) -> None:
+    """Stage, progress and the time left, as its node told; the hint is that time."""
+
+    async def work() -> None:
+        world = NodesWorld()
+        world.may_load.clear()
+        router = make_gateway(world, tmp_path)
+        see_all(router)
+        loading = [NodeModel(COLD, "loading", detail="weights", progress=0.4, eta_s=17.0)]
+        with pytest.raises(ModelLoading) as caught:
+            await placed(router, "r1", COLD, wait=False)
+        assert "starting" in caught.value.message
+        report(router, "a", {}, models=loading)
+        with pytest.raises(ModelLoading, match="weights") as caught:
+            await placed(router, "r2", COLD, wait=False)
+        assert caught.value.details == {"progress": 0.4, "eta_s": 17.0}
+        assert caught.value.retry_after_s == 17
+        told = router.on_query_loading(QueryLoading(COLD), envelope())
+        assert (told.stage, told.progress, told.eta_s) == ("weights", 0.4, 17.0)
+        world.may_load.set()
 
     run(work)
 

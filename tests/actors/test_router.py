@@ -71,7 +71,7 @@ from cortexd.models import (
     RopeSpec,
     WeightBytes,
 )
-from cortexd.settings import Gateway, Settings
+from cortexd.settings import Engine, Gateway, Settings
 
 MODEL = "org/small"
 OTHER = "org/other"
@@ -179,6 +179,7 @@ class World:
         self.router.spawn(self.router.on_group_up(GroupUp(0, group, epoch, leader)))
 
     async def _stop_group(self, message: StopGroup) -> Message:
+        self.used_bytes = 0
         self.router.on_group_down(
             GroupDown(0, message.group, self.epoch, "stopped", will_restart=False, commanded=True)
         )
@@ -463,8 +464,7 @@ def test_no_room_asks_the_evictor_and_unloads_its_victims(tmp_path: Path) -> Non
         router = make_router(world, tmp_path)
         await routed(router, model=OTHER)
         router.on_end_request(EndRequest("r1"), envelope())
-        full = DeviceReport(0, "cpu", "cpu", 4 * GIB, 3 * GIB)
-        router.on_host_report(HostReport("host", "Linux", "6", None, [full], []), envelope())
+        world.used_bytes = 3 * GIB
         world.size_bytes = 2 * GIB
         world.victims = [OTHER]
         await routed(router, "r2")
@@ -622,7 +622,7 @@ def test_default_model_whose_registry_is_out_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others load meanwhile; it waits as unloaded, not failed, and comes at last."""
-    monkeypatch.setattr("actors.router._REGISTRY_DELAY_S", 0.01)
+    monkeypatch.setattr("actors.activation._FIRST_DELAY_S", 0.01)
 
     async def work() -> None:
         world = World()
@@ -652,6 +652,105 @@ def test_offered_context_follows_the_engines_speed(tmp_path: Path) -> None:
             router.on_host_report(HostReport("h", "Linux", "6", None, [], [load]), envelope())
             limits = (await routed(router, f"r{context}")).limits
             assert (limits.context, limits.output) == (expected, expected - 1)
+
+    run(work)
+
+
+def test_load_waits_for_a_busy_model_to_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease wins over an eviction; the newcomer gets its turn when it ends."""
+    monkeypatch.setattr("actors.room_maker._RECHECK_S", 0.01)
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router, "r1", OTHER)
+        world.used_bytes, world.size_bytes, world.victims = 3 * GIB, 2 * GIB, [OTHER]
+        waiting = asyncio.create_task(routed(router, "r2"))
+        while router.models[MODEL].stage != "waiting for room":
+            await router.models[MODEL].wait_changed()
+        assert state_of(router, OTHER) == "loaded"
+        router.on_end_request(EndRequest("r1"), envelope())
+        await waiting
+        assert (state_of(router, OTHER), state_of(router)) == ("unloaded", "loaded")
+
+    run(work)
+
+
+def test_two_loads_at_once_do_not_count_on_the_same_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second sees what the first will take, although the device does not show it yet."""
+    monkeypatch.setattr("actors.room_maker._RECHECK_S", 0.01)
+
+    async def work() -> None:
+        world = World()
+        world.size_bytes = 2 * GIB
+        world.loads_by_itself = False
+        router = make_router(world, tmp_path)
+        first = asyncio.create_task(routed(router, "r1"))
+        await world.started.wait()
+        second = asyncio.create_task(routed(router, "r2", OTHER))
+        while router.models[OTHER].stage != "waiting for room":
+            await router.models[OTHER].wait_changed()
+        assert world.count(StartGroup) == 1
+        world.spawn_up(router.models[MODEL].group, 1)
+        await first
+        world.loads_by_itself = True
+        router.on_end_request(EndRequest("r1"), envelope())
+        await second
+        assert world.count(StartGroup) == 2
+
+    run(work)
+
+
+def test_requests_beyond_the_engines_seats_wait_in_turn(tmp_path: Path) -> None:
+    """Accounts take turns, the queue is bounded, and who leaves frees its place."""
+
+    async def work() -> None:
+        engine = Engine(max_num_seqs=1, max_queue_depth=2)
+        router = make_router(World(), tmp_path, engine=engine)
+
+        async def ask(name: str, account: str) -> Routed:
+            message = msgspec.structs.replace(route(name), account=account)
+            return await router.on_route(message, envelope())
+
+        await ask("g1", "greedy")
+        await ask("g2", "greedy")  # one more than runs, so that the engine never idles
+        waiting = {
+            name: asyncio.create_task(ask(name, account))
+            for name, account in (("g3", "greedy"), ("m1", "modest"))
+        }
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match=r"engine\.max_queue_depth"):
+            await ask("m2", "modest")
+        router.on_end_request(EndRequest("g1"), envelope())
+        await waiting["m1"]
+        assert not waiting["g3"].done()
+        router.on_end_request(EndRequest("g3"), envelope())
+        with pytest.raises(Cancelled):
+            await waiting["g3"]
+        assert set(router.models[MODEL].leases) == {"g2", "m1"}
+
+    run(work)
+
+
+def test_requests_in_the_queue_ask_again_when_the_engine_ends(tmp_path: Path) -> None:
+    """They are told that it loads, which their front waits for."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path, engine=Engine(max_num_seqs=1))
+        for name in ("r1", "r2"):
+            await routed(router, name)
+        waiting = asyncio.create_task(router.on_route(route("r3"), envelope()))
+        await asyncio.sleep(0)
+        assert router.requests.queue_depths() == {MODEL: 1}
+        group = router.models[MODEL].group
+        router.on_group_down(GroupDown(0, group, 1, "killed", will_restart=True, commanded=False))
+        with pytest.raises(ModelLoading):
+            await waiting
 
     run(work)
 

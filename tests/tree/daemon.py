@@ -219,6 +219,18 @@ class Daemon:
             return error.code, error.read().decode()
 
 
+class NeuronDaemon(Daemon):
+    """A neuron-only daemon: it answers on its neuron listener."""
+
+    def _front_answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.output.read_text()
+        try:
+            return self.get("/livez", port=self.neuron_port)[0] == 200
+        except OSError:
+            return False
+
+
 def _chat_body(model: str, text: str, fields: dict[str, object]) -> dict[str, object]:
     return {
         "model": model,
