@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 
+import msgspec
 import torch
 
 from cortexd import errors
@@ -248,7 +249,7 @@ class Engine:
 
     def report(self, model_id: str) -> LoadReport:
         """Return the load figures."""
-        return self.figures.report(model_id)
+        return msgspec.structs.replace(self.figures.report(model_id), is_asleep=self.is_asleep)
 
     def close(self) -> None:
         """Drop all sequences; the process's end frees the memory."""

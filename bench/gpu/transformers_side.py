@@ -33,7 +33,7 @@ def transformers_tok_s(spec: ModelSpec) -> tuple[float, float]:
         dtype=torch.bfloat16,
     )
     with torch.device("cuda"):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
+        model = Qwen3ForCausalLM(config).bfloat16().eval()
     prompt = torch.tensor([prompt_of(512)], device="cuda")
     generation = GenerationConfig(
         max_new_tokens=_NUM_TOKENS, min_new_tokens=_NUM_TOKENS, do_sample=False, eos_token_id=-1
