@@ -52,6 +52,7 @@ class RandomWeights:
         bias_name: str | None = None,
         *,
         is_exact: bool = False,
+        sums: bool = True,
     ) -> Linear:
         """Return a random layer."""
         return self._layer(out_features, in_features, None if is_exact else self._quant)
