@@ -31,7 +31,7 @@ class Model(Protocol):
 
     @property
     def backend_name(self) -> str:
-        """What computes: "native", "native linears", "triton" or "reference"."""
+        """What computes: "native", "native layers", "native linears", "triton" or "reference"."""
         ...
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -85,6 +85,8 @@ def load_model(
         weights.check_all_used()
     finally:
         weights.close()
+    if model.backend_name == "native":
+        devices.leave_threads_to_native()
     # Of several ranks only the first would know the tokens.
     is_alone = comm.world_size == 1 and model.fused is not None and model.fused.is_capturable
     return LoadedModel(

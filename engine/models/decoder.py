@@ -25,6 +25,7 @@ from engine.loader import Weights
 from engine.models.attention import Attention, RotaryTables, SelfAttention
 from engine.models.experts import build_gated_mlp, build_sparse_mlp
 from engine.models.native import native_decoder
+from engine.models.native_layers import NativeLayers, native_layers
 from engine.tensor_plan import EMBEDDING, FINAL_NORM
 
 if TYPE_CHECKING:
@@ -69,24 +70,32 @@ class Decoder:
         self.head = weights.head(self.embedding)
         self._native = native_decoder(self) if weights.dtype == torch.float32 else None
         self._has_native_linears = weights.has_native_layers
+        self.native_layers: NativeLayers | None = None
+        if self._native is None and weights.dtype == torch.float32 and self._has_native_linears:
+            self.native_layers = native_layers(self)
         self.fused = fused_decoder(self) if weights.backend == "triton" else None
 
     @property
     def backend_name(self) -> str:
         """What computes.
 
-        "native" (a step is one native call), "native linears", "triton", or "reference".
+        "native" (a step is one native call), "native layers" (an operation is one), "native
+        linears", "triton", or "reference".
         """
         if self._native is not None:
             return "native"
         if self.fused is not None:
             return "triton"
+        if self.native_layers is not None:
+            return "native layers"
         return "native linears" if self._has_native_linears else "reference"
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Return the logits (num_logit_rows, vocab_size); K and V of all tokens go to the cache."""
         if self.fused is not None:
             return self.fused.forward(batch, cache)
+        if self.native_layers is not None:
+            return self.native_layers.forward(batch, cache)
         hidden = self.embedding(batch.token_ids)
         if self._native is not None:
             return self._native.step(hidden, batch, cache.blocks)

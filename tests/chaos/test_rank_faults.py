@@ -92,10 +92,14 @@ def _stream(daemon: Daemon, model: str, prompt: str, begun: threading.Event) -> 
 def _begin(
     daemon: Daemon, model: str, moment: str, pool: ThreadPoolExecutor
 ) -> Future[tuple[int, Any]] | None:
-    """Bring the group to the moment; return what is under way then."""
+    """Bring a new group to the moment; return what is under way then.
+
+    New, since one that has failed before waits for seconds until it is started again.
+    """
+    daemon.post("/models/unload", {"model_id": model}, port=daemon.neuron_port)
     if moment == "load":
-        daemon.post("/models/unload", {"model_id": model}, port=daemon.neuron_port)
         return pool.submit(_load, daemon, model)
+    assert _load(daemon, model)[0] == 200
     if moment == "idle":
         return None
     begun = threading.Event()

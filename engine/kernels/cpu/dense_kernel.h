@@ -13,7 +13,7 @@ namespace cortexd {
 namespace {
 
 // As for quantised weights; see linear_kernel.h.
-constexpr int64_t kDensePrefetchBytes = 4096;
+constexpr int64_t kDensePrefetchBytes = 8192;
 
 // 16 rows of `Groups` groups x `Tokens` tokens. One sum is a chain of additions that wait for each
 // other, so several groups go side by side even for one token.

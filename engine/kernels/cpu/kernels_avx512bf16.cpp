@@ -12,7 +12,7 @@ namespace {
 using Bf16 = Dense<Type::BF16>;
 
 // As for the other dense weights; see dense_kernel.h.
-constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kAheadBytes = 8192;
 // The tokens of one pass over some groups: their numbers and the groups stay in the caches.
 constexpr int64_t kTokensOfPass = 32;
 

@@ -108,5 +108,5 @@ def test_model_with_a_type_without_kernel_keeps_the_linears_that_have_one(
 ) -> None:
     monkeypatch.delitem(TYPE_NUMBERS, "MXFP4")
     engine = load_engine(make_files(tmp_path, "llama", {"o_proj.weight": "MXFP4"}))
-    assert engine.backend_name == "native linears"
+    assert engine.backend_name == "native layers"
     assert len(generate(engine, PROMPTS[0], max_tokens=2, ignore_eos=True)) == 2
