@@ -31,9 +31,12 @@ from cortexd.messages import (
     LoadProgress,
     LoadReport,
     ModelLoaded,
+    Ok,
     QueryLoad,
+    SleepModel,
     Submit,
     TokenBatch,
+    WakeModel,
 )
 from cortexd.messages.envelope import Envelope
 from cortexd.messages.inference import SequenceDelta
@@ -152,6 +155,26 @@ class Leader(SyncActor):
             self.engine.backend_name,
             self._load_s,
         )
+
+    @handles(SleepModel)
+    def on_sleep(self, message: SleepModel, envelope: Envelope) -> Ok:
+        """Move the weights to host memory. Raises: what the engine raises."""
+        started = time.monotonic()
+        self.engine.sleep()
+        self._log_move("model.asleep", started)
+        return Ok()
+
+    @handles(WakeModel)
+    def on_wake(self, message: WakeModel, envelope: Envelope) -> Ok:
+        """Move the weights back. Raises: what the engine raises."""
+        started = time.monotonic()
+        self.engine.wake()
+        self._log_move("model.awake", started)
+        return Ok()
+
+    def _log_move(self, name: str, started: float) -> None:
+        took_s = round(time.monotonic() - started, 3)
+        event(self.log, name, model=self.args.options.model_id, took_s=took_s)
 
     def poll(self) -> bool:
         """Run one engine step and hand its tokens out; return whether more work waits."""
