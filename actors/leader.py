@@ -225,11 +225,12 @@ class Probe(SyncActor):
 
     def on_start(self) -> None:
         """Try every stage and tell the doctor of each; raises what fails."""
-        from engine.device import choose_device, device_name
+        from engine.device import choose_device, device_name, kernels_line
 
         args = msgspec.msgpack.decode(self.context.args, type=RankArgs)
         device = choose_device(self.context.settings.engine, args.options.device_of(0))
         self._found(f"device: {device_name(device)}")
+        self._found(kernels_line(self.context.settings.engine, device))
         if self.context.world_size == 1:
             return
         ranks = rank_group(self, args)
