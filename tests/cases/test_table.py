@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,29 +18,40 @@ from tests.cases.table import CASES
 _FOLDER = Path(__file__).parent
 _ROOT = _FOLDER.parents[1]
 # Tests of this folder name their row in their parameters or, where they have none, in their name.
-_ROW = re.compile(r"\[case(?P<row>\d\d)-(?P<dialect>openai|anthropic)|::test_case_(?P<plain>\d\d)_")
+_PARAMETER = re.compile(r"case(\d\d)-(openai|anthropic)")
+_NAME = re.compile(r"test_case_(\d\d)_")
 
 
-def collected(targets: list[str]) -> list[str]:
-    """Return what pytest collects of these targets; one that is not there fails."""
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", *targets],
-        capture_output=True,
-        text=True,
-        cwd=_ROOT,
-        timeout=100,
-        check=False,
-    )
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr
-    return found.stdout.splitlines()
+@cache
+def names_in(path: str) -> set[str]:
+    """Return the names of the tests that pytest collects from a file."""
+    if not Path(path).name.startswith("test_") or not (_ROOT / path).is_file():
+        return set()
+    body = ast.parse((_ROOT / path).read_text()).body
+    functions = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {function.name for function in functions if function.name.startswith("test_")}
+
+
+def parameter_ids(module: ModuleType) -> Iterator[str]:
+    """Yield the ids of all parameters of a module's tests."""
+    for name in names_in(f"tests/cases/{module.__name__.rpartition('.')[2]}.py"):
+        for mark in getattr(getattr(module, name), "pytestmark", []):
+            if mark.name == "parametrize":
+                yield from mark.kwargs.get("ids") or []
+                yield from (getattr(value, "id", None) or "" for value in mark.args[1])
 
 
 @pytest.fixture(scope="module")
 def proven() -> set[tuple[int, str]]:
     """The rows that tests of this folder bear, with the dialect, "" for those of none."""
-    files = [str(path) for path in sorted(_FOLDER.glob("test_*.py"))]
-    rows = [row for test in collected(files) if (row := _ROW.search(test)) is not None]
-    return {(int(row["row"] or row["plain"]), row["dialect"] or "") for row in rows}
+    rows: set[tuple[int, str]] = set()
+    for path in _FOLDER.glob("test_*.py"):
+        module = importlib.import_module(f"tests.cases.{path.stem}")
+        found = [_PARAMETER.match(name) for name in parameter_ids(module)]
+        rows |= {(int(row[1]), row[2]) for row in found if row is not None}
+        names = [_NAME.match(name) for name in names_in(f"tests/cases/{path.name}")]
+        rows |= {(int(name[1]), "") for name in names if name is not None}
+    return rows
 
 
 def test_every_case_has_its_row() -> None:
@@ -62,7 +76,6 @@ def test_every_case_is_proven_somewhere(proven: set[tuple[int, str]]) -> None:
 
 
 def test_named_proofs_exist() -> None:
-    """Each test that a row names is collected under that name."""
-    proofs = sorted({proof for case in CASES.values() for proof in case.proofs})
-    tests = {test.partition("[")[0] for test in collected(proofs)}
-    assert [proof for proof in proofs if proof not in tests] == []
+    """Each test that a row names is there under that name."""
+    proofs = {proof.partition("::")[::2] for case in CASES.values() for proof in case.proofs}
+    assert [(path, name) for path, name in sorted(proofs) if name not in names_in(path)] == []
