@@ -70,7 +70,7 @@ class SeatQueue(Generic[Wanted, Answer]):
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         ticket = Ticket(message.request_id, message.account, since, (message, front, future))
         loser = queue.join(ticket)
-        if loser is not None:
+        if loser is not None and not loser.waiter[2].done():
             loser.waiter[2].set_exception(self._full(model_id))
         try:
             async with asyncio.timeout(min(deadline, last) - time.monotonic()):
@@ -80,7 +80,11 @@ class SeatQueue(Generic[Wanted, Answer]):
                 raise DeadlineExceeded(f'model "{model_id}" has no free seat yet') from None
             raise self._timeout(model_id) from None
         finally:
-            self._leave(model_id, message.request_id)
+            # Asked again meanwhile, the request has a new ticket, which is not ours to give up.
+            if queue.find(message.request_id) is ticket:
+                queue.leave(message.request_id)
+            if not len(queue) and self._queues.get(model_id) is queue:
+                del self._queues[model_id]
 
     def serve(
         self,
@@ -96,6 +100,9 @@ class SeatQueue(Generic[Wanted, Answer]):
         queue = self._queues.get(model_id)
         while queue is not None and (ticket := queue.next(running())) is not None:
             message, front, future = ticket.waiter
+            if future.done():  # its time is over, it only has not run yet
+                queue.leave(ticket.request_id)
+                continue
             try:
                 answer = lease(message, front)
             except CortexError as error:
@@ -113,22 +120,15 @@ class SeatQueue(Generic[Wanted, Answer]):
             ticket = queue.find(request_id)
             if ticket is not None:
                 queue.leave(request_id)
-                ticket.waiter[2].set_exception(
-                    Cancelled(f"request {request_id} ended while it waited")
-                )
+                if not ticket.waiter[2].done():
+                    ticket.waiter[2].set_exception(
+                        Cancelled(f"request {request_id} ended while it waited")
+                    )
                 return
 
     def models(self) -> list[str]:
         """Return the models that requests wait for."""
         return list(self._queues)
-
-    def _leave(self, model_id: str, request_id: str) -> None:
-        queue = self._queues.get(model_id)
-        if queue is None:
-            return
-        queue.leave(request_id)
-        if not len(queue):
-            del self._queues[model_id]
 
     def _full(self, model_id: str) -> Overloaded:
         return Overloaded(

@@ -110,6 +110,10 @@ class DecodeSteps:
             done.record()
         return Flight(rows, token_ids, host, done)
 
+    def forget_graphs(self) -> None:
+        """Drop all graphs, whose addresses are about to change; they are captured anew."""
+        self._buckets.clear()
+
     def _bucket(self, size: int) -> _Bucket:
         if size not in self._buckets:
             buffers = StepBuffers(size, self._max_blocks, self._cache.block_size, self._device)

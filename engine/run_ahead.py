@@ -35,6 +35,11 @@ class RunAhead:
             return None
         return StepPlan(rows, len(rows))
 
+    def reset(self) -> None:
+        """Forget the step that was started, and all graphs; nothing runs any more."""
+        self._started = None
+        self._steps.forget_graphs()
+
     def takes(self, plan: StepPlan) -> bool:
         """Tell whether the plan can run here; one that was resumed always can."""
         return self._started is not None or self._steps.takes(plan.rows)

@@ -6,6 +6,7 @@ Lines are never split, so that a keep-alive or an error event of ours can follow
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import Final, Protocol
 
 import msgspec
@@ -82,8 +83,11 @@ class RelayedStream:
         self.num_events = 0
         self.is_between_events = True
         self._held = b""
-        self._head = b""  # the dialect with message_start counts the prompt in its first event
-        self._tail = b""
+        # The dialect with message_start counts the prompt in its first event.
+        self._head: list[bytes] = []
+        self._head_bytes = 0
+        self._tail: deque[bytes] = deque()
+        self._tail_bytes = 0
 
     def push(self, chunk: bytes) -> bytes:
         """Return the whole lines that the chunk completes."""
@@ -103,9 +107,13 @@ class RelayedStream:
         if not data:
             return data
         self.num_events += data.count(b"data:")
-        if len(self._head) < _TAIL_BYTES:
-            self._head += data[:_TAIL_BYTES]
-        self._tail = (self._tail + data)[-_TAIL_BYTES:]
+        if self._head_bytes < _TAIL_BYTES:
+            self._head.append(data)
+            self._head_bytes += len(data)
+        self._tail.append(data)
+        self._tail_bytes += len(data)
+        while self._tail_bytes - len(self._tail[0]) >= _TAIL_BYTES:
+            self._tail_bytes -= len(self._tail.popleft())
         last_line = data[data.rfind(b"\n", 0, -1) + 1 :]
         if not last_line.startswith(b":"):
             self.is_between_events = last_line.strip() == b""
@@ -119,15 +127,16 @@ class RelayedStream:
     @property
     def finish_reason(self) -> str | None:
         """Return why the model stopped, None when the stream did not say."""
-        return finish_reason(self._tail)
+        return finish_reason(b"".join(self._tail))
 
     @property
     def error_code(self) -> str | None:
         """Return the code of an error event, None when there was none."""
-        found = _ERROR_LINE.search(self._tail)
+        tail = b"".join(self._tail)
+        found = _ERROR_LINE.search(tail)
         if found is None:
             return None
-        code = _ERROR_CODE.search(self._tail, found.start())
+        code = _ERROR_CODE.search(tail, found.start())
         return code[1].decode() if code is not None else "upstream_error"
 
     @property
@@ -137,7 +146,8 @@ class RelayedStream:
 
     def counts(self) -> Counts:
         """Return the tokens; without a usage object the events are counted instead."""
-        tail, head = read_counts(self._tail), read_counts(self._head, is_first=True)
+        tail = read_counts(b"".join(self._tail))
+        head = read_counts(b"".join(self._head), is_first=True)
         if tail is None or head is None:
             return Counts(completion_tokens=self.num_tokens, is_estimated=True)
         return Counts(

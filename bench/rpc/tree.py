@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import tempfile
@@ -74,8 +76,8 @@ def measure_rpc(
     options = LoadOptions(model_id=task, tensor_parallel=world_size)
     files = ModelFiles(model_id=task, source="path", revision="", format="safetensors", weights=())
     targets = ("bench.rpc.ranks:RpcLeader", "bench.rpc.ranks:RpcWorker")
-    _run_group(RankArgs(options, files, _NO_MODEL), world_size, targets, Engine())
-    return _result(path, list[RpcCost])
+    words = _run_group(RankArgs(options, files, _NO_MODEL), world_size, targets, Engine())
+    return _result(path, list[RpcCost], words)
 
 
 def measure_steps(folder: Path, model: Path, world_size: int, num_threads: int) -> dict[str, float]:
@@ -93,11 +95,12 @@ def measure_steps(folder: Path, model: Path, world_size: int, num_threads: int) 
     options = LoadOptions(model_id=task, tensor_parallel=world_size)
     engine = Engine(device="cpu", num_threads=num_threads, prefix_cache=False, kv_cache_mib=256)
     targets = ("bench.rpc.ranks:StepLeader", "actors.worker:Worker")
-    _run_group(RankArgs(options, files, inspect(files)), world_size, targets, engine)
-    return _result(path, dict[str, float])
+    words = _run_group(RankArgs(options, files, inspect(files)), world_size, targets, engine)
+    return _result(path, dict[str, float], words)
 
 
-def _run_group(args: RankArgs, world_size: int, targets: tuple[str, str], engine: Engine) -> None:
+def _run_group(args: RankArgs, world_size: int, targets: tuple[str, str], engine: Engine) -> str:
+    """Return what the ranks logged."""
     leader, worker = targets
     packed = msgspec.msgpack.encode(args)
     order = StartGroup("bench", leader, packed, world_size, _START_TIMEOUT_S, worker)
@@ -111,12 +114,15 @@ def _run_group(args: RankArgs, world_size: int, targets: tuple[str, str], engine
             default_models=[],
         )
         child = ChildSpec(name="starter", target="bench.rpc.tree:Starter", args=starter)
-        run_root(settings, [child], {}, on_ready=lambda: None)
+        # The ranks end by themselves, which is an error in a daemon and here the aim.
+        with contextlib.redirect_stderr(io.StringIO()) as words:
+            run_root(settings, [child], {}, on_ready=lambda: None)
+        return words.getvalue()
 
 
-def _result(path: Path, kind: type[Result]) -> Result:
+def _result(path: Path, kind: type[Result], words: str) -> Result:
     if not path.exists():
-        raise RuntimeError("the ranks ended without a result; see their words above")
+        raise RuntimeError(f"the ranks ended without a result: {words[-2000:]}")
     result = msgspec.json.decode(path.read_bytes(), type=kind)
     path.unlink()
     return result

@@ -60,7 +60,7 @@ def _write_decodes_nowhere(batch: StepBatch) -> None:
 
 def _read_the_first_row(batch: StepBatch) -> None:
     for row in batch.rows:
-        row.first_slot, row.block_ids = batch.rows[0].first_slot, None
+        row.first_slot, row.is_consecutive = batch.rows[0].first_slot, True
 
 
 def _keep_what_a_slot_held(batch: StepBatch) -> None:
@@ -78,8 +78,8 @@ def _share_one_slot(batch: StepBatch) -> None:
 def _hides_earlier_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     original = BatchRow.mask
 
-    def broken(self: BatchRow, device: torch.device) -> Tensor | None:
-        mask = original(self, device)
+    def broken(self: BatchRow) -> Tensor | None:
+        mask = original(self)
         if mask is None:
             return None
         mask = mask.clone()
