@@ -29,6 +29,7 @@ from engine.constraints import Constraints, compiler_for
 from engine.decode_steps import CapturableModel, DecodeSteps
 from engine.grammar.compiler import GrammarCompiler
 from engine.kv_cache import KVCache, choose_size
+from engine.largest_step import activation_bytes
 from engine.load_figures import LoadFigures
 from engine.model_load import Model, load_model
 from engine.outbox import Outbox
@@ -70,7 +71,10 @@ class Engine:
         """
         self._lockstep = lockstep or Alone()
         self._is_split = world_size > 1
-        free = self._lockstep.shards_loaded(devices.free_memory_bytes(device, world_size))
+        free = devices.free_memory_bytes(device, world_size)
+        if not self._is_split:  # ranks would have to run the step together
+            free -= activation_bytes(model, spec, settings, dtype, device)
+        free = self._lockstep.shards_loaded(free)
         size = choose_size(settings, spec, dtype.itemsize, free, device.type)
         self.model = model
         self.spec = spec
