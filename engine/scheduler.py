@@ -18,9 +18,9 @@ one prompt, or of equal prompts sent together, one computes and the others follo
 A sequence that wants its prompt's log-probabilities takes over only what it has scored before: the
 rest has to yield logits. These are large, so a step scores a bounded number of tokens.
 
-Blocks are bytes: all are `KVCache.block_bytes` long and all state slots `slot_bytes`, taken from the
-device when the cache is sized, so to count them is to count bytes (`LoadReport` says them). None is
-reserved for answers, as an answer that finds no block preempts instead of failing; and a sequence
+Blocks are bytes: all are `KVCache.block_bytes` long and all state slots `slot_bytes`, taken from
+the device when the cache is sized, so to count them is to count bytes (`LoadReport` says them).
+None is reserved for answers, as an answer that finds no block preempts instead of failing; and a sequence
 that could never have its blocks is refused by its length, since one of full context always fits.
 """
 
