@@ -21,7 +21,7 @@ rest has to yield logits. These are large, so a step scores a bounded number of 
 Blocks are bytes: all are `KVCache.block_bytes` long and all state slots `slot_bytes`, taken from
 the device when the cache is sized, so to count them is to count bytes (`LoadReport` says them).
 None is reserved for answers, as an answer that finds no block preempts instead of failing;
-and what could never have its blocks is refused by its length, since one of full context always fits.
+and what could never have its blocks is refused by its length, since a full context always fits.
 """
 
 from __future__ import annotations
