@@ -15,9 +15,9 @@ from engine.engine import Engine
 from engine.formats.ggml import GGMLType
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Backend, Linear, Weight
-from engine.loader import RowSelection
 from engine.models.registry import load_class
 from engine.quant.tensor import QuantizedTensor
+from engine.stored_tensors import RowSelection
 
 # Where the float16 scales of a block stand: random bytes there would be infinite or not a number.
 _SCALES: Final = {GGMLType.Q4_K: (0, 2), GGMLType.Q6_K: (208,)}
