@@ -36,11 +36,12 @@ from engine.outbox import Outbox
 from engine.row_results import RowResult, not_finite, nothing_allowed, read_results
 from engine.run_ahead import RunAhead
 from engine.sampler import SampledToken, Sampler
-from engine.scheduler import PlannedRow, Scheduler, StepPlan
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.sleep import Asleep, check_can_sleep, tensors_of
 from engine.slot_pool import SlotPool
 from engine.step_faults import StepFaults
+from engine.step_plan import PlannedRow, StepPlan
 from engine.submission import make_sequence
 from engine.tp.comm import Comm
 from engine.tp.lockstep import Alone, Lockstep

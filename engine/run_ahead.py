@@ -10,8 +10,9 @@ from __future__ import annotations
 from engine.decode_steps import DecodeSteps, Flight
 from engine.row_results import RowResult
 from engine.sampler import NOT_FINITE, SampledToken
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
 from engine.sequence import SequenceState
+from engine.step_plan import StepPlan
 
 
 class RunAhead:

@@ -12,7 +12,7 @@ from cortexd.models import ModelSpec
 from engine.batch import PagedRows, StepBatch, build_batch
 from engine.kernels.triton import is_interpreted
 from engine.kv_cache import CacheSize, KVCache
-from engine.scheduler import PlannedRow
+from engine.step_plan import PlannedRow
 from tests.engine.doubles import make_sequence
 from tests.engine.test_submission import SPEC as TINY
 
