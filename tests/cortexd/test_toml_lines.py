@@ -115,7 +115,7 @@ def _paths(value: object, prefix: Path = ()) -> set[Path]:
 
 
 @given(st.dictionaries(_KEYS, _VALUES, max_size=4), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_document_yields_exactly_its_keys(document: dict[str, object], multiline: bool) -> None:
     """For whatever tomli-w writes, the locator finds the keys that tomllib reads."""
     text = tomli_w.dumps(document, multiline_strings=multiline)

@@ -191,7 +191,7 @@ _VALUE = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_arbitrary_fields_raise_nothing_else(nested: dict[str, Any], data: st.DataObject) -> None:
     """Any JSON in any field is a spec or one of the two errors."""

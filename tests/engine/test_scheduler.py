@@ -252,7 +252,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     arrivals=arrivals,
     num_blocks=st.integers(13, 40),

@@ -61,7 +61,7 @@ def test_preempted_sequence_gives_its_slot_back_and_starts_anew() -> None:
     assert new.num_output_tokens == 30
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_random_traffic_never_loses_or_shares_a_slot(data: st.DataObject) -> None:
     """Arrivals, cancels, preemptions and steps that ran out of memory; in the end all is free."""

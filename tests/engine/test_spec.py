@@ -250,7 +250,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     changes=st.dictionaries(
         st.sampled_from([*config_of(LLAMA), "rope_scaling", "rope_theta", "eos_token_id",

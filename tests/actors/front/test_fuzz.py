@@ -97,14 +97,14 @@ def check(status: int, body: Any) -> None:
 
 
 @given(body=BODIES, path=st.sampled_from(PATHS))
-@settings(max_examples=160, deadline=None)
+@settings(max_examples=160)
 def test_fuzz_typed_bodies_never_500(live_front: LiveFront, body: Any, path: str) -> None:
     """Known fields with any JSON value."""
     check(*live_front.post(path, msgspec.json.encode(body)))
 
 
 @given(data=st.binary(max_size=64) | VALUES.map(msgspec.json.encode))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_fuzz_any_bytes_never_500(live_front: LiveFront, data: bytes) -> None:
     """Any bytes, and any JSON value, as the body."""
     for path in ("/v1/chat/completions", "/v1/messages"):

@@ -244,9 +244,7 @@ def test_missing_architecture_is_refused(tmp_path: Path) -> None:
         _ = GGUFFile.open(path).architecture
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_open_mutated_file_raises_nothing_else(
     sample: Path, tmp_path: Path, data: st.DataObject

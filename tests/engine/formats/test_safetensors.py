@@ -110,9 +110,7 @@ def test_open_hostile_file_is_refused_naming_file_and_cause(case: str, tmp_path:
     assert len(str(caught.value)) < 1000
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_open_mutated_file_raises_nothing_else(
     sample: Path, tmp_path: Path, data: st.DataObject

@@ -37,7 +37,7 @@ def _stream(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> list[str]:
     return [*texts, detokenizer.flush()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     ids=st.lists(st.integers(0, 440), max_size=40),
     cuts=st.lists(st.integers(0, 40), max_size=8),
@@ -50,7 +50,7 @@ def test_stream_any_byte_level_ids_equals_full_decode(ids: list[int], cuts: list
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=st.sampled_from(SAMPLES) | st.text(max_size=20),
     cuts=st.lists(st.integers(0, 200), max_size=8),

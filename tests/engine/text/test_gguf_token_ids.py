@@ -129,7 +129,7 @@ def test_ids_equal_the_original_ones(pre: str, through_gguf: dict[str, TextModel
             assert ours.decode(expected) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=st.lists(
         st.sampled_from([*SCRIPTS, *CONTROL_TOKENS, *USER_TOKENS]) | st.text(max_size=6), max_size=9

@@ -46,7 +46,7 @@ def test_rebuild_byte_level_gives_the_original_ids(pre: str) -> None:
         )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS, pre=st.sampled_from(["smollm", "qwen2", "llama-bpe"]))
 def test_rebuild_byte_level_agrees_on_any_text(text: str, pre: str) -> None:
     """Any text gives the original's ids, and decodes to itself where nothing normalises."""
@@ -112,7 +112,7 @@ def _merge_by_score(text: str, metadata: dict[str, Any]) -> list[int]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(SAMPLES).filter(lambda text: "<" not in text)
     | st.text(alphabet="the quickbrown foxéü你 \n", max_size=30)
