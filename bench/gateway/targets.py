@@ -63,6 +63,8 @@ model_list:
       api_key: none
 litellm_settings:
   num_retries: 0
+general_settings:
+  dangerously_permit_weak_or_unset_master_key: true
 """
 
 
@@ -135,7 +137,8 @@ def litellm(folder: Path, upstream: int, venv: Path) -> Iterator[Target]:
     config.write_text(_LITELLM.format(model=MODEL, upstream=upstream))
     command = [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
     with _running(command, port, ready_path="/health/liveliness") as pid:
-        yield Target("LiteLLM", port, pid, speaks_anthropic=True)
+        # Its /v1/messages asks the upstream for OpenAI's Responses API, which the mock has not.
+        yield Target("LiteLLM", port, pid)
 
 
 @contextmanager
