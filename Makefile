@@ -17,6 +17,7 @@ type: $(VENV)/.ready-test
 	$(BIN)/mypy
 test: lint type
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/engine/kernels/triton $(ARGS)
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" $(ARGS)
 chaos: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m chaos -s $(ARGS)

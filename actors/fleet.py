@@ -87,10 +87,11 @@ class Fleet:
     async def place(self, message: Place, envelope: Envelope) -> Answer:
         """Return where the request goes; a remote one holds a lease.
 
-        Raises: ModelNotFound, ModelNotFeasible, NoHealthyNode, ModelLoading, ModelLoadFailed,
-        Overloaded, QueueTimeout.
+        Raises: ModelNotFound, ModelNotFeasible, WrongModality, NoHealthyNode, ModelLoading,
+        ModelLoadFailed, Overloaded, QueueTimeout.
         """
         model_id = self._router.local.resolve(message.model)
+        self._router.local.catalogue.check_generates(message.model)
         front = f"{envelope.src.name}.{envelope.src.incarnation}"
         was_cold = False
         while True:

@@ -31,9 +31,12 @@ from cortexd.messages import (
     LoadProgress,
     LoadReport,
     ModelLoaded,
+    Ok,
     QueryLoad,
+    SleepModel,
     Submit,
     TokenBatch,
+    WakeModel,
 )
 from cortexd.messages.envelope import Envelope
 from cortexd.messages.inference import SequenceDelta
@@ -153,6 +156,26 @@ class Leader(SyncActor):
             self._load_s,
         )
 
+    @handles(SleepModel)
+    def on_sleep(self, message: SleepModel, envelope: Envelope) -> Ok:
+        """Move the weights to host memory. Raises: what the engine raises."""
+        started = time.monotonic()
+        self.engine.sleep()
+        self._log_move("model.asleep", started)
+        return Ok()
+
+    @handles(WakeModel)
+    def on_wake(self, message: WakeModel, envelope: Envelope) -> Ok:
+        """Move the weights back. Raises: what the engine raises."""
+        started = time.monotonic()
+        self.engine.wake()
+        self._log_move("model.awake", started)
+        return Ok()
+
+    def _log_move(self, name: str, started: float) -> None:
+        took_s = round(time.monotonic() - started, 3)
+        event(self.log, name, model=self.args.options.model_id, took_s=took_s)
+
     def poll(self) -> bool:
         """Run one engine step and hand its tokens out; return whether more work waits."""
         from engine.device import is_device_poisoned
@@ -202,11 +225,12 @@ class Probe(SyncActor):
 
     def on_start(self) -> None:
         """Try every stage and tell the doctor of each; raises what fails."""
-        from engine.device import choose_device, device_name
+        from engine.device import choose_device, device_name, kernels_line
 
         args = msgspec.msgpack.decode(self.context.args, type=RankArgs)
         device = choose_device(self.context.settings.engine, args.options.device_of(0))
         self._found(f"device: {device_name(device)}")
+        self._found(kernels_line(self.context.settings.engine, device))
         if self.context.world_size == 1:
             return
         ranks = rank_group(self, args)

@@ -27,6 +27,7 @@ class LocalModels:
     def __init__(self, runtime_dir: Path) -> None:
         self.by_id: dict[str, ManagedModel] = {}
         self.aliases: dict[str, str] = {}
+        self.catalogue = Catalogue()
         self._runtime_dir = runtime_dir
 
     def find(self, name: str) -> ManagedModel:
@@ -67,6 +68,7 @@ class LocalModels:
 
         A model that runs goes on running as it was loaded. `kept` are ids that stay as they are.
         """
+        self.catalogue = catalogue
         self.aliases = catalogue.aliases
         if not serves_here:
             return

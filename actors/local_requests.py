@@ -43,8 +43,8 @@ class LocalRequests:
     async def route(self, message: Route, envelope: Envelope) -> Routed:
         """Lease a loaded model, loading it first when it is cold.
 
-        Raises: ModelNotFound, ModelLoading, ModelLoadFailed, NodeDraining, Overloaded,
-        QueueTimeout, DeadlineExceeded, Cancelled.
+        Raises: ModelNotFound, WrongModality, ModelLoading, ModelLoadFailed, NodeDraining,
+        Overloaded, QueueTimeout, DeadlineExceeded, Cancelled.
         """
         if self._router.is_draining:
             raise NodeDraining(
@@ -52,6 +52,7 @@ class LocalRequests:
                 retry_after_s=_DRAINING_RETRY_AFTER_S,
             )
         model = self._router.local.find(message.model)
+        self._router.local.catalogue.check_generates(message.model)
         was_cold = model.state != "loaded"
         while model.state != "loaded":
             await self._bring_up(model, message, envelope)

@@ -15,6 +15,7 @@ BENCHMARKS: Final = {
     "rpc": "the leader's RPC per step, and steps on several ranks against one (needs [test])",
     "gateway": "what the gateway adds, beside nginx and LiteLLM on the same mock upstream",
     "exactness": "logits against transformers, architectures x formats x ways (needs [test])",
+    "gpu": "the goals on one GPU, over random weights of real models' shapes",
     "cpu": "the engine against llama.cpp and transformers on this CPU, file by file",
 }
 

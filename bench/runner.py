@@ -62,11 +62,11 @@ class Runner:
         answer = self._answer()
         return Sample(answer["wall_s"], answer["cpu_s"])
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self) -> int:
+        """End the process; return its exit code."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(60)
+        return self._process.wait(60)
 
     def _answer(self) -> dict[str, float]:
         assert self._process.stdout is not None

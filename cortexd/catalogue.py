@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from cortexd.errors import ConfigError
+from cortexd.errors import ConfigError, WrongModality
 from cortexd.model_id import absolute_model_id, check_model_id
 from cortexd.models import ModelPolicy
 from cortexd.paths import home_dir
@@ -60,6 +60,10 @@ class RequestDefaults(Section, frozen=True):
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
     max_tokens: PositiveInt | None = None
+
+
+# One of these is what a model needs to answer a prompt.
+_GENERATING: Final = frozenset({"text", "chat", "completion", "vision"})
 
 
 class CatalogueModel(Section, frozen=True):
@@ -111,6 +115,19 @@ class Catalogue(Section, frozen=True):
     def resolve(self, name: str) -> str:
         """Return the model id that `name` means: an alias' target, or the name itself."""
         return self.aliases.get(name, name)
+
+    def check_generates(self, name: str) -> None:
+        """Raise WrongModality when what a model is declared for is no text, by chat or prompt.
+
+        A model without declared capabilities is taken to answer.
+        """
+        entry = self.model(self.resolve(name))
+        if entry is not None and entry.capabilities and not _GENERATING & set(entry.capabilities):
+            raise WrongModality(
+                f'model "{name}" answers no chats, completions or messages; its capabilities are: '
+                f"{', '.join(entry.capabilities)}",
+                param="model",
+            )
 
     def priorities(self) -> dict[str, int]:
         """Return the residency class of every model; one not listed has DEFAULT_PRIORITY."""

@@ -15,7 +15,8 @@ from cortexd.settings import Settings
 from cortexd.toml_lines import Path
 
 PREFIX: Final = "CORTEXD_"
-RESERVED: Final = frozenset({"CORTEXD_CONFIG"})  # ours, and no option
+# Ours, and no options; the last two are read where the CPU kernels are built and loaded.
+RESERVED: Final = frozenset({"CORTEXD_CONFIG", "CORTEXD_CPU_ISA", "CORTEXD_KERNELS_DIR"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,13 @@ class RequestTimeout(InvalidRequest):
     http_status = 408
 
 
+class WrongModality(InvalidRequest):
+    """The model is not made for this endpoint, such as an embedding model for a chat."""
+
+    code = "wrong_modality"
+    http_status = 422
+
+
 class NotFound(CortexError):
     """No such route, actor or operation."""
 
@@ -185,11 +192,30 @@ class UpstreamUnavailable(CortexError):
 
 
 class UpstreamInterrupted(CortexError):
-    """A node ended, or fell silent, in the middle of its answer."""
+    """A node ended in the middle of its answer."""
 
     code = "upstream_interrupted"
     http_status = 502
     retriable = True
+
+
+class UpstreamStalled(UpstreamInterrupted):
+    """A node fell silent in the middle of its answer."""
+
+    code = "upstream_stalled"
+    http_status = 504
+
+
+class UpstreamProtocol(UpstreamInterrupted):
+    """A node sent what is no stream of its dialect."""
+
+    code = "upstream_protocol"
+
+
+class ModelMismatch(UpstreamUnavailable):
+    """A node does not have the model that was seen there; another process may have its address."""
+
+    code = "model_mismatch"
 
 
 class UpstreamError(CortexError):
@@ -408,6 +434,12 @@ class Cancelled(CortexError):
 
     code = "request_cancelled"
     http_status = 499
+
+
+class SlowClient(Cancelled):
+    """The client did not read its stream, and was dropped."""
+
+    code = "slow_client"
 
 
 def _all_subclasses(root: type[CortexError]) -> list[type[CortexError]]:

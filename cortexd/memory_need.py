@@ -18,8 +18,10 @@ from cortexd.settings import Engine
 MIB: Final = 2**20
 # A model that is loaded for less context than this serves hardly anyone.
 USEFUL_CONTEXT: Final = 4096
-# Activations of a step, logits, and the process itself: measured on the CPU. A CUDA context,
-# library workspaces and the allocator's slack take more.
+# Activations of a step, logits, and the process itself, shared pages aside. On a CPU, measured with
+# SmolLM2-135M (Q4_1) as private memory beyond weights and touched KV: 14 MiB when loaded, 37 in a
+# prompt of 4000 tokens, 73 with 8 streams, 143 with a prompt's log-probabilities; the rest is for
+# larger vocabularies. For CUDA (context, library workspaces, allocator's slack) an estimate.
 SCRATCH_BYTES: Final[Mapping[str, int]] = {"cpu": 256 * MIB, "cuda": 1536 * MIB}
 
 

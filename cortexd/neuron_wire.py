@@ -99,14 +99,17 @@ def read_devices(body: bytes) -> list[NodeDevice]:
     return [NodeDevice(device.index, device.vram_total_mb) for device in found]
 
 
-def answered_error(node: str, status: int, body: bytes) -> CortexError:
-    """Return the error a neuron answered: of its own class when the code is known here."""
+def answered_error(node: str, status: int, body: bytes, code: str | None = None) -> CortexError:
+    """Return the error a neuron answered: of its own class when the code is known here.
+
+    `code`: as a header told it, for a body of the dialect that has no codes.
+    """
     try:
         error = msgspec.json.decode(body, type=dict[str, dict[str, object]])["error"]
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
         error = {}
     message = str(error.get("message") or f"HTTP {status}")
-    error_class = ERRORS_BY_CODE.get(str(error.get("code")), UpstreamError)
+    error_class = ERRORS_BY_CODE.get(code or str(error.get("code")), UpstreamError)
     return error_class(f'node "{node}": {message}')
 
 

@@ -105,5 +105,10 @@ class BlockPool:
             del self._cached[block]
             self._free[block] = None
 
+    def evict_all(self) -> None:
+        """Forget the content of all blocks that nobody holds."""
+        while self._cached:
+            self.on_evict(next(iter(self._cached)))
+
     def _list_of(self, block: int) -> OrderedDict[int, None]:
         return self._cached if self._known[block] else self._free

@@ -21,8 +21,8 @@ from engine import device_sampler
 from engine.batch import StepBatch
 from engine.device_sampler import Effort
 from engine.kv_cache import KVCache
-from engine.scheduler import PlannedRow
 from engine.step_buffers import StepBuffers
+from engine.step_plan import PlannedRow
 
 # Rows of a step are rounded up to one of these.
 BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -109,6 +109,10 @@ class DecodeSteps:
             done = torch.cuda.Event()
             done.record()
         return Flight(rows, token_ids, host, done)
+
+    def forget_graphs(self) -> None:
+        """Drop all graphs, whose addresses are about to change; they are captured anew."""
+        self._buckets.clear()
 
     def _bucket(self, size: int) -> _Bucket:
         if size not in self._buckets:

@@ -80,6 +80,8 @@ def choose_backend(settings: EngineSettings, device: torch.device) -> Backend:
     Raises: ConfigError when the settings demand Triton and it cannot run here.
     """
     is_native = settings.backend in ("auto", "exact") and device.type == "cpu"
+    if is_native and not native.available():
+        event(_log, "backend.reference", logging.WARNING, device="cpu", reason=native.status())
     if settings.backend == "reference" or is_native:
         return settings.backend
     reason = triton_kernels.why_unusable(device)
@@ -91,6 +93,14 @@ def choose_backend(settings: EngineSettings, device: torch.device) -> Backend:
         )
     event(_log, "backend.reference", logging.WARNING, device=str(device), reason=reason)
     return "reference"
+
+
+def kernels_line(settings: EngineSettings, device: torch.device) -> str:
+    """Say in one line which kernels compute on the device, and why the reference where it does."""
+    backend = choose_backend(settings, device)
+    if backend in ("auto", "exact"):
+        return native.status()
+    return f"kernels: {backend}"
 
 
 def set_num_threads(settings: EngineSettings, world_size: int = 1) -> None:

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 
+import msgspec
 import torch
 
 from cortexd import errors
@@ -28,16 +29,19 @@ from engine.constraints import Constraints, compiler_for
 from engine.decode_steps import CapturableModel, DecodeSteps
 from engine.grammar.compiler import GrammarCompiler
 from engine.kv_cache import KVCache, choose_size
+from engine.largest_step import activation_bytes
 from engine.load_figures import LoadFigures
 from engine.model_load import Model, load_model
 from engine.outbox import Outbox
 from engine.row_results import RowResult, not_finite, nothing_allowed, read_results
 from engine.run_ahead import RunAhead
 from engine.sampler import SampledToken, Sampler
-from engine.scheduler import PlannedRow, Scheduler, StepPlan
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.sleep import Asleep, check_can_sleep, tensors_of
 from engine.slot_pool import SlotPool
 from engine.step_faults import StepFaults
+from engine.step_plan import PlannedRow, StepPlan
 from engine.submission import make_sequence
 from engine.tp.comm import Comm
 from engine.tp.lockstep import Alone, Lockstep
@@ -67,7 +71,10 @@ class Engine:
         """
         self._lockstep = lockstep or Alone()
         self._is_split = world_size > 1
-        free = self._lockstep.shards_loaded(devices.free_memory_bytes(device, world_size))
+        free = devices.free_memory_bytes(device, world_size)
+        if not self._is_split:  # ranks would have to run the step together
+            free -= activation_bytes(model, spec, settings, dtype, device)
+        free = self._lockstep.shards_loaded(free)
         size = choose_size(settings, spec, dtype.itemsize, free, device.type)
         self.model = model
         self.spec = spec
@@ -93,6 +100,8 @@ class Engine:
         self.dtype_name = str(dtype).removeprefix("torch.")
         self.backend_name = model.backend_name
         self._device = device
+        self._weight_bytes = weight_bytes
+        self._asleep: Asleep | None = None
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
         self._faults = StepFaults(device)
@@ -147,13 +156,17 @@ class Engine:
         return self.scheduler.has_work or bool(self._outbox) or self._constraints.has_waiting
 
     def submit(self, owner: str, submit: Submit) -> None:
-        """Queue one sequence. Raises: InvalidValue, ContextLengthExceeded, Overloaded."""
+        """Queue one sequence; a model that sleeps wakes first.
+
+        Raises: InvalidValue, ContextLengthExceeded, Overloaded; InsufficientMemory from waking.
+        """
         key = (owner, submit.sequence_id)
         if key in self._sequences:
             raise errors.InvalidValue(
                 f"sequence {submit.sequence_id} of {owner} is running already; use a new id"
             )
         sequence = make_sequence(owner, submit, self.spec, self.limits)
+        self.wake()
         if submit.grammar:
             self.scheduler.check_queue()
             self._constraints.add(sequence)
@@ -195,9 +208,53 @@ class Engine:
                 self.figures.count_step(plan, time.perf_counter() - started)
         return self._outbox.take()
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the weights are in host memory."""
+        return self._asleep is not None
+
+    @torch.inference_mode()
+    def sleep(self) -> None:
+        """Move the weights to host memory and free the device; a submission wakes the model.
+
+        Raises: InvalidRequest on a CPU or several ranks, ServiceUnavailable while requests run,
+        InsufficientMemory when the host has no room.
+        """
+        if self._asleep is not None:
+            return
+        check_can_sleep(self._device, 2 if self._is_split else 1, self._weight_bytes)
+        if self.has_work or self._sequences:
+            raise errors.ServiceUnavailable(
+                f"the model answers {len(self._sequences)} sequences; let them end before it sleeps"
+            )
+        if self._ahead is not None:
+            self._ahead.reset()
+        self.scheduler.pool.evict_all()
+        self._asleep = Asleep(kept=tensors_of(self.model), dropped=tensors_of(self.cache))
+        devices.release_cached_memory(self._device)
+
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Move the weights back. Raises: InsufficientMemory when the device has no room now."""
+        if self._asleep is None:
+            return
+        try:
+            self._asleep.wake()
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            free = devices.free_memory_bytes(self._device)
+            raise errors.InsufficientMemory(
+                f"the model needs {self.memory_bytes} bytes to wake on {self.device_name}, {free} "
+                "are available; unload or put another model to sleep",
+                needed_bytes=self.memory_bytes,
+                available_bytes=free,
+            ) from error
+        self._asleep = None
+
     def report(self, model_id: str) -> LoadReport:
         """Return the load figures."""
-        return self.figures.report(model_id)
+        return msgspec.structs.replace(self.figures.report(model_id), is_asleep=self.is_asleep)
 
     def close(self) -> None:
         """Drop all sequences; the process's end frees the memory."""

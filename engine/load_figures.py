@@ -10,7 +10,8 @@ from cortexd.models import ModelLimits
 from cortexd.settings import Engine as EngineSettings
 from engine.context_limit import offered_context
 from engine.kv_cache import KVCache
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
+from engine.step_plan import StepPlan
 from engine.throughput import MovingRate
 
 

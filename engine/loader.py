@@ -11,30 +11,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from cortexd.errors import BadModelFile
 from cortexd.log import event
 from cortexd.models import ModelFiles, ModelSpec
 from engine import device as devices
-from engine.formats.checkpoint import Checkpoint, CheckpointTensor, listing
-from engine.formats.checkpoint_check import check_plan
-from engine.formats.in_situ import in_situ_type, type_for_columns
+from engine.formats.checkpoint import Checkpoint
 from engine.kernels import cpu as native
 from engine.layers.embedding import Embedding, tied_embedding
 from engine.layers.linear import Backend, Linear, Weight, has_triton_kernel, pack_native
 from engine.layers.sparse_mlp import SparseMLP
 from engine.memory_check import check_weights_fit
-from engine.models.registry import REGISTRY
-from engine.quant.quantize import quantize_rows
 from engine.quant.tensor import QuantizedTensor
+from engine.stored_tensors import ProgressCallback, RowSelection, StoredRows, StoredTensors
 from engine.tensor_plan import HEAD
-from engine.tensor_views import TORCH_DTYPES, bytes_view, dense_view, stack_rows
+from engine.tensor_views import dense_view, stack_rows
 from engine.tp.comm import Comm
 from engine.tp.layers import (
     GatheredHead,
@@ -45,19 +41,6 @@ from engine.tp.layers import (
 from engine.tp.sharding import makes_partial_sums
 
 Layer = TypeVar("Layer", Linear, Embedding)
-RowSelection = Tensor | int | None  # int64 row ids, one matrix of a stack, or all rows
-ProgressCallback = Callable[[int, int], None]  # bytes done, bytes in all
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRows:
-    """Rows of a stored tensor that are a matrix of their own, in this order."""
-
-    name: str
-    num_rows: int
-    bias_name: str | None = None
-    selection: RowSelection = None
-    is_exact: bool = False
 
 
 class Weights:
@@ -79,31 +62,17 @@ class Weights:
 
         `quant` is what dense matrices are quantised to while they are loaded.
         """
-        entry = REGISTRY[spec.model_type]
-        plan = entry.plan(spec)
-        check_plan(checkpoint, plan, spec)
         self._comm = comm or Comm()
         self.dtype = dtype
         self.device = torch.device(device)
         self.backend: Backend = backend
         self.memory_bytes = 0  # of all layers handed out so far
         self.has_native_layers = False  # whether native kernels compute any of them
-        self._checkpoint = checkpoint
         self._spec = spec
-        local = self._comm.shard.local_spec(spec)
-        self._in_situ = None if quant is None else in_situ_type(quant)
-        self._kept_dense: list[str] = []
         self._slab_types: set[str] = set()  # quantised types without a Triton kernel
-        self._checked = plan.required
-        self._unused = dict.fromkeys(plan.required)
-        self._permuted_heads = (
-            {"q_proj": local.num_attention_heads, "k_proj": local.num_key_value_heads}
-            if checkpoint.is_gguf and entry.has_permuted_rope_rows
-            else {}
+        self._stored = StoredTensors(
+            checkpoint, spec, self._comm.shard, self.device, quant=quant, progress=progress
         )
-        self._progress = progress
-        self._done_bytes = 0
-        self._total_bytes = sum(self._local(name).num_bytes for name in plan.required)
 
     @classmethod
     def open(
@@ -144,9 +113,9 @@ class Weights:
         is_wanted = self.backend in ("auto", "exact") and self.device.type == "cpu"
         is_native = is_wanted and native.available()
         check_weights_fit(
-            {name: self._local(name) for name in self._checked},
+            self._stored.planned(),
             None if is_native and self.dtype == torch.float32 else self.dtype.itemsize,
-            self._in_situ,
+            self._stored.in_situ,
             is_tied=self._spec.tie_word_embeddings,
             available_bytes=devices.free_memory_bytes(self.device, self._comm.world_size),
             device=str(self.device),
@@ -155,7 +124,7 @@ class Weights:
     @property
     def total_bytes(self) -> int:
         """Bytes that this rank reads of all tensors of the plan, as stored."""
-        return self._total_bytes
+        return self._stored.total_bytes
 
     def linear(
         self,
@@ -176,7 +145,7 @@ class Weights:
         if not sums or self._comm.shard.is_whole or not makes_partial_sums(name):
             return self._track(self._linear([rows], in_features))
         if bias_name is not None and self._comm.rank:
-            self._take(bias_name)  # rank 0 adds it, once
+            self._stored.take(bias_name)  # rank 0 adds it, once
             rows = replace(rows, bias_name=None)
         return RowParallelLinear(self._track(self._linear([rows], in_features)), self._comm)
 
@@ -209,7 +178,7 @@ class Weights:
                 strict=True,
             )
         ]
-        kinds = {(self._checkpoint[part.name].ggml_type, part.is_exact) for part in rows}
+        kinds = {(self._stored.kind(part.name), part.is_exact) for part in rows}
         if len(kinds) == 1 and all((b is None) == (biases[0] is None) for b in biases):
             return self._track(self._linear(rows, in_features))
         parts = [self._linear([part], in_features) for part in rows]
@@ -222,20 +191,20 @@ class Weights:
         """
         if self._comm.shard.is_whole:
             return self._embedding(name, rows, columns)
-        local = self._embedding(name, self._local(name).shape[0], columns)
+        local = self._embedding(name, self._stored.local(name).shape[0], columns)
         return VocabParallelEmbedding(local, self._comm, rows)
 
     def _embedding(self, name: str, rows: int, columns: int) -> Embedding:
-        mapped = self._matrix(StoredRows(name, rows, is_exact=True), columns)
+        mapped = self._stored.matrix(StoredRows(name, rows, is_exact=True), columns)
         embedding = None
         is_tied = self._spec.tie_word_embeddings
         # Rows that are only looked up take no time, so they stay as exact as they are stored.
-        head = self._quantized(name, mapped) if is_tied else mapped
+        head = self._stored.quantized(name, mapped) if is_tied else mapped
         if is_tied and self.device.type == "cpu":
             embedding = tied_embedding(mapped, head, dtype=self.dtype, backend=self.backend)
         if embedding is None:
             # Dense rows are converted on look-up: half the memory of bf16 as float32.
-            owned = self._own(head, self.dtype if is_tied else None)
+            owned = self._stored.own(head, self.dtype if is_tied else None)
             embedding = self._unpacked_embedding(owned)
         return self._track(embedding)
 
@@ -253,7 +222,7 @@ class Weights:
         vocab_size = self._spec.vocab_size
         if self._comm.shard.is_whole:
             return self.linear(HEAD, vocab_size, self._spec.hidden_size)
-        local = self.linear(HEAD, self._local(HEAD).shape[0], self._spec.hidden_size)
+        local = self.linear(HEAD, self._stored.local(HEAD).shape[0], self._spec.hidden_size)
         return GatheredHead(local, self._comm, vocab_size)
 
     def summed(self, experts: SparseMLP) -> SparseMLP:
@@ -266,26 +235,16 @@ class Weights:
 
     def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the vector `name` (size,) on the device, in `dtype` (default: compute dtype)."""
-        tensor = self._take(name)
+        tensor = self._stored.take(name)
         assert tensor.num_elements == size, f"{name}: planned {tensor.shape}, asked for ({size},)"
-        values = self._unpermuted(name, dense_view(tensor)).view(size)
+        values = self._stored.unpermuted(name, dense_view(tensor)).view(size)
         owned = torch.empty(size, dtype=dtype or self.dtype, device=self.device).copy_(values)
         self.memory_bytes += owned.numel() * owned.element_size()
         return owned
 
     def rope_factors(self) -> Tensor | None:
-        """Return the divisors (head_dim / 2,) float32 of the rope frequencies, where given.
-
-        Only GGUF files of models with llama3 rope scaling carry them; the spec's own rope type is
-        then "default". Raises: BadModelFile when one is not positive and finite.
-        """
-        tensor = self._checkpoint.rope_factors
-        if tensor is None:
-            return None
-        factors = dense_view(tensor).to(torch.float32, copy=True)
-        if not bool((torch.isfinite(factors) & (factors > 0)).all()):
-            raise BadModelFile(f"{tensor.file.path}: {tensor.name} must be positive and finite")
-        return factors.to(self.device)
+        """Return the divisors (head_dim / 2,) float32 of the rope frequencies, where given."""
+        return self._stored.rope_factors()
 
     def check_all_used(self) -> None:
         """Check that the model asked for every planned tensor; a fault here is the model's.
@@ -293,17 +252,7 @@ class Weights:
         Logs which matrices could not be quantised as the user wanted, and which types no kernel
         of the chosen backend multiplies.
         """
-        assert not self._unused, f"never asked for: {list(self._unused)[:10]}"
-        if self._in_situ is not None and self._kept_dense:
-            event(
-                logging.getLogger("cortexd.engine"),
-                "weights.kept_dense",
-                logging.WARNING,
-                quant=self._in_situ.name,
-                reason="rows are no multiple of 32",
-                tensors=listing("tensor", sorted(set(self._kept_dense))),
-            )
-
+        self._stored.check_all_used()
         if self._slab_types:
             event(
                 logging.getLogger("cortexd.engine"),
@@ -315,11 +264,10 @@ class Weights:
 
     def close(self) -> None:
         """Let go of the files. Layers stay valid; mapped pages leave this process."""
-        self._checkpoint.release_pages()
-        self._checkpoint.close()
+        self._stored.close()
 
     def _linear(self, rows: Sequence[StoredRows], in_features: int) -> Linear:
-        matrices = [self._matrix(part, in_features) for part in rows]
+        matrices = [self._stored.matrix(part, in_features) for part in rows]
         biases = [self._bias(part) for part in rows if part.bias_name is not None]
         bias = torch.cat(biases) if biases else None
         weight = stack_rows(matrices)
@@ -331,7 +279,7 @@ class Weights:
         owned = (
             weight
             if len(matrices) > 1 and self._is_in_place(weight)
-            else self._own(weight, self.dtype)
+            else self._stored.own(weight, self.dtype)
         )
         return self._unpacked_linear(owned, bias)
 
@@ -347,77 +295,8 @@ class Weights:
         assert part.bias_name is not None, f"{part.name} has no bias"
         if part.selection is None:
             return self.vector(part.bias_name, part.num_rows)
-        stored = self._take(part.bias_name)
+        stored = self._stored.take(part.bias_name)
         return self.vector(part.bias_name, stored.num_elements)[part.selection]
-
-    def _take(self, name: str) -> CheckpointTensor:
-        """Return this rank's part of the planned tensor, count it as used, report progress."""
-        assert name in self._checked, f"{name} is not in the plan of {self._spec.model_type}"
-        tensor = self._local(name)
-        if self._unused.pop(name, False) is None:
-            self._done_bytes += tensor.num_bytes
-            if self._progress is not None:
-                self._progress(self._done_bytes, self._total_bytes)
-        return tensor
-
-    def _local(self, name: str) -> CheckpointTensor:
-        """Return this rank's part of a tensor."""
-        tensor = self._checkpoint[name]
-        part = self._comm.shard.part(name, tensor.shape, self._spec)
-        return tensor if part is None else tensor.part(part)
-
-    def _matrix(self, part: StoredRows, columns: int) -> Weight:
-        """Return the matrix as stored: a view of the mapping, except for rows in a new order."""
-        tensor = self._take(part.name)
-        assert tensor.shape[-1] == columns, f"{part.name}: planned {tensor.shape}, not {columns}"
-        view = dense_view if tensor.ggml_type in TORCH_DTYPES else bytes_view
-        if isinstance(part.selection, int):
-            rows = view(tensor, part.selection)
-        else:
-            # GGUF files drop the first dimension of a single row.
-            rows = torch.atleast_2d(self._unpermuted(part.name, view(tensor)))
-            if part.selection is not None:
-                rows = rows[part.selection]
-        assert len(rows) == part.num_rows, f"{part.name}: {len(rows)} rows, not {part.num_rows}"
-        if tensor.ggml_type in TORCH_DTYPES:
-            return rows if part.is_exact else self._quantized(part.name, rows)
-        assert tensor.ggml_type is not None, f"{part.name}: {tensor.type_name} passed the plan"
-        return QuantizedTensor(tensor.ggml_type, (part.num_rows, columns), rows)
-
-    def _unpermuted(self, name: str, rows: Tensor) -> Tensor:
-        """Undo the GGUF converter's reordering of query and key rows (llama only).
-
-        It stores row (half s, index j) of each head at 2j + s; whole rows move, so packed rows
-        are as good as numbers.
-        """
-        num_heads = self._permuted_heads.get(name.split(".")[-2])
-        if num_heads is None:
-            return rows
-        pairs = rows.view(num_heads, self._spec.head_dim // 2, 2, -1)
-        return pairs.transpose(1, 2).reshape(rows.shape)
-
-    def _quantized(self, name: str, weight: Weight) -> Weight:
-        """Return a dense matrix quantised on the device, if the model is to be and its rows fit."""
-        if self._in_situ is None or isinstance(weight, QuantizedTensor):
-            return weight
-        ggml_type = type_for_columns(self._in_situ, weight.shape[1])
-        if ggml_type is None:
-            self._kept_dense.append(name)
-            return weight
-        rows = weight.to(self.device)
-        if not bool(torch.isfinite(rows).all()):
-            path = self._checkpoint[name].file.path
-            raise BadModelFile(f"{path}: tensor {name} holds NaN or infinity; cannot be quantised")
-        return quantize_rows(rows, ggml_type)
-
-    def _own(self, weight: Weight, dtype: torch.dtype | None) -> Weight:
-        """Return a copy on the device: quantised as it is, dense in `dtype` (None: as stored)."""
-        if self._in_situ is not None and isinstance(weight, QuantizedTensor):
-            return weight  # made here, and on the device
-        if isinstance(weight, QuantizedTensor):
-            packed = weight.packed.to(self.device, copy=True)
-            return QuantizedTensor(weight.ggml_type, weight.shape, packed)
-        return weight.to(self.device, dtype or weight.dtype, copy=True)
 
     def _is_in_place(self, weight: Weight) -> bool:
         """Tell whether a freshly made weight needs neither a move nor a conversion."""

@@ -14,8 +14,8 @@ from cortexd import errors
 from cortexd.messages.inference import PromptScores
 from engine.prompt_scores import score_tokens
 from engine.sampler import SampledToken, Sampler
-from engine.scheduler import PlannedRow
 from engine.sequence import Sequence
+from engine.step_plan import PlannedRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from engine.decode_steps import DecodeSteps, Flight
 from engine.row_results import RowResult
 from engine.sampler import NOT_FINITE, SampledToken
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
 from engine.sequence import SequenceState
+from engine.step_plan import StepPlan
 
 
 class RunAhead:
@@ -34,6 +35,11 @@ class RunAhead:
             self._started = None
             return None
         return StepPlan(rows, len(rows))
+
+    def reset(self) -> None:
+        """Forget the step that was started, and all graphs; nothing runs any more."""
+        self._started = None
+        self._steps.forget_graphs()
 
     def takes(self, plan: StepPlan) -> bool:
         """Tell whether the plan can run here; one that was resumed always can."""

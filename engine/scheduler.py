@@ -17,104 +17,32 @@ that it needs next, it sits this step out and takes the block in the next one. S
 one prompt, or of equal prompts sent together, one computes and the others follow a step behind.
 A sequence that wants its prompt's log-probabilities takes over only what it has scored before: the
 rest has to yield logits. These are large, so a step scores a bounded number of tokens.
+
+Blocks are bytes: all are `KVCache.block_bytes` long and all state slots `slot_bytes`, taken from
+the device when the cache is sized, so to count them is to count bytes (`LoadReport` says them).
+None is reserved for answers, as an answer that finds no block preempts instead of failing;
+and what could never have its blocks is refused by its length, since a full context always fits.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
 from engine.block_pool import NULL_BLOCK, BlockPool
-from engine.prefix_cache import PrefixCache, PublicationKey
+from engine.prefill_chunks import PrefillChunks, num_scored
+from engine.prefix_cache import PrefixCache
 from engine.prefix_tree import PrefixNode
 from engine.sequence import Sequence, SequenceState
 from engine.slot_pool import NULL_SLOT, SlotPool
-from engine.snapshots import Snapshots, StateCopy
+from engine.snapshots import Snapshots
+from engine.step_plan import PlanInMaking, PlannedRow, StepPlan
 
-# Prefill chunks are not cut smaller than this when memory is short: smaller ones save nothing.
-MIN_PREFILL_CHUNK: Final = 16
-# Prompt tokens that one step scores at most: their float32 logits of a 152k vocabulary are 156 MB.
-MAX_SCORED_TOKENS: Final = 256
 # Clean steps after which limits that were halved by an out-of-memory are doubled again.
 STEPS_TO_REGROW: Final = 64
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
-    """Tokens start..start+num_tokens-1 of a sequence; `samples` when its last one is among them.
-
-    The last `num_scored` tokens, not counting one that samples, score their successors.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-    num_scored: int = 0
-
-    @property
-    def num_logits(self) -> int:
-        """How many of the last tokens yield logits."""
-        return self.num_scored + self.samples
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The tokens to compute."""
-        return self.sequence.token_ids[self.start : self.start + self.num_tokens]
-
-    @property
-    def block_table(self) -> list[int]:
-        """The sequence's KV blocks, in order."""
-        return self.sequence.block_table
-
-    @property
-    def state_slot(self) -> int:
-        """Where a hybrid's recurrent state of the sequence is."""
-        return self.sequence.state_slot
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """The rows of one step: decode rows first, `num_decodes` of them, then prefill rows.
-
-    `state_copies` move a hybrid's states between slots before anything is computed.
-    """
-
-    rows: list[PlannedRow] = field(default_factory=list)
-    num_decodes: int = 0
-    state_copies: list[StateCopy] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(row.num_tokens for row in self.rows)
-
-
-@dataclass(slots=True)
-class PlanInMaking:
-    """The rows so far, whose they are, and what their sequences publish next."""
-
-    decodes: list[PlannedRow] = field(default_factory=list)
-    prefills: list[PlannedRow] = field(default_factory=list)
-    planned: set[Sequence] = field(default_factory=set)
-    num_scored: int = 0
-    keys: set[PublicationKey] = field(default_factory=set)
-
-    def add_decode(self, row: PlannedRow) -> None:
-        """Add the row of a sequence that decodes."""
-        self.decodes.append(row)
-        self.planned.add(row.sequence)
-
-    def add_prefill(self, row: PlannedRow, key: PublicationKey | None) -> None:
-        """Add a chunk of a prompt."""
-        self.prefills.append(row)
-        self.planned.add(row.sequence)
-        self.num_scored += row.num_scored
-        if key is not None:
-            self.keys.add(key)
 
 
 class Scheduler:
@@ -148,7 +76,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
-        self._chunk_limit = self.max_prefill_chunk
+        self.chunks = PrefillChunks(
+            self.prefix_cache, self.max_prefill_chunk, has_states=slots is not None
+        )
         self._seat_limit = self.max_running
         self._clean_steps = 0
 
@@ -171,7 +101,9 @@ class Scheduler:
         if num_queued >= self.max_queue_depth:
             raise errors.Overloaded(
                 f"the engine's queue holds {num_queued} requests, the most it may "
-                f"(engine.max_queue_depth = {self.max_queue_depth}); retry later",
+                f"(engine.max_queue_depth = {self.max_queue_depth}), and waits for "
+                f"{self.num_waiting_blocks} KV blocks of which {self.pool.num_free} of "
+                f"{self.pool.num_usable} are free; retry later",
                 retry_after_s=1.0,
             )
 
@@ -191,7 +123,7 @@ class Scheduler:
         budget = self.token_budget - num_decodes
         if num_decodes:
             # Decoding sequences wait for the whole step: bound what prefill adds to it.
-            budget = min(budget, self._chunk_limit)
+            budget = min(budget, self.chunks.limit)
         making = PlanInMaking()
         self._plan_decodes(making)
         self._plan_prefills(making, budget)
@@ -233,7 +165,7 @@ class Scheduler:
         self._clean_steps += 1
         if self._clean_steps >= STEPS_TO_REGROW:
             self._clean_steps = 0
-            self._chunk_limit = min(self._chunk_limit * 2, self.max_prefill_chunk)
+            self.chunks.regrow()
             self._seat_limit = min(self._seat_limit * 2, self.max_running)
 
     def finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
@@ -266,10 +198,9 @@ class Scheduler:
                 self._release_blocks(row.sequence)
                 row.sequence.num_computed = 0
                 row.sequence.num_cached_tokens = 0
-        longest = max(row.num_tokens for row in plan.rows)
-        if longest > MIN_PREFILL_CHUNK:
-            self._chunk_limit = max(MIN_PREFILL_CHUNK, longest // 2)
-        elif len(self.running) > 1:
+        if self.chunks.shrink(max(row.num_tokens for row in plan.rows)):
+            return None
+        if len(self.running) > 1:
             self._seat_limit = len(self.running) // 2
             while len(self.running) > self._seat_limit:
                 self._preempt(self.running[-1])
@@ -289,14 +220,11 @@ class Scheduler:
     def _plan_prefills(self, making: PlanInMaking, budget: int) -> None:
         prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         passed_over: list[Sequence] = []
-        for sequence in sorted(prefilling, key=self._prefill_rank):  # stable: else oldest first
+        for sequence in sorted(prefilling, key=self.chunks.rank):  # stable: else oldest first
             if sequence.state is not SequenceState.RUNNING or self._waits_for(making, sequence):
                 continue
-            num_left = self._num_left(sequence, sequence.num_computed)
-            num_tokens = self._chunk_size(num_left, budget, is_first=not making.prefills)
-            num_scored = _num_scored(sequence, num_tokens)
-            if num_tokens == 0 or making.num_scored + num_scored > MAX_SCORED_TOKENS:
-                num_tokens = 0
+            num_tokens = self.chunks.size(sequence, budget, making)
+            if num_tokens == 0:
                 # Nobody behind one whose chunk does not fit gets what is left.
                 budget = 0
             num_tokens = self._take_blocks(making, sequence, num_tokens)
@@ -305,18 +233,10 @@ class Scheduler:
                 continue
             budget -= num_tokens
             samples = num_tokens == sequence.num_uncomputed
-            num_scored = _num_scored(sequence, num_tokens)
-            row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples, num_scored)
+            scored = num_scored(sequence, num_tokens)
+            row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples, scored)
             making.add_prefill(row, self.prefix_cache.next_key(sequence))
         self._count_overtaken(making, passed_over)
-
-    def _prefill_rank(self, sequence: Sequence) -> int:
-        """Return how many chunks a sequence needs, less one for each time it was overtaken."""
-        limit = self._chunk_limit
-        if sequence.num_unscored:
-            limit = min(limit, MAX_SCORED_TOKENS)
-        num_chunks = -(-sequence.num_uncomputed // limit)
-        return max(num_chunks - sequence.num_overtaken, 0)
 
     def _count_overtaken(self, making: PlanInMaking, passed_over: list[Sequence]) -> None:
         if not passed_over or not making.prefills:
@@ -331,26 +251,6 @@ class Scheduler:
         """Tell whether a row of this step computes what the sequence can take over in the next."""
         key = self.prefix_cache.next_key(sequence)
         return key in making.keys and self.prefix_cache.could_take_next(sequence)
-
-    def _num_left(self, sequence: Sequence, start: int) -> int:
-        """Return how many tokens from `start` on a single chunk may have."""
-        end = len(sequence.token_ids)
-        if self.snapshots is not None:
-            end = self.prefix_cache.next_cut(sequence, start) or end
-        if sequence.num_unscored > MAX_SCORED_TOKENS:
-            end = min(end, max(start, sequence.num_scored) + MAX_SCORED_TOKENS)
-        return end - start
-
-    def _chunk_size(self, num_left: int, budget: int, *, is_first: bool) -> int:
-        """Return the tokens of the next chunk of a sequence; 0 when it does not fit this step.
-
-        Only a step's first chunk is cut to the budget: else the cuts, and with them the last bits
-        of a prompt's KV, would depend on what else happens to run.
-        """
-        num_tokens = min(num_left, self._chunk_limit)
-        if num_tokens <= budget:
-            return num_tokens
-        return budget if is_first else 0
 
     def _take_blocks(self, making: PlanInMaking, sequence: Sequence, num_tokens: int) -> int:
         """Give the sequence blocks for `num_tokens` more; return for how many there was room.
@@ -430,9 +330,3 @@ class Scheduler:
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
-
-
-def _num_scored(sequence: Sequence, num_tokens: int) -> int:
-    """Return how many of the next tokens score their successor for the first time."""
-    end = min(sequence.num_computed + num_tokens, sequence.num_scored + sequence.num_unscored)
-    return max(0, end - max(sequence.num_computed, sequence.num_scored))

@@ -46,6 +46,7 @@ TORCH_FREE_ENGINE = (
     "engine.spec",
     "engine.models.registry",
     "engine.scheduler",
+    "engine.step_plan",
     "engine.tp.sharding",
     "engine.tp.step_codec",
     "engine.token_ids",

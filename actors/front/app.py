@@ -8,7 +8,7 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from actors.front import health, models, neuron_api
+from actors.front import health, models, neuron_api, sleeping
 from actors.front.auth import HEARS_GATEWAYS, KeyRing, with_gateway_key, with_key
 from actors.front.chat import ChatDialect
 from actors.front.completions import CompletionDialect
@@ -61,6 +61,8 @@ def _add_routes(app: web.Application, keys: KeyRing, *, is_neuron: bool) -> None
         get("/models", with_gateway_key(neuron_api.list_models, keys))
         post("/models/load", with_gateway_key(neuron_api.load, keys))
         post("/models/unload", with_gateway_key(neuron_api.unload, keys))
+        post("/models/sleep", with_gateway_key(sleeping.sleep, keys))
+        post("/models/wake", with_gateway_key(sleeping.wake, keys))
         get("/models/{model_id:.+}/endpoint", with_gateway_key(neuron_api.endpoint, keys))
     else:
         get("/health", health.health)

@@ -11,6 +11,9 @@ from cortexd.errors import InvalidRequest, RequestTimeout, RequestTooLarge
 # A client that sends nothing for this long is gone, whatever its link.
 _IDLE_TIMEOUT_S = 30.0
 _TOTAL_TIMEOUT_S = 300.0
+# After its first seconds a body must have come at this rate, or it is only there to hold a place.
+_GRACE_S = 30.0
+_MIN_BYTES_PER_S = 1024
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
@@ -22,8 +25,10 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
     if declared is not None and declared > max_bytes:
         raise _too_large(max_bytes)
     chunks = bytearray()
+    clock = asyncio.get_running_loop().time
+    started = clock()
     try:
-        async with asyncio.timeout(_TOTAL_TIMEOUT_S) as total:
+        async with asyncio.timeout_at(started + _GRACE_S) as limit:
             while True:
                 async with asyncio.timeout(_IDLE_TIMEOUT_S):
                     chunk = await request.content.readany()
@@ -32,9 +37,13 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
                 chunks += chunk
                 if len(chunks) > max_bytes:
                     raise _too_large(max_bytes)
+                earned_s = _GRACE_S + len(chunks) / _MIN_BYTES_PER_S
+                limit.reschedule(started + min(earned_s, _TOTAL_TIMEOUT_S))
     except TimeoutError:
-        seconds = _TOTAL_TIMEOUT_S if total.expired() else _IDLE_TIMEOUT_S
-        raise RequestTimeout(f"the request body was not complete after {seconds:g} s") from None
+        raise RequestTimeout(
+            f"the request body was not complete after {clock() - started:.0f} s "
+            f"({len(chunks)} bytes came)"
+        ) from None
     except web.RequestPayloadError as error:
         raise InvalidRequest(f"the request body cannot be read: {error}") from None
 

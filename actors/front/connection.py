@@ -7,14 +7,21 @@ are not HTTP with its own text; both are mended here.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from typing import Any
 
 from aiohttp import web
 
-from actors.front.error_response import envelope, error_response
-from cortexd.errors import Internal, InvalidRequest, RequestTimeout
+from actors.front.error_response import (
+    anthropic_error_response,
+    error_response,
+    set_request_id,
+)
+from cortexd.errors import CortexError, Internal, InvalidRequest, RequestTimeout
 
 HEAD_TIMEOUT_S = 10.0
+# All that is known of a request whose head cannot be read, to answer in its dialect.
+_MESSAGES_START = b"POST /v1/messages"
 
 
 class Connection(web.RequestHandler):
@@ -25,10 +32,14 @@ class Connection(web.RequestHandler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._head_start = b""
 
     def data_received(self, data: bytes) -> None:
         """Pass bytes on; start the clock when they leave a head unfinished."""
         num_heads = self._request_count
+        if self._is_between_requests():
+            start = b"" if self._head_timer is None else self._head_start
+            self._head_start = (start + data[: len(_MESSAGES_START)])[: len(_MESSAGES_START)]
         super().data_received(data)
         if self._request_count > num_heads:
             self._stop_head_timer()
@@ -52,12 +63,21 @@ class Connection(web.RequestHandler):
             raise ConnectionError("part of a response was sent already")
         if status < 500:
             first_line = (message or "bad request").splitlines()[0][:200].rstrip(":")
-            error = error_response(InvalidRequest(f"the request is not valid HTTP: {first_line}"))
+            error = self._answer(InvalidRequest(f"the request is not valid HTTP: {first_line}"))
         else:
             self.log_exception("http.unhandled", exc_info=exc)
-            error = error_response(Internal("the server failed; see its log"))
+            error = self._answer(Internal("the server failed; see its log"))
         error.force_close()
         return error
+
+    def _answer(self, error: CortexError) -> web.Response:
+        request_id = uuid.uuid4().hex
+        if self._head_start == _MESSAGES_START:
+            answer = anthropic_error_response(error, request_id)
+        else:
+            answer = error_response(error)
+        set_request_id(answer, request_id)
+        return answer
 
     def _is_between_requests(self) -> bool:
         return self._current_request is None and not self._messages
@@ -71,11 +91,12 @@ class Connection(web.RequestHandler):
         self._head_timer = None
         if not self._is_between_requests() or self.transport is None:
             return
-        body = envelope(
+        answer = self._answer(
             RequestTimeout(f"the request head was not complete after {self.head_timeout_s:g} s")
         )
-        self.transport.write(
-            b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\n"
-            b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-        )
+        assert isinstance(answer.body, bytes), "an error is one piece"
+        fields = {**answer.headers, "Connection": "close", "Content-Length": len(answer.body)}
+        lines = [f"{name}: {value}" for name, value in fields.items()]
+        head = "\r\n".join(["HTTP/1.1 408 Request Timeout", *lines, "", ""])
+        self.transport.write(head.encode() + answer.body)
         self.force_close()

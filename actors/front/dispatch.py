@@ -14,7 +14,7 @@ from actors.front.auth import ANONYMOUS
 from actors.front.decode import decode_body
 from actors.front.entitlement import hold
 from actors.front.model_value import with_model
-from actors.front.node_watch import refuses_new_work, watched
+from actors.front.node_watch import check_serving, watched
 from actors.front.record import RequestRecord
 from actors.front.routing import place
 from actors.front.services import REQUEST_ID, SERVICES
@@ -170,9 +170,7 @@ class Dispatch:
         except UpstreamUnavailable as error:
             self.failed(error.message, is_refusing=isinstance(error, ConnectFailed))
             raise
-        if await refuses_new_work(self._upstream):
-            # It has begun to leave since the last poll; nothing of an answer was received.
-            raise UpstreamUnavailable(f'node "{routed.node}" takes no new requests')
+        await check_serving(self._upstream, routed)
         if self._upstream.status in _NODE_FAULTS:
             self.failed(f"HTTP {self._upstream.status}")
         else:

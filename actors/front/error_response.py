@@ -24,6 +24,9 @@ _DEFAULT_RETRY_AFTER_S = 2.0
 _MAX_RETRY_AFTER_S = 60
 _MESSAGES = "/v1/messages"
 _VERSION_HEADER = "anthropic-version"
+# Names the error's class in both dialects: the other one's envelope has no field for it, and a
+# gateway in front of this host goes by it.
+CODE_HEADER = "x-cortexd-error"
 
 
 def envelope(error: CortexError) -> bytes:
@@ -74,6 +77,7 @@ def set_request_id(response: web.StreamResponse, request_id: str) -> None:
 
 def _with_hints(error: CortexError, status: int, body: bytes) -> web.Response:
     response = web.Response(status=status, body=body, content_type="application/json")
+    response.headers[CODE_HEADER] = error.code
     seconds = retry_after_s(error)
     if seconds is not None:
         response.headers["Retry-After"] = str(seconds)

@@ -24,7 +24,7 @@ from cortexd.anthropic import (
     usage_of,
 )
 from cortexd.chat_answer import CallPart, ChatDocument, Choice, Counted, usage_from
-from cortexd.errors import UpstreamError, UpstreamInterrupted
+from cortexd.errors import UpstreamError, UpstreamInterrupted, UpstreamProtocol
 from cortexd.foreign_error import foreign_error
 
 _STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -124,7 +124,12 @@ class ForeignStream:
         """Return the tokens as the server counted them, else the chunks."""
         usage = usage_from(self._counted, self._num_chunks)
         cached = usage.prompt_tokens_details.cached_tokens
-        return Counts(usage.prompt_tokens, usage.completion_tokens, cached)
+        return Counts(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            cached,
+            is_estimated=self._counted is None,
+        )
 
     def push(self, chunk: bytes) -> bytes:
         """Return the events that follow from the chunk. Raises: UpstreamInterrupted."""
@@ -136,7 +141,7 @@ class ForeignStream:
         lines = data.split(b"\n")
         self._held = lines.pop()
         if len(self._held) > _MAX_HELD_BYTES:
-            self._fail(f"sent a line of more than {_MAX_HELD_BYTES} bytes")
+            self._fail(f"sent a line of more than {_MAX_HELD_BYTES} bytes", UpstreamProtocol)
         return b"".join(self._line(line) for line in lines)
 
     def flush(self) -> bytes:
@@ -165,7 +170,8 @@ class ForeignStream:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._num_bad += 1
             if self._num_bad >= _MAX_BAD_EVENTS:
-                self._fail(f"sent {self._num_bad} events that are no chunks")
+                what = f"sent {self._num_bad} events that are no chunks"
+                self._fail(what, UpstreamProtocol)
             return b""
         if document.error is not None:
             self._fail(foreign_error(self._node, 502, data).message, is_told=True)
@@ -211,7 +217,7 @@ class ForeignStream:
             self._call_index = index
             events += self._blocks.begin_call(*_identity(call, index))
         elif index < self._call_index or not self._blocks.is_call_open:
-            self._fail("went back to a tool call it had finished")
+            self._fail("went back to a tool call it had finished", UpstreamProtocol)
             return b""
         if call.function.arguments:
             events += self._blocks.arguments(call.function.arguments)
@@ -225,6 +231,12 @@ class ForeignStream:
         ending = event_bytes(MessageDelta(self._stop, usage)) + event_bytes(MessageStop())
         return (b"" if self._is_open else self._start()) + self._blocks.close() + ending
 
-    def _fail(self, what: str, *, is_told: bool = False) -> None:
+    def _fail(
+        self,
+        what: str,
+        error_class: type[UpstreamInterrupted] = UpstreamInterrupted,
+        *,
+        is_told: bool = False,
+    ) -> None:
         text = what if is_told else f'node "{self._node}" {what}; try again'
-        self._failure = self._failure or UpstreamInterrupted(text, retry_after_s=2)
+        self._failure = self._failure or error_class(text, retry_after_s=2)

@@ -56,13 +56,13 @@ class Front(AsyncActor):
         await self._wait_until_idle(max(deadline_s - 2 * _LAST_WORDS_S, 0.0))
         if self._services.num_active:
             event(self.log, "front.drain_incomplete", 30, active=self._services.num_active)
-            self._sequences.fail_all(ShuttingDown("this server is shutting down; try again"))
+            self._services.end_all(_shutting_down())
             await self._wait_until_idle(_LAST_WORDS_S)
 
     async def on_stop(self) -> None:
         """Close every connection."""
         self._services.is_draining = True
-        self._sequences.fail_all(ShuttingDown("this server is shutting down; try again"))
+        self._services.end_all(_shutting_down())
         await self._server.close()
         await self._services.spending.close(_LAST_WORDS_S)
         self._services.reports.close()
@@ -90,6 +90,10 @@ class Front(AsyncActor):
     def on_group_down(self, down: GroupDown) -> None:
         """Fail what ran on a group that ended."""
         self._sequences.fail_group(down.group, down.epoch, _restarting(down.reason))
+
+
+def _shutting_down() -> CortexError:
+    return ShuttingDown("this server is shutting down; try again", retry_after_s=5)
 
 
 def _restarting(reason: str) -> CortexError:

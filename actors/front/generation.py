@@ -180,9 +180,13 @@ class Generation:
     async def _finish_preparing(self, give_up: float) -> bool:
         """Wait for the route and the prompts, then submit; False when it is not time yet."""
         assert self._preparing is not None, "called while preparing"
-        await asyncio.wait({self._preparing}, timeout=max(give_up - self._clock(), 0.0))
-        if not self._preparing.done():
+        preparing = self._preparing
+        with self._services.told_of_end(lambda: _cancel(preparing)):
+            await asyncio.wait({preparing}, timeout=max(give_up - self._clock(), 0.0))
+        if not preparing.done():
             return False
+        if preparing.cancelled() and self._services.ending is not None:
+            raise self._services.ending
         prepared = self._preparing.result()
         self._preparing = None
         self._submit(prepared)
@@ -288,3 +292,7 @@ class Generation:
     def _new_queue(self) -> DeltaQueue:
         answers = self._request.choices_per_prompt * max(1, len(self._request.prompts))
         return DeltaQueue(MAX_PENDING_TOKENS * answers, self._cancel_running)
+
+
+def _cancel(task: asyncio.Task[Prepared]) -> None:
+    task.cancel()

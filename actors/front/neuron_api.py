@@ -243,6 +243,7 @@ def _model_load(
     }
     if report is not None:
         figures |= {
+            "is_asleep": report.is_asleep,
             "in_flight": report.num_running,
             "queue_depth": report.num_waiting,
             "kv_blocks_used": report.kv_blocks_used,

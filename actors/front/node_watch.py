@@ -15,13 +15,14 @@ import aiohttp
 import msgspec
 
 from actors.front.bus import Bus
+from actors.front.error_response import CODE_HEADER
 from actors.front.upstream import HEAD_TIMEOUT_S
-from cortexd.errors import CortexError, UpstreamUnavailable
+from cortexd.errors import CortexError, ModelMismatch, ModelNotFound, UpstreamUnavailable
 from cortexd.messages import NodeView, QueryNode, RoutedRemote
 
 # How often a node that takes its time is looked after.
 CHECK_PERIOD_S: Final = 5.0
-_UNAVAILABLE: Final = 503
+_NOT_SERVING: Final = frozenset({404, 503, 529})
 _LEAVING_CODES: Final = frozenset({"node_draining", "server_shutting_down"})
 
 
@@ -44,17 +45,33 @@ async def watched(
         posting.cancel()
 
 
-async def refuses_new_work(upstream: aiohttp.ClientResponse) -> bool:
-    """Tell whether a node refused because it is on its way out; the body can be read again."""
-    if upstream.status != _UNAVAILABLE:
-        return False
+async def check_serving(upstream: aiohttp.ClientResponse, routed: RoutedRemote) -> None:
+    """Raise when a neuron does not take the request at all; else the body can still be read.
+
+    Nothing of an answer was received then. Raises: UpstreamUnavailable (it is on its way out, since
+    the last poll), ModelMismatch (it does not have the model that the poll saw).
+    """
+    if routed.kind != "cortex" or upstream.status not in _NOT_SERVING:
+        return
+    code = upstream.headers.get(CODE_HEADER) or await _told_code(upstream)
+    if code in _LEAVING_CODES:
+        raise UpstreamUnavailable(f'node "{routed.node}" takes no new requests')
+    if code == ModelNotFound.code:
+        raise ModelMismatch(
+            f'node "{routed.node}" does not have model "{routed.model_id}", which was seen there; '
+            "try again",
+            retry_after_s=2,
+        )
+
+
+async def _told_code(upstream: aiohttp.ClientResponse) -> object:
     try:
         async with asyncio.timeout(CHECK_PERIOD_S):
             document = msgspec.json.decode(await upstream.read(), type=dict[str, object])
     except (TimeoutError, aiohttp.ClientError, OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return False
+        return None
     error = document.get("error")
-    return isinstance(error, dict) and error.get("code") in _LEAVING_CODES
+    return error.get("code") if isinstance(error, dict) else None
 
 
 async def _check(bus: Bus, routed: RoutedRemote, waited_s: float) -> None:

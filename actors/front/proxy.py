@@ -20,7 +20,13 @@ from aiohttp import web
 
 from actors.front.dialect import Answer, Dialect
 from actors.front.dispatch import Dispatch
-from actors.front.error_response import envelope, set_request_id
+from actors.front.error_response import (
+    CODE_HEADER,
+    anthropic_error_response,
+    error_response,
+    set_request_id,
+    speaks_anthropic,
+)
 from actors.front.foreign_messages import ForeignStream, whole_message
 from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
@@ -35,6 +41,7 @@ from cortexd.errors import (
     NoHealthyNode,
     UpstreamError,
     UpstreamInterrupted,
+    UpstreamStalled,
 )
 from cortexd.foreign_error import foreign_error
 from cortexd.neuron_wire import answered_error
@@ -130,13 +137,25 @@ class _Forwarding:
         return None if upstream is None else await self._whole(upstream)
 
     async def _limited(self, work: Awaitable[_Result]) -> _Result:
-        """Return the result. Raises: DeadlineExceeded when the request has lived too long."""
+        """Return the result.
+
+        Raises: DeadlineExceeded when the request has lived too long, ShuttingDown.
+        """
+        limit = asyncio.timeout_at(self._deadline)
+
+        def end() -> None:
+            if not limit.expired():
+                limit.reschedule(0.0)
+
         try:
-            async with asyncio.timeout_at(self._deadline) as limit:
-                return await work
+            async with limit:
+                with self._services.told_of_end(end):
+                    return await work
         except TimeoutError:
             if not limit.expired():
                 raise
+            if self._services.ending is not None:
+                raise self._services.ending from None
             raise DeadlineExceeded(
                 f"the request took longer than {self._gateway.request_timeout_s:g} s "
                 "(gateway.request_timeout_s)"
@@ -155,6 +174,7 @@ class _Forwarding:
             record.cached_tokens = counts.cached_tokens
         elif status == 200:
             record.completion_tokens = estimate_answer(body)
+            record.is_estimated = True
         record.finish_reason = finish_reason(body)
         headers = response_headers(upstream.headers)
         if self._dispatch.is_translated:
@@ -170,7 +190,7 @@ class _Forwarding:
             if not _is_error_object(body):
                 headers.popall("Content-Type", None)
                 headers["Content-Type"] = "application/json"
-                body = envelope(error)
+                body = self._envelope(error)
         record.status = status
         return web.Response(status=status, body=body, headers=headers)
 
@@ -182,11 +202,25 @@ class _Forwarding:
 
     def _answered(self, upstream: aiohttp.ClientResponse, body: bytes) -> CortexError:
         node, status = self._dispatch.node, upstream.status
+        if self._dispatch.is_translated:
+            return foreign_error(node, status, body, _retry_after_s(upstream))
         if _is_error_object(body):
             if self._dispatch.kind == "openai":
                 return foreign_error(node, status, body, _retry_after_s(upstream))
-            return answered_error(node, status, body)
-        return UpstreamError(f'node "{node}" answered HTTP {status} without an error object')
+            return answered_error(node, status, body, upstream.headers.get(CODE_HEADER))
+        return UpstreamError(
+            f'node "{node}" answered HTTP {status} without an error object',
+            retry_after_s=_retry_after_s(upstream),
+        )
+
+    def _envelope(self, error: CortexError) -> bytes:
+        answer = (
+            anthropic_error_response(error, self._request[REQUEST_ID])
+            if speaks_anthropic(self._request)
+            else error_response(error)
+        )
+        assert isinstance(answer.body, bytes), "an error is one piece"
+        return answer.body
 
     # From the node: a stream
 
@@ -277,9 +311,10 @@ class _Forwarding:
             except TimeoutError:
                 if time.monotonic() - heard_at > max_silence_s:
                     self._dispatch.failed(f"silent for {max_silence_s:g} s")
-                    raise UpstreamInterrupted(
+                    raise UpstreamStalled(
                         f'node "{self._dispatch.node}" said nothing for {max_silence_s:g} s; '
-                        "try again"
+                        "try again",
+                        retry_after_s=2,
                     ) from None
                 if stream.is_between_events:
                     await writer.write_keepalive()
@@ -309,6 +344,7 @@ class _Forwarding:
         record.prompt_tokens = counts.prompt_tokens
         record.completion_tokens = counts.completion_tokens
         record.cached_tokens = counts.cached_tokens
+        record.is_estimated = counts.is_estimated
         record.finish_reason = stream.finish_reason
         record.error_code = stream.error_code
 

@@ -38,6 +38,7 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    is_estimated: bool = False  # a node told no counts: those of the answer were made here
     num_resubmits: int = 0
     num_comments: int = 0
     num_keepalive_events: int = 0
@@ -129,6 +130,7 @@ class RequestRecord:
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             completion_tokens=self.completion_tokens,
+            estimated=self.is_estimated,
             resubmits=self.num_resubmits,
         )
         self._tell(services, duration_s, wait_s, ttft_s, decode_s)

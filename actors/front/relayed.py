@@ -22,11 +22,12 @@ _END_EVENTS: Final = 2  # the finish event and the end mark carry no token
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Tokens of one request as the upstream counted them."""
+    """Tokens of one request as the upstream counted them; `is_estimated`: it did not."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    is_estimated: bool = False
 
 
 class _PromptDetails(msgspec.Struct):
@@ -148,7 +149,7 @@ class RelayedStream:
         tail = read_counts(b"".join(self._tail))
         head = read_counts(b"".join(self._head), is_first=True)
         if tail is None or head is None:
-            return Counts(completion_tokens=self.num_tokens)
+            return Counts(completion_tokens=self.num_tokens, is_estimated=True)
         return Counts(
             tail.prompt_tokens or head.prompt_tokens,
             tail.completion_tokens,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import platform
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -51,11 +53,13 @@ class Services:
     started: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
+    ending: CortexError | None = None  # what all requests that still run are ended with
     num_active: int = 0
     num_lost_messages: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     _lease_prefix: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     _num_leases: int = 0
+    _to_end: set[Callable[[], None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.node = local_node_name(self.settings, platform.node())
@@ -89,6 +93,22 @@ class Services:
         """Tell metrics how long the engine took to free a cancelled sequence."""
         sample = CANCEL_LATENCY.sample(seconds, model=model, node=self.node)
         self.tell_quietly("metrics", Measured([sample]))
+
+    @contextlib.contextmanager
+    def told_of_end(self, end: Callable[[], None]) -> Iterator[None]:
+        """Within the block, `end_all` calls `end`: for what no sequence stands for."""
+        self._to_end.add(end)
+        try:
+            yield
+        finally:
+            self._to_end.discard(end)
+
+    def end_all(self, error: CortexError) -> None:
+        """End every request that still runs: their streams get this error as the last event."""
+        self.ending = error
+        self.sequences.fail_all(error)
+        for end in list(self._to_end):
+            end()
 
     def enter(self) -> None:
         """Count an inference request in."""

@@ -20,7 +20,7 @@ from actors.front.generation import Generation
 from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.services import REQUEST_ID, SERVICES
-from cortexd.errors import Cancelled, CortexError, Internal
+from cortexd.errors import Cancelled, CortexError, Internal, SlowClient
 from cortexd.log import event
 from cortexd.settings import Gateway
 
@@ -142,7 +142,7 @@ class EventWriter:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._response.write(data)
         except TimeoutError:
-            raise Cancelled(f"the client read nothing for {WRITE_TIMEOUT_S:g} s") from None
+            raise SlowClient(f"the client read nothing for {WRITE_TIMEOUT_S:g} s") from None
 
 
 def abort_connection(request: web.Request) -> None:

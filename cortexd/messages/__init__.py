@@ -53,8 +53,10 @@ from cortexd.messages.fleet import (
     ResolveProgress,
     Route,
     Routed,
+    SleepModel,
     UnloadIdle,
     UnloadModelNow,
+    WakeModel,
 )
 from cortexd.messages.inference import Cancel, Submit, TokenBatch
 from cortexd.messages.metrics import Gauges, Measured, Sample
@@ -208,6 +210,7 @@ __all__ = [
     "RoutedRemote",
     "Sample",
     "SetLogLevel",
+    "SleepModel",
     "StartGroup",
     "Stop",
     "StopGroup",
@@ -217,5 +220,6 @@ __all__ = [
     "UnloadModelNow",
     "UnloadOnNode",
     "UsageEntry",
+    "WakeModel",
     "Welcome",
 ]

@@ -96,6 +96,14 @@ class DescribeModel(Message, frozen=True, tag="DescribeModel"):
     """Router → leader (once its group is up, or after a router restart). Answer `ModelLoaded`."""
 
 
+class SleepModel(Message, frozen=True, tag="SleepModel"):
+    """Front → leader: move the weights to host memory. Answer `Ok` when the device is free."""
+
+
+class WakeModel(Message, frozen=True, tag="WakeModel"):
+    """Front → leader: move the weights back. Answer `Ok`."""
+
+
 class ModelLoaded(Message, frozen=True, tag="ModelLoaded"):
     """Leader → router: what this engine runs and what it derived."""
 
@@ -170,6 +178,7 @@ class LoadReport(Message, frozen=True, tag="LoadReport"):
     kv_bytes_used: int = 0
     kv_bytes_waiting: int = 0
     context: int = 0  # the longest sequence to offer at the present speed; 0: as loaded
+    is_asleep: bool = False  # its weights wait in host memory; a request wakes it
 
 
 class DeviceReport(msgspec.Struct, frozen=True, array_like=True):

@@ -18,9 +18,10 @@ from engine.layer_shapes import input_projections
 from engine.layers.gated_delta_net import GatedDeltaNet
 from engine.layers.linear import Linear
 from engine.layers.norm import GatedRMSNorm, ZeroCentredRMSNorm
-from engine.loader import RowSelection, Weights
+from engine.loader import Weights
 from engine.models.attention import RotaryTables, SelfAttention
 from engine.models.decoder import Decoder, DecoderLayer
+from engine.stored_tensors import RowSelection
 
 
 class GatedSelfAttention(SelfAttention):

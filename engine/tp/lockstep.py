@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from engine.kv_cache import CacheSize
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 
 
 class Lockstep(Protocol):

@@ -31,6 +31,7 @@ from cortexd.errors import (
     NodeDraining,
     Overloaded,
     RegistryUnreachable,
+    WrongModality,
 )
 from cortexd.messages import (
     ActorDown,
@@ -277,6 +278,24 @@ def test_fifty_requests_for_a_cold_model_make_one_load(tmp_path: Path) -> None:
         assert (world.count(ResolveFiles), world.count(StartGroup)) == (1, 1)
         assert router.models[MODEL].status().in_flight == 50
         assert not (await routed(router, "later")).cold_start
+
+    run(work)
+
+
+def test_model_for_something_else_answers_no_chats_and_is_not_loaded(tmp_path: Path) -> None:
+    """By what the catalogue declares; without a declaration it is taken to answer."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        embedder = CatalogueModel(id=MODEL, capabilities=["embedding"])
+        catalogue = Catalogue(models=[embedder], aliases={"small": MODEL})
+        router.on_catalogue_changed(CatalogueChanged(catalogue), envelope())
+        for name in (MODEL, "small"):
+            with pytest.raises(WrongModality, match="embedding"):
+                await routed(router, model=name)
+        assert not world.started.is_set()
+        assert router.models[MODEL].state == "unloaded"
 
     run(work)
 

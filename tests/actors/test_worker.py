@@ -23,7 +23,7 @@ from cortexd.models import LoadOptions, ModelFiles, RankArgs
 from cortexd.settings import Settings
 from engine.kv_cache import KVCache
 from engine.preflight import inspect
-from engine.scheduler import PlannedRow, StepPlan
+from engine.step_plan import PlannedRow, StepPlan
 from engine.token_ids import pack_token_ids
 from engine.tp.kept_states import MAX_KEPT
 from engine.tp.step_codec import StepEncoder

@@ -201,6 +201,12 @@ def test_option_error_names_the_option(tmp_path: Path) -> None:
         load_settings(None, {}, tmp_path, [override])
 
 
+@pytest.mark.parametrize("variable", ["CORTEXD_CPU_ISA", "CORTEXD_KERNELS_DIR"])
+def test_variables_of_the_kernels_are_no_options(variable: str, tmp_path: Path) -> None:
+    """They are read elsewhere, so the configuration does not refuse them."""
+    assert load_settings(None, {variable: "x"}, tmp_path) == load_settings(None, {}, tmp_path)
+
+
 # Errors of the file
 
 

@@ -44,9 +44,11 @@ from cortexd.messages import (
     Routed,
     RoutedHere,
     RoutedRemote,
+    SleepModel,
     Submit,
     TokenBatch,
     UnloadModelNow,
+    WakeModel,
 )
 from cortexd.messages.control import Message
 from cortexd.messages.fleet import DeviceReport
@@ -302,6 +304,7 @@ class Fleet:
                 limits=limits,
                 memory_bytes=5 * 2**20,
                 loaded_at=1.7e9,
+                leader=LEADER if state == "loaded" else None,
                 progress=0.25 if state == "loading" else None,
             )
             return ModelList(
@@ -311,7 +314,7 @@ class Fleet:
             device = DeviceReport(0, "test cpu", "cpu", 8 * 2**30, 2 * 2**30, 12.5)
             load = LoadReport(MODEL, 2, 1, 3, 10, 100.0, 20.0, 0, 5, 6, 7)
             return HostReport("host", "Linux", "6.1", None, [device], [load])
-        if isinstance(body, LoadModel | UnloadModelNow):
+        if isinstance(body, LoadModel | UnloadModelNow | SleepModel | WakeModel):
             if self.load_error is not None:
                 raise self.load_error
             return Ok()

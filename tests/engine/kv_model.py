@@ -7,9 +7,10 @@ state published too early shows as a wrong value. It also counts which prompt to
 
 from __future__ import annotations
 
-from engine import scheduler as scheduler_module
-from engine.scheduler import PlannedRow, Scheduler, StepPlan
+from engine import prefill_chunks
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.step_plan import PlannedRow, StepPlan
 
 OUTPUT_TOKEN = 7
 Value = tuple[str, tuple[int, ...]]  # salt and tokens
@@ -102,7 +103,7 @@ class KVModel:
         assert plan.rows, "work, but nothing planned"
         assert plan.num_tokens <= scheduler.token_budget
         num_scored = sum(row.num_scored for row in plan.rows)
-        assert num_scored <= scheduler_module.MAX_SCORED_TOKENS
+        assert num_scored <= prefill_chunks.MAX_SCORED_TOKENS
         assert len(scheduler.running) <= scheduler.max_running
         assert len({row.sequence for row in plan.rows}) == len(plan.rows)
         assert all(row.num_tokens == 1 for row in plan.rows[: plan.num_decodes])

@@ -11,6 +11,7 @@ import torch
 from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
 from engine import device
+from engine.kernels.cpu import library
 from tests.engine.test_submission import SPEC
 
 CPU = torch.device("cpu")
@@ -49,6 +50,27 @@ def test_choose_dtype_keeps_bfloat16_where_no_native_kernel_runs(
     settings = EngineSettings(backend=backend)
     assert device.choose_dtype(settings, CPU, spec, is_quantized=False) == torch.bfloat16
     assert device.choose_dtype(settings, CPU, spec, is_quantized=True) == torch.float32
+
+
+def test_kernels_line_names_the_active_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native kernels, the reference that was asked for, or why there are none."""
+    assert device.kernels_line(EngineSettings(), CPU).startswith("cpu kernels: native ")
+    reference = EngineSettings(backend="reference")
+    assert device.kernels_line(reference, CPU) == "kernels: reference"
+    monkeypatch.setattr(library, "_load", lambda: "no C++ compiler found")
+    line = device.kernels_line(EngineSettings(), CPU)
+    assert line == "cpu kernels: torch reference (no C++ compiler found)"
+
+
+def test_missing_native_kernels_are_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reference runs, and the log says why."""
+    monkeypatch.setattr(library, "_load", lambda: "no C++ compiler found")
+    assert device.choose_backend(EngineSettings(), CPU) == "auto"
+    (record,) = caplog.records
+    assert record.getMessage() == "backend.reference"
+    assert "no C++ compiler found" in str(record.__dict__)
 
 
 def test_choose_device_refuses_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

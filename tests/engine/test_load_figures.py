@@ -8,7 +8,7 @@ import pytest
 
 from cortexd.settings import Engine as EngineSettings
 from engine.context_limit import offered_context, rounded
-from engine.scheduler import PlannedRow, StepPlan
+from engine.step_plan import PlannedRow, StepPlan
 from tests.engine.checkpoints import load_engine, make_oracle, random_prompt, save_oracle
 from tests.engine.doubles import make_sequence, make_submit
 from tests.engine.driving import OWNER, run_to_end

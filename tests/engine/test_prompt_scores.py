@@ -13,8 +13,8 @@ from cortexd import errors
 from cortexd.messages.inference import PromptScores
 from cortexd.models import ModelFiles
 from engine.engine import Engine
+from engine.prefill_chunks import MAX_SCORED_TOKENS
 from engine.prompt_scores import score_tokens
-from engine.scheduler import MAX_SCORED_TOKENS
 from tests.engine.checkpoints import (
     Oracle,
     load_engine,

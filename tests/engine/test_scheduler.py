@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
-from engine import scheduler as scheduler_module
+from engine import prefill_chunks
 from engine.block_pool import BlockPool
-from engine.scheduler import MIN_PREFILL_CHUNK, Scheduler, StepPlan
+from engine.prefill_chunks import MIN_PREFILL_CHUNK
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState
+from engine.step_plan import StepPlan
 from tests.engine.doubles import make_sequence
 from tests.engine.kv_model import KVModel
 
@@ -206,7 +208,7 @@ def test_repr_tells_the_load() -> None:
 
 def test_scored_prompt_yields_logits_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its chunks are cut to the bound; a second one that does not fit waits for the next step."""
-    monkeypatch.setattr(scheduler_module, "MAX_SCORED_TOKENS", 10)
+    monkeypatch.setattr(prefill_chunks, "MAX_SCORED_TOKENS", 10)
     scheduler = make_scheduler()
     for sequence_id, wanted in ((1, 0), (2, 0), (3, -1)):
         prompt = make_sequence([1] * 14, sequence_id=sequence_id, num_prompt_logprobs=wanted)
@@ -265,7 +267,7 @@ arrivals = st.lists(
 )
 def test_random_traffic_keeps_all_promises(max_scored: int, **traffic: Any) -> None:
     """No leak, no wrong share, budgets kept; all ends, is scored once, is overtaken rarely."""
-    with mock.patch.object(scheduler_module, "MAX_SCORED_TOKENS", max_scored):
+    with mock.patch.object(prefill_chunks, "MAX_SCORED_TOKENS", max_scored):
         run_traffic(max_scored, **traffic)
 
 

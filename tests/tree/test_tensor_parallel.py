@@ -261,6 +261,8 @@ def test_doctor_tries_every_stage_and_leaves_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     stages = [line.partition(":")[0] for line in done.stdout.splitlines()]
-    expected = "spawn device ping init sanity memory free on the workers shutdown status=ok"
+    expected = (
+        "spawn device cpu kernels ping init sanity memory free on the workers shutdown status=ok"
+    )
     assert " ".join(stages) == expected
     assert done.stderr == ""

@@ -142,22 +142,33 @@ void read_block(LayoutMXFP4, const uint8_t* row, int64_t b, Block& block) {
     low_then_high_nibbles(p + 1, block.value);
 }
 
+// A quad of a row is one word of its payload lines. Words are bytes in memory order, and no shift here
+// carries a bit from one byte to another.
 template <class L>
 void place_payload(const uint8_t* value, int64_t r, uint8_t* payload) {
-    for (int quad = 0; quad < 8; ++quad) {
-        for (int j = 0; j < 4; ++j) {
-            const uint8_t v = value[quad * 4 + j];
-            const int64_t lane = r * 4 + j;
-            if (L::kBits == 8) {
-                payload[quad * 64 + lane] = v;
-                continue;
-            }
-            payload[quad % 4 * 64 + lane] |= static_cast<uint8_t>((v & 15) << (quad / 4 * 4));
-            if (L::kBits == 5) payload[256 + lane] |= static_cast<uint8_t>((v >> 4) << quad);
-            if (L::kBits == 6) {
-                payload[256 + quad / 4 * 64 + lane] |=
-                    static_cast<uint8_t>((v >> 4) << (quad % 4 * 2));
-            }
+    uint32_t quads[8];
+    std::memcpy(quads, value, sizeof(quads));
+    const auto place = [&](int64_t line, uint32_t word) {
+        std::memcpy(payload + line * 64 + r * 4, &word, 4);
+    };
+    if constexpr (L::kBits == 8) {
+        for (int quad = 0; quad < 8; ++quad) place(quad, quads[quad]);
+        return;
+    }
+    constexpr uint32_t kNibbles = 0x0f0f0f0f;
+    for (int quad = 0; quad < 4; ++quad) {
+        place(quad, (quads[quad] & kNibbles) | (quads[quad + 4] & kNibbles) << 4);
+    }
+    if constexpr (L::kBits == 5) {
+        uint32_t bits = 0;
+        for (int quad = 0; quad < 8; ++quad) bits |= (quads[quad] >> 4 & 0x01010101) << quad;
+        place(4, bits);
+    }
+    if constexpr (L::kBits == 6) {
+        for (int line = 0; line < 2; ++line) {
+            uint32_t bits = 0;
+            for (int i = 0; i < 4; ++i) bits |= (quads[line * 4 + i] >> 4 & 0x03030303) << (2 * i);
+            place(4 + line, bits);
         }
     }
 }
@@ -180,7 +191,8 @@ void place_meta(const Block& block, int64_t b, int64_t r, uint8_t* meta) {
 template <class L>
 void pack_group(const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t blocks,
                 uint8_t* group) {
-    std::memset(group, 0, static_cast<size_t>(L::group_bytes(blocks)));
+    std::memset(group, 0, static_cast<size_t>(L::meta_bytes(blocks)));
+    if (rows < kRows) std::memset(group, 0, static_cast<size_t>(L::group_bytes(blocks)));
     uint8_t* payload = group + L::meta_bytes(blocks);
     for (int64_t b = 0; b < blocks; ++b) {
         for (int64_t r = 0; r < rows; ++r) {
@@ -197,6 +209,14 @@ template <class D, class Number>
 void pack_dense_group(const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t columns,
                       uint8_t* group) {
     if (rows < kRows) std::memset(group, 0, static_cast<size_t>(D::group_bytes(columns)));
+    if (D::kType == Type::BF16 && rows == kRows) {  // two columns of a row are one word
+        for (int64_t pair = 0; pair < columns / 2; ++pair) {
+            for (int64_t r = 0; r < kRows; ++r) {
+                std::memcpy(group + (pair * kRows + r) * 4, source + r * row_bytes + pair * 4, 4);
+            }
+        }
+        return;
+    }
     for (int64_t r = 0; r < rows; ++r) {
         const uint8_t* from = source + r * row_bytes;
         for (int64_t k = 0; k < columns; ++k, from += sizeof(Number)) {

@@ -118,8 +118,9 @@ def attend_prefill(
     assert block_tables.stride(1) == 1, f"the block tables have strides {block_tables.stride()}"
     out = torch.empty(num_tokens, num_heads * head_dim, dtype=query.dtype, device=query.device)
     num_rows, dim_tile = kv_lens.shape[0], tile(head_dim)
-    queries = min(_QUERY_TILE, tile(max_query_len))
-    is_wide = dim_tile > 128 or query.dtype == torch.float32
+    # Twice the bytes of a head: half the tile, so that it fits into Ada's 99 KiB.
+    shrink = (2 if dim_tile > 128 else 1) * (2 if query.dtype == torch.float32 else 1)
+    queries = min(_QUERY_TILE // (2 if shrink > 2 else 1), tile(max_query_len))
     _attend_tile[(triton.cdiv(max_query_len, queries), num_heads, num_rows)](
         query,
         cache_layer,
@@ -136,7 +137,7 @@ def attend_prefill(
         HEAD_DIM=head_dim,
         DIM_TILE=dim_tile,
         QUERIES=queries,
-        TOKENS=_KEY_TILE // 2 if is_wide else _KEY_TILE,
+        TOKENS=_KEY_TILE // shrink,
         WIDEN=WIDEN,
         num_warps=8 if dim_tile > 128 else 4,
         num_stages=2,

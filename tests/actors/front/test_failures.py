@@ -254,7 +254,7 @@ async def test_client_that_does_not_read_is_cancelled(monkeypatch: pytest.Monkey
         writer.write(head.encode() + body)
         await front.fleet.wait_for(Cancel)
         await front.fleet.wait_for_finished()
-        assert (await front.fleet.wait_for_finished())[0].error_code == "request_cancelled"
+        assert (await front.fleet.wait_for_finished())[0].error_code == "slow_client"
         writer.close()
 
 

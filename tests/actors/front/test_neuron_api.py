@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cortexd.errors import InsufficientMemory, ModelAlreadyLoaded, ModelNotFound
-from cortexd.messages import LoadModel, UnloadModelNow
+from cortexd.errors import InsufficientMemory, InvalidRequest, ModelAlreadyLoaded, ModelNotFound
+from cortexd.messages import LoadModel, SleepModel, UnloadModelNow, WakeModel
 from cortexd.models import LoadOptions, ModelPolicy
-from tests.doubles.fleet import ALIAS, CONTEXT, MODEL
+from tests.doubles.fleet import ALIAS, CONTEXT, LEADER, MODEL
 from tests.doubles.front import ServedFront, async_test, chat_body, served_front
 
 
@@ -156,6 +156,29 @@ async def test_unload_passes_force_on() -> None:
             {"status": "unloaded"},
         )
         assert front.fleet.all_sent(UnloadModelNow) == [UnloadModelNow(MODEL, force=True)]
+
+
+@async_test
+async def test_sleep_and_wake_are_asked_of_the_leader() -> None:
+    """By name or alias; what it refuses, and a model that is not loaded, have their status."""
+    async with served_front() as front:
+        assert await post(front, "/models/sleep", {"model_id": ALIAS}) == (
+            200,
+            {"status": "asleep"},
+        )
+        assert await post(front, "/models/wake", {"model_id": MODEL}) == (
+            200,
+            {"status": "loaded"},
+        )
+        assert (LEADER, SleepModel()) in front.fleet.sent
+        assert (LEADER, WakeModel()) in front.fleet.sent
+        front.fleet.load_error = InvalidRequest("the model cannot sleep: it runs on the cpu")
+        status, body = await post(front, "/models/sleep", {"model_id": MODEL})
+        assert status == 400
+        assert "runs on the cpu" in body["error"]["message"]
+        assert (await post(front, "/models/sleep", {"model_id": "other"}))[0] == 404
+        status, body = await post(front, "/models/wake", {})
+        assert (status, body["error"]["param"]) == (400, "model_id")
 
 
 @async_test

@@ -10,7 +10,7 @@ from cortexd.settings import Engine as EngineSettings
 from engine.batch import build_batch
 from engine.kv_cache import CacheSize, KVCache
 from engine.layers.attention import paged_attention
-from engine.scheduler import PlannedRow, StepPlan
+from engine.step_plan import PlannedRow, StepPlan
 from tests.engine.doubles import make_sequence
 from tests.engine.test_kv_cache import SPEC
 

@@ -18,7 +18,7 @@ from cortexd.settings import Engine as EngineSettings
 from engine.engine import Engine
 from engine.kv_cache import CacheSize
 from engine.preflight import inspect
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 from engine.tp.comm import Comm
 from engine.tp.shard_runner import ShardRunner
 from engine.tp.sharding import Shard

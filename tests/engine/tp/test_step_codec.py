@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from cortexd.errors import InvalidValue
 from cortexd.messages.rpc import GenerateStep
 from engine.kv_cache import CacheSize
-from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import Sequence, SequenceState
+from engine.step_plan import PlannedRow, StepPlan
 from engine.token_ids import pack_token_ids, unpack_token_ids
 from engine.tp.step_codec import ReceivedStep, StepDecoder, StepEncoder
 from tests.engine.doubles import make_sequence

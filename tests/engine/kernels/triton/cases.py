@@ -10,12 +10,13 @@ from torch import Tensor
 
 from cortexd.models import ModelSpec
 from engine.batch import PagedRows, StepBatch, build_batch
+from engine.kernels.triton import is_interpreted
 from engine.kv_cache import CacheSize, KVCache
-from engine.scheduler import PlannedRow
+from engine.step_plan import PlannedRow
 from tests.engine.doubles import make_sequence
 from tests.engine.test_submission import SPEC as TINY
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
 # Of values around 1: accumulation order in float32, one rounding in the others.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 Lengths = list[tuple[int, int]]  # per row: query tokens, and tokens it sees in all
