@@ -231,23 +231,22 @@ class Fleet:
             self._tell_breaker(node, before)
             self._serve_queue(lease.model_id)
 
-    def leases(self) -> Iterator[tuple[str, Lease]]:
-        """Yield the node and the lease of every request that runs on another one."""
+    def leases(self) -> Iterator[tuple[str, str, Lease]]:
+        """Yield node, id and lease of every request that runs on another one."""
         for node in self._nodes.values():
-            for lease in node.leases.values():
-                yield node.entry.name, lease
+            for request_id, lease in node.leases.items():
+                yield node.entry.name, request_id, lease
 
-    def front_down(self, front: str) -> list[tuple[str, str, str]]:
-        """Close the leases of a dead front ("name.incarnation"); return request, model, node."""
+    def front_down(self, front: str) -> None:
+        """Close the leases of a dead front ("name.incarnation")."""
         gone = [
-            (request_id, lease.model_id, node.entry.name)
+            request_id
             for node in self._nodes.values()
             for request_id, lease in node.leases.items()
             if lease.front == front
         ]
-        for request_id, _, _ in gone:
+        for request_id in gone:
             self.end_request(request_id)
-        return gone
 
     # What others report
 
@@ -265,12 +264,18 @@ class Fleet:
         self._wake()
 
     def on_node_failed(self, message: NodeFailed) -> None:
-        """Count a failure; a node that refuses connections is not used until it answers a poll."""
+        """Count a failure; a node that refuses connections is not used until it answers a poll.
+
+        What fails while the polls fail too is the same outage: its end is the polls' to tell.
+        """
         node = self._nodes.get(message.node)
         if node is None:
             return
         before = node.breaker.state(time.monotonic())
-        node.breaker.failed(message.request_id, time.monotonic())
+        if node.report is not None and not node.report.is_healthy:
+            node.breaker.ended(message.request_id)
+        else:
+            node.breaker.failed(message.request_id, time.monotonic())
         self._tell_breaker(node, before)
         if message.is_refusing and not node.is_refusing:
             node.is_refusing = True

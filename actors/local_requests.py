@@ -127,18 +127,15 @@ class LocalRequests:
                     model.wake()
                 self.serve(model)
 
-    def front_down(self, front: str) -> list[tuple[str, str]]:
-        """Close the leases of a dead front ("name.incarnation"); return request and model."""
-        closed = []
-        for model_id, model in self._router.models.items():
+    def front_down(self, front: str) -> None:
+        """Close the leases of a dead front ("name.incarnation")."""
+        for model in self._router.models.values():
             gone = [request for request, lease in model.leases.items() if lease.front == front]
             for request in gone:
                 del model.leases[request]
-                closed.append((request, model_id))
             if gone:
                 model.wake()
                 self.serve(model)
-        return closed
 
     def serve(self, model: ManagedModel) -> None:
         """Give a model's free seats to those who wait; they ask again when it runs no more."""

@@ -25,6 +25,7 @@ from actors.local_models import LocalModels, check_devices, quoted
 from actors.local_requests import LocalRequests
 from actors.managed_model import ManagedModel, anonymous_by_place
 from actors.model_loader import ModelLoader
+from actors.open_requests import OpenRequest, take_left
 from actors.router_admin import RouterAdmin
 from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue
@@ -41,6 +42,7 @@ from cortexd.errors import (
 from cortexd.log import event
 from cortexd.messages import (
     ActorDown,
+    ActorUp,
     AdminCommand,
     AdminReply,
     CatalogueChanged,
@@ -145,6 +147,8 @@ class Router(AsyncActor):
             model.become("recovering", stage="adopting")
             if peer.state == "ready":
                 self.spawn(self._adopt(model, peer.name, peer.incarnation, peer.epoch))
+        for peer in self.peers.all():
+            self._record_left(peer.name, before=peer.incarnation)
         self.spawn(load_in_order(self, missing))
         self.spawn(self._show_forever())
 
@@ -176,9 +180,10 @@ class Router(AsyncActor):
         here = (
             (self.node_name, lease) for one in self.models.values() for lease in one.leases.values()
         )
+        elsewhere = ((node, lease) for node, _, lease in self.fleet.leases())
         samples += [
             ANONYMOUS.sample(count, node=node, model=model_id)
-            for (node, model_id), count in anonymous_by_place([*here, *self.fleet.leases()]).items()
+            for (node, model_id), count in anonymous_by_place([*here, *elsewhere]).items()
         ]
         with contextlib.suppress(ActorDownError, MailboxFull):  # it is told again soon
             self.tell("metrics", Gauges(samples))
@@ -326,26 +331,35 @@ class Router(AsyncActor):
     def on_actor_down(self, down: ActorDown) -> None:
         """Close the leases of a dead front, and record its requests in its place."""
         holder = f"{down.name}.{down.incarnation}"
-        for request_id, model_id, node in self.fleet.front_down(holder):
-            self._record_lost(request_id, model_id, node, holder)
-        for request_id, model_id in self.requests.front_down(holder):
-            self._record_lost(request_id, model_id, self.node_name, holder)
+        self.fleet.front_down(holder)
+        self.requests.front_down(holder)
+        self._record_left(down.name, before=down.incarnation + 1)
 
-    def _record_lost(self, request_id: str, model_id: str, node: str, front: str) -> None:
+    def on_actor_up(self, up: ActorUp) -> None:
+        """Record what an earlier front left when no router was there."""
+        self._record_left(up.actor.name, before=up.actor.incarnation)
+
+    def _record_left(self, name: str, *, before: int) -> None:
+        for request in take_left(self.context.runtime_dir, name, before=before):
+            self._record_lost(request, name)
+
+    def _record_lost(self, request: OpenRequest, front: str) -> None:
         """Write what the front would have written at the request's end, as far as it is known."""
+        labels = {"model": request.model, "node": request.node}
         event(
             self.log,
             "request.finished",
             30,
-            id=request_id,
-            model=model_id,
-            node=node,
+            id=request.request_id,
+            route=request.route,
+            model=request.model,
+            node=request.node,
             front=front,
             status=0,
             error="front_crashed",
         )
-        self.measure(REQUESTS.sample(1, model=model_id, node=node))
-        self.measure(REQUEST_ERRORS.sample(1, model=model_id, node=node, code="front_crashed"))
+        self.measure(REQUESTS.sample(1, **labels))
+        self.measure(REQUEST_ERRORS.sample(1, **labels, code="front_crashed"))
 
     async def on_group_up(self, up: GroupUp) -> None:
         """Ask a new leader what it runs, then route to it."""

@@ -90,11 +90,21 @@ class RouterAdmin:
 
     async def _requests(self, command: AdminCommand) -> object:
         _decode(command, NoArgs)
+        router = self._router
+        here = [
+            (router.node_name, request, lease)
+            for model in router.models.values()
+            for request, lease in model.leases.items()
+        ]
         return {
             "requests": [
-                {"request_id": request, "model": name, "front": lease.front}
-                for name, model in self._router.models.items()
-                for request, lease in model.leases.items()
+                {
+                    "request_id": request,
+                    "model": lease.model_id,
+                    "node": node,
+                    "front": lease.front,
+                }
+                for node, request, lease in [*here, *router.fleet.leases()]
             ]
         }
 

@@ -1,4 +1,4 @@
-"""The runtime directory of one running daemon: its lock, and no socket of an earlier one."""
+"""The runtime directory of one running daemon: its lock, and no file of an earlier one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from actors.open_requests import FILE_SUFFIX
 from cortexd.errors import AlreadyRunning
 from cortexd.paths import prepare_private_dir
 
@@ -29,17 +30,18 @@ class RuntimeDir:
             ) from None
         os.ftruncate(self._fd, 0)
         os.write(self._fd, str(os.getpid()).encode())
-        self._remove_sockets()
+        self._remove_leftovers()
 
     def __repr__(self) -> str:
         return f"RuntimeDir({self.path})"
 
     def close(self) -> None:
-        """Remove the sockets and let go of the lock."""
-        self._remove_sockets()
+        """Remove what was left and let go of the lock."""
+        self._remove_leftovers()
         os.ftruncate(self._fd, 0)
         os.close(self._fd)
 
-    def _remove_sockets(self) -> None:
-        for socket in self.path.glob("*.s"):
-            socket.unlink(missing_ok=True)
+    def _remove_leftovers(self) -> None:
+        for pattern in ("*.s", f"*{FILE_SUFFIX}"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)

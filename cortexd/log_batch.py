@@ -64,6 +64,12 @@ class BatchHandler(logging.Handler):
             self._stream.flush()
 
 
+def write_waiting_lines() -> None:
+    """Write the lines of this process's log that wait."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+
+
 def batch_log_lines() -> None:
     """Let this process's log, already configured, go through a `BatchHandler`."""
     root = logging.getLogger()

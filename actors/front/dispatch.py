@@ -112,7 +112,7 @@ class Dispatch:
         if isinstance(routed, RoutedRemote):
             self._routed = routed
             record = self._record
-            record.model, record.node = routed.model_id, routed.node
+            record.place(self._services, routed.model_id, routed.node)
             record.cold_start = record.cold_start or routed.cold_start
             record.is_stream = self._is_stream
         return routed

@@ -10,6 +10,7 @@ from actors.front.sequences import SequenceTable
 from actors.front.server import Server
 from actors.front.services import Services
 from actors.front.text_models import TextModels
+from actors.open_requests import OpenRequests, open_requests_path
 from cortexd.errors import CortexError, EngineRestarting, ShuttingDown
 from cortexd.log import event
 from cortexd.log_batch import batch_log_lines
@@ -32,6 +33,9 @@ class Front(AsyncActor):
             log=context.log,
             sequences=self._sequences,
             text_models=TextModels(),
+            open_requests=OpenRequests(
+                open_requests_path(context.runtime_dir, context.name, context.incarnation)
+            ),
         )
         self._server = Server(self._services)
 
@@ -60,8 +64,8 @@ class Front(AsyncActor):
         self._services.is_draining = True
         self._services.end_all(_shutting_down())
         await self._server.close()
-        self._services.reports.flush()
         await self._services.spending.close(_LAST_WORDS_S)
+        self._services.reports.close()
 
     async def _wait_until_idle(self, timeout_s: float) -> None:
         if self._services.num_active:

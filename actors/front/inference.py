@@ -34,6 +34,7 @@ async def recorded(
     services = request.app[SERVICES]
     record = RequestRecord(request[REQUEST_ID], route, client=request.remote or "")
     services.enter()
+    record.begin(services)
     try:
         if services.is_draining:
             raise ShuttingDown(

@@ -142,7 +142,7 @@ async def prepare(
             wait_s=patience_s,
             account=record.principal.account,
         )
-        record.model = routed.model_id
+        record.place(services, routed.model_id)
         record.cold_start = record.cold_start or routed.cold_start
         prepared = await _prepare_for(services, request, routed, record, lease_id)
         await hold(services, record, prepared.max_tokens(request))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from actors.front.auth import ANONYMOUS, Principal
 from actors.front.services import Services
+from actors.open_requests import OpenRequest
 from cortexd.errors import CortexError
 from cortexd.log import event
 from cortexd.messages import RequestFinished
@@ -20,7 +21,7 @@ CLIENT_GONE_STATUS = 499
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Filled in on the way; `close` is called exactly once, whatever the ending."""
+    """Filled in on the way; after `begin`, `close` is called exactly once, whatever the ending."""
 
     request_id: str
     route: str
@@ -50,6 +51,17 @@ class RequestRecord:
     held_tokens: int = 0
     estimate: TokenEstimate | None = None
     progress: Callable[[], tuple[int, int]] | None = None  # prompt and answer tokens while it runs
+    _slot: int | None = None  # among this front's open requests
+
+    def begin(self, services: Services) -> None:
+        """Enter the request among the open ones."""
+        self._slot = services.reports.begin(self._opened(services))
+
+    def place(self, services: Services, model: str, node: str | None = None) -> None:
+        """Note which model it is for, and which other node serves it."""
+        self.model, self.node = model, node
+        if self._slot is not None:
+            services.reports.update(self._slot, self._opened(services))
 
     def fail(self, error: CortexError, *, status: int | None = None) -> None:
         """Note how it failed; `status` when the client saw another one than the error's own."""
@@ -87,7 +99,7 @@ class RequestRecord:
         return prompt, completion
 
     def close(self, services: Services) -> None:
-        """Settle the budget, tell metrics and write the log line."""
+        """Settle the budget, write the log line and tell metrics."""
         if self.budget_id:
             services.spending.end(self.budget_id, *self.spent())
         duration_s = time.monotonic() - self.started
@@ -96,7 +108,6 @@ class RequestRecord:
         decode_s = None
         if self.first_token is not None and self.last_token is not None:
             decode_s = self.last_token - self.first_token
-        self._tell(services, duration_s, wait_s, ttft_s, decode_s)
         event(
             services.log,
             "request.finished",
@@ -122,6 +133,10 @@ class RequestRecord:
             estimated=self.is_estimated,
             resubmits=self.num_resubmits,
         )
+        self._tell(services, duration_s, wait_s, ttft_s, decode_s)
+
+    def _opened(self, services: Services) -> OpenRequest:
+        return OpenRequest(self.request_id, self.route, self.model, self.node or services.node)
 
     def _tell(
         self,
@@ -154,7 +169,8 @@ class RequestRecord:
             num_comments=self.num_comments,
             num_keepalive_events=self.num_keepalive_events,
         )
-        services.reports.add(finished)
+        assert self._slot is not None, "a record that is closed was begun"
+        services.reports.end(self._slot, finished)
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -21,6 +21,7 @@ from actors.front.sequences import SequenceTable
 from actors.front.spending import Spending
 from actors.front.text_models import TextModels
 from actors.front.upstream import Upstream
+from actors.open_requests import OpenRequests
 from cortexd.errors import CortexError
 from cortexd.keys import node_keys
 from cortexd.messages import Measured
@@ -39,6 +40,7 @@ class Services:
     log: logging.Logger
     sequences: SequenceTable
     text_models: TextModels
+    open_requests: OpenRequests
     upstream: Upstream = field(default_factory=Upstream)
     grammars: Grammars = field(default_factory=Grammars)
     keys: KeyRing = field(init=False)
@@ -65,7 +67,9 @@ class Services:
         self.serves_here = self.settings.role != "gateway"
         self.keys = KeyRing(self.settings.entitlements)
         self.spending = Spending(self.bus)
-        self.reports = Reports(lambda reports: self.tell_quietly("metrics", reports))
+        self.reports = Reports(
+            lambda reports: self.tell_quietly("metrics", reports), self.open_requests
+        )
         self.node_keys = node_keys(remote_neurons(self.settings))
 
     @property

@@ -418,6 +418,25 @@ def test_wait_for_a_seat_has_an_end(tmp_path: Path) -> None:
     run(work)
 
 
+def test_node_that_was_cut_off_serves_at_its_first_good_poll(tmp_path: Path) -> None:
+    """Requests that failed while its polls failed are no case for the breaker."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, a={MODEL: "loaded"})
+        for number in range(5):
+            await placed(router, f"r{number}")
+        report(router, "a", {MODEL: "loaded"}, is_healthy=False, error="no answer")
+        for number in range(5):
+            failed = NodeFailed("a", "cut off", f"r{number}", is_refusing=False)
+            router.on_node_failed(failed, envelope())
+            router.on_end_request(EndRequest(f"r{number}"), envelope())
+        report(router, "a", {MODEL: "loaded"})
+        assert await node_of(router, "r5") == "a"
+
+    run(work)
+
+
 def test_node_that_fails_requests_is_left_alone_then_tried_by_one(tmp_path: Path) -> None:
     """The breaker opens although the polls are good; one request is the trial."""
 

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from actors.actor import ActorContext
+from actors.open_requests import OpenRequest, OpenRequests, open_requests_path
 from actors.registry import Registry
 from actors.router import Router, RouterArgs
 from cortexd.catalogue import Catalogue, CatalogueModel
@@ -366,6 +367,8 @@ def test_dead_front_gives_its_leases_back(tmp_path: Path) -> None:
         world = World()
         router = make_router(world, tmp_path)
         await routed(router)
+        front = OpenRequests(open_requests_path(tmp_path, "front.0", 1))
+        front.begin(OpenRequest("r1", "/v1/messages", MODEL, "here"))
         await router.on_route(route("r2"), envelope(front="front.1"))
         router.on_actor_down(ActorDown(1, "front.0", 1, "", 0, "killed"))
         assert list(router.models[MODEL].leases) == ["r2"]
@@ -795,3 +798,22 @@ def test_anonymous_requests_are_shown_by_model(tmp_path: Path) -> None:
         assert shown() == []
 
     run(work)
+
+
+def test_new_router_records_what_a_front_left_while_none_was_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its file waits; one line for each request, with the client's own id."""
+
+    async def work() -> None:
+        front = OpenRequests(open_requests_path(tmp_path, "front.0", 1))
+        front.begin(OpenRequest("r1", "/v1/messages", MODEL, "here"))
+        router = make_router(World(), tmp_path)
+        up = ActorUp(1, ActorInfo("front.0", 2, "ready"))
+        for _ in range(2):
+            router.on_actor_up(up)
+
+    with caplog.at_level("WARNING"):
+        run(work)
+    (line,) = [record for record in caplog.records if "request.finished" in record.getMessage()]
+    assert line.__dict__["cortexd_fields"]["id"] == "r1"

@@ -139,10 +139,9 @@ def _recoveries_ms(daemon: Daemon) -> dict[str, list[float]]:
     """Return, by actor, the times from a kill to READY, as the root's own log has them."""
     killed_at: dict[str, float] = {}
     times_ms: dict[str, list[float]] = defaultdict(list)
-    for line in daemon.log().splitlines():
-        if '"event":"actor.' not in line:
-            continue
-        entry = json.loads(line)
+    lines = {line for line in daemon.log().splitlines() if '"event":"actor.' in line}
+    # Rotated files are read by name, which is not the order of their writing.
+    for entry in sorted(map(json.loads, lines), key=lambda entry: str(entry["time"])):
         at = datetime.fromisoformat(entry["time"]).timestamp()
         if entry["event"] == "actor.exited":
             killed_at[entry["actor"]] = at

@@ -109,6 +109,7 @@ class Fleet:
         self.is_draining = False
         self.defaults: dict[str, float] = {}
         self.lost_nodes: set[str] = set()
+        self.in_flight: dict[str, int] = {}  # by node, as the polls say
         self.placing = asyncio.Event()  # cleared: the model loads at its node
         self.placing.set()
         self.host_answers = True
@@ -163,7 +164,7 @@ class Fleet:
         if isinstance(body, QueryLoading):
             return self.loading
         if isinstance(body, QueryNode):
-            return NodeView(body.node not in self.lost_nodes)
+            return NodeView(body.node not in self.lost_nodes, self.in_flight.get(body.node))
         if isinstance(body, QueryHost) and not self.host_answers:
             raise ActorDown("poller did not answer")
         return self._answer(body)

@@ -6,9 +6,11 @@ import asyncio
 import functools
 import logging
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -19,6 +21,7 @@ from actors.front.sequences import SequenceTable
 from actors.front.server import Server
 from actors.front.services import Services
 from actors.front.text_models import TextModels
+from actors.open_requests import OpenRequests, open_requests_path
 from cortexd.errors import CortexError
 from cortexd.keys import Key
 from cortexd.settings import Entitlements, Gateway, NeuronEntry, Settings
@@ -141,6 +144,7 @@ async def served_front(
     """
     fleet = Fleet()
     text_model = ByteTextModel()
+    folder = tempfile.TemporaryDirectory()
     services = Services(
         settings=Settings(
             gateway=Gateway(**gateway),
@@ -153,6 +157,7 @@ async def served_front(
         log=logging.getLogger("front"),
         sequences=SequenceTable(),
         text_models=TextModels(loader=lambda files: real_text_model or text_model),  # type: ignore[arg-type,return-value]
+        open_requests=OpenRequests(open_requests_path(Path(folder.name), "front.0", 1)),
     )
     if keys:
         services.keys.set_keys(list(keys))
@@ -169,6 +174,8 @@ async def served_front(
         finally:
             await server.close()
             await services.spending.close(1.0)
+            services.reports.close()
+            folder.cleanup()
     assert len(services.sequences) == 0, "sequences are left"
     assert fleet.open_leases() == set(), "leases are left"
     assert services.num_active == 0, "requests are left"

@@ -60,7 +60,7 @@ class Stub:
                 stub.received.append(Received(self.path, headers, body))
                 if stub.status != 200:
                     self._send(stub.status, "text/html", stub.error_body)
-                elif b'"stream": true' in body:
+                elif json.loads(body).get("stream"):
                     self._stream()
                 else:
                     self._send(200, "application/json", ANSWER)

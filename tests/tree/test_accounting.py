@@ -101,14 +101,16 @@ def test_each_ending_leaves_one_line_and_one_count(daemon: Daemon, tiny_model: A
 
 
 def test_requests_of_a_killed_front_are_accounted_for(daemon: Daemon, tiny_model: Any) -> None:
-    """The router writes the line that the front cannot write any more."""
+    """The router writes the line that the front cannot write any more, even one started since."""
     before, old = counted(daemon), len(lines(daemon))
-    endless = body(str(tiny_model), stream=True, max_tokens=CONTEXT // 2, ignore_eos=True)
+    endless = body(str(tiny_model), stream=True, max_tokens=CONTEXT - 64, ignore_eos=True)
     answers = [send(daemon, f"r{number}", endless) for number in range(3)]
     for answer in answers:
         answer.readline()
+    daemon.kill("router")
     daemon.kill("front.0")
     wait_for(lambda: len(lines(daemon)) == old + 3, 10, "a line each")
+    assert {line["id"] for line in lines(daemon)[old:]} == {"r0", "r1", "r2"}
     wait_for(lambda: counted(daemon) == before + 3, 10, "a count each")
     assert {line["error"] for line in lines(daemon)[old:]} == {"front_crashed"}
     for answer in answers:

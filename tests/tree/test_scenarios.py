@@ -35,14 +35,21 @@ class Fleet:
 
     def node(self, name: str) -> dict[str, Any]:
         """Return the gateway's view of a node."""
-        nodes = {node["name"]: node for node in self.gateway.admin("status")["nodes"]}
-        return dict(nodes[name])
+        return self.nodes()[name]
+
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """Return the gateway's view of all nodes; none while its router begins."""
+        return {node["name"]: dict(node) for node in self.gateway.admin("status")["nodes"]}
 
     def sees(self, name: str, model: str, state: str) -> bool:
         """Tell whether the gateway knows a model in this state on a node."""
-        seen = self.node(name)
-        return bool(seen["is_healthy"]) and any(
-            (found["model_id"], found["state"]) == (model, state) for found in seen["models"]
+        seen = self.nodes().get(name)
+        return (
+            seen is not None
+            and bool(seen["is_healthy"])
+            and any(
+                (found["model_id"], found["state"]) == (model, state) for found in seen["models"]
+            )
         )
 
     def ask(self, text: str = "hello", model: str = MODEL, **fields: object) -> str:

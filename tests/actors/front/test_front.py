@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -63,6 +64,7 @@ async def running_front(
         "TextModels",
         lambda: TextModels(loader=lambda files: ByteTextModel()),  # type: ignore[arg-type,return-value]
     )
+    folder = tempfile.TemporaryDirectory()
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -73,7 +75,7 @@ async def running_front(
         args=b"",
         listeners={"api": listener},
         log=logging.getLogger("front.0"),
-        runtime_dir=Path("/nonexistent"),
+        runtime_dir=Path(folder.name),
     )
     fleet = Fleet()
     front = Front(context)
@@ -90,6 +92,7 @@ async def running_front(
             yield front, fleet, url, http
         finally:
             await front.on_stop()
+            folder.cleanup()
 
 
 async def open_stream(url: str, http: aiohttp.ClientSession) -> aiohttp.ClientResponse:

@@ -301,6 +301,44 @@ async def test_node_that_accepts_and_is_gone_is_left_for_another(
 
 
 @async_test
+async def test_node_that_answers_polls_and_works_on_nothing_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As long as the polls say that something runs there, however long; not longer."""
+    monkeypatch.setattr("actors.front.node_watch.CHECK_PERIOD_S", 0.02)
+    monkeypatch.setattr("actors.front.node_watch.HEAD_TIMEOUT_S", 0.05)
+    closed = asyncio.Event()
+
+    async def silent(request: web.Request) -> web.Response:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+        raise AssertionError("it is cancelled")
+
+    async def other(request: web.Request) -> web.Response:
+        return web.json_response({"node": "b"})
+
+    async with (
+        upstream(silent) as one,
+        upstream(other) as two,
+        served_front(neurons=NEURONS) as front,
+    ):
+        front.fleet.replicas = [replica("a", one), replica("b", two)]
+        front.fleet.in_flight["a"] = 1
+        asking = asyncio.create_task(front.chat(model=MODEL))
+        await front.fleet.wait_for(QueryNode, 8)
+        assert not asking.done()
+        front.fleet.in_flight["a"] = 0
+        assert (await asking)[:2] == (200, {"node": "b"})
+        await closed.wait()
+        (failed,) = front.fleet.all_sent(NodeFailed)
+        assert isinstance(failed, NodeFailed)
+        assert "does not work on it" in failed.reason
+        assert (await finished(front)).num_retries == 1
+
+
+@async_test
 async def test_conversation_is_told_to_the_router_and_the_ending_too() -> None:
     """The chain of the prompt goes along; a proper answer and a fault are told apart."""
     status_code = 200

@@ -1,0 +1,106 @@
+"""A gateway joined to its neurons by links that are cut without a word, and mended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import psutil
+import pytest
+
+from tests.tree.daemon import Daemon, wait_for
+from tests.tree.relay import Relay
+from tests.tree.scripted_neuron import ScriptedNeuron
+
+pytestmark = pytest.mark.tree
+
+MODEL, FAR_MODEL = "org/warm", "org/far"
+
+
+@dataclass(slots=True)
+class Links:
+    """A gateway, a neuron behind a link that can be cut, and one that is near."""
+
+    gateway: Daemon
+    relay: Relay
+    far: ScriptedNeuron
+    near: ScriptedNeuron
+
+    def is_healthy(self, name: str) -> bool:
+        """Tell how the gateway sees a node; none while its router begins."""
+        nodes = self.gateway.admin("status")["nodes"]
+        return any(node["is_healthy"] for node in nodes if node["name"] == name)
+
+    def ask(self, model: str, text: str = "hello") -> str:
+        """Return the name of the node that answered, or the error's code."""
+        _, answer = self.gateway.chat(model, text)
+        if "error" in answer:
+            return str(answer["error"]["code"])
+        return str(answer["choices"][0]["message"]["content"])
+
+    def num_sockets(self) -> int:
+        """Return how many connections the gateway's front has open."""
+        front = psutil.Process(int(self.gateway.actors()["front.0"]["pid"]))
+        return len(front.net_connections(kind="tcp"))
+
+
+@pytest.fixture
+def links(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Links]:
+    """Both neurons have one model, the far one another that it alone has."""
+    with ExitStack() as stack:
+        models = {MODEL: "loaded", FAR_MODEL: "loaded"}
+        far = stack.enter_context(ScriptedNeuron("far", models))
+        near = stack.enter_context(ScriptedNeuron("near", {MODEL: "loaded"}))
+        relay = stack.enter_context(Relay(int(far.url.rsplit(":", 1)[1])))
+        gateway = stack.enter_context(
+            Daemon(
+                tmp_path_factory.mktemp("gateway"),
+                "--role",
+                "gateway",
+                CORTEXD_NEURONS=f'[{{name = "far", endpoint = "{relay.url}"}}, '
+                f'{{name = "near", endpoint = "{near.url}"}}]',
+            )
+        )
+        links = Links(gateway, relay, far, near)
+        for name in ("far", "near"):
+            wait_for(lambda name=name: links.is_healthy(name), 15, f"seeing {name}")
+        yield links
+
+
+@pytest.mark.timeout(180)
+def test_cut_link_costs_no_request_that_another_node_can_serve(links: Links) -> None:
+    """Three misses make the node unhealthy, the first success healthy; nothing is left behind."""
+    assert links.ask(FAR_MODEL) == "far"
+    before = links.num_sockets()
+    links.relay.cut()
+    with ThreadPoolExecutor(8) as pool:
+        shared = [pool.submit(links.ask, MODEL, f"question {n}") for n in range(6)]
+        alone = [pool.submit(links.ask, FAR_MODEL, f"question {n}") for n in range(2)]
+        assert {one.result(timeout=60) for one in shared} == {"near"}
+        assert {one.result(timeout=60) for one in alone} <= {
+            "no_healthy_node",
+            "upstream_unavailable",
+        }
+    assert not links.is_healthy("far")
+    assert links.ask(FAR_MODEL) == "no_healthy_node"
+    assert links.gateway.admin("requests")["requests"] == []
+    links.relay.mend()
+    wait_for(lambda: links.is_healthy("far"), 20, "the node's return")
+    assert links.ask(FAR_MODEL) == "far"
+    lines = [line for line in links.gateway.log().splitlines() if '"node":"far"' in line]
+    assert len([line for line in lines if '"node.unhealthy"' in line]) == 1
+    wait_for(lambda: links.num_sockets() <= before + 4, 30, "the sockets' end")
+
+
+def test_restarted_gateway_serves_from_what_is_loaded(links: Links) -> None:
+    """All its state comes from polls: the first request loads nothing. The time is printed."""
+    links.gateway.stop()
+    links.gateway.start()
+    since = time.monotonic()
+    assert links.ask(FAR_MODEL) == "far"
+    print(f"\nfirst answer {time.monotonic() - since:.3f} s after the gateway listened")
+    assert links.far.num_loads == links.near.num_loads == 0
+    assert '"model.loading"' not in links.gateway.log()
