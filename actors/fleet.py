@@ -214,6 +214,12 @@ class Fleet:
             self._ended.discard(message.request_id)
             raise Cancelled(f"request {message.request_id} ended while it waited")
 
+    def take_over(self, name: str, request_id: str, lease: Lease) -> None:
+        """Hold a lease that was granted before this router was started."""
+        node = self._nodes.get(name)
+        if node is not None:
+            node.leases[request_id] = lease
+
     def end_request(self, request_id: str, *, is_answered: bool = False) -> None:
         """Close a lease, or the wait for one; the next in the queue gets its seat."""
         if request_id in self._waiting:

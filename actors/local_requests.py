@@ -115,6 +115,12 @@ class LocalRequests:
             model.policy.defaults,
         )
 
+    def take_over(self, request_id: str, lease: Lease) -> None:
+        """Hold a lease that was granted before this router was started."""
+        model = self._router.models.get(lease.model_id)
+        if model is not None:
+            model.leases[request_id] = lease
+
     def end(self, request_id: str) -> None:
         """Close a lease, or the wait for one; the next in the queue gets its seat."""
         if request_id in self._waiting:

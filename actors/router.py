@@ -23,7 +23,7 @@ from actors.actor import ActorContext, AsyncActor, handles
 from actors.fleet import Fleet
 from actors.local_models import LocalModels, check_devices, quoted
 from actors.local_requests import LocalRequests
-from actors.managed_model import ManagedModel, anonymous_by_place
+from actors.managed_model import Lease, ManagedModel, anonymous_by_place
 from actors.model_loader import ModelLoader
 from actors.open_requests import OpenRequest, take_left
 from actors.router_admin import RouterAdmin
@@ -51,6 +51,7 @@ from cortexd.messages import (
     Gauges,
     GroupDown,
     GroupUp,
+    HeldLeases,
     HostReport,
     ListModels,
     Loading,
@@ -224,6 +225,17 @@ class Router(AsyncActor):
         """Close a lease, or the wait for one."""
         self.fleet.end_request(message.request_id, is_answered=message.is_answered)
         self.requests.end(message.request_id)
+
+    @handles(HeldLeases)
+    def on_held_leases(self, message: HeldLeases, envelope: Envelope) -> None:
+        """Take over what a front was granted by the router before this one."""
+        front = f"{envelope.src.name}.{envelope.src.incarnation}"
+        for held in message.leases:
+            lease = Lease(held.model_id, front, held.account)
+            if held.node:
+                self.fleet.take_over(held.node, held.request_id, lease)
+            else:
+                self.requests.take_over(held.request_id, lease)
 
     @handles(ListModels)
     def on_list_models(self, message: ListModels, envelope: Envelope) -> ModelList:

@@ -18,7 +18,6 @@ from actors.front.record import RequestRecord
 from actors.front.routing import route
 from actors.front.services import FORWARDS, SERVICES, Services
 from cortexd.anthropic import CountTokensRequest, TokensCounted
-from cortexd.messages import EndRequest
 from cortexd.models import ModelFiles
 
 _MIB = 2**20
@@ -60,4 +59,4 @@ async def _files(services: Services, record: RequestRecord, model: str) -> Model
         )
         return routed.files
     finally:
-        services.tell_quietly("router", EndRequest(lease_id))
+        services.leases.end(lease_id)

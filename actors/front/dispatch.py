@@ -23,7 +23,7 @@ from cortexd.affinity import prefix_chain
 from cortexd.anthropic import MessagesRequest
 from cortexd.chat_body import chat_body
 from cortexd.errors import CortexError, InvalidRequest, UpstreamError, UpstreamUnavailable
-from cortexd.messages import EndRequest, NodeFailed, Place, RoutedHere, RoutedRemote
+from cortexd.messages import HeldLease, NodeFailed, Place, RoutedHere, RoutedRemote
 from cortexd.settings import NeuronKind
 
 _MESSAGES: Final = "/v1/messages"
@@ -75,7 +75,7 @@ class Dispatch:
         """Close the node's socket at once and end the lease; nothing here waits."""
         if self._upstream is not None:
             self._upstream.close()
-        self._services.tell_quietly("router", EndRequest(self.lease_id, self._is_answered))
+        self._services.leases.end(self.lease_id, is_answered=self._is_answered)
 
     def failed(self, reason: str, *, is_refusing: bool = False) -> None:
         """Tell the router that the node failed at this request."""
@@ -112,6 +112,9 @@ class Dispatch:
         if isinstance(routed, RoutedRemote):
             self._routed = routed
             record = self._record
+            account = record.principal.account
+            lease = HeldLease(self.lease_id, routed.model_id, routed.node, account)
+            self._services.leases.hold(lease)
             record.place(self._services, routed.model_id, routed.node)
             record.cold_start = record.cold_start or routed.cold_start
             record.is_stream = self._is_stream
@@ -119,7 +122,7 @@ class Dispatch:
 
     async def _place_again(self, failed: RoutedRemote, error: UpstreamUnavailable) -> RoutedRemote:
         """Return another replica, or the same node when it had merely closed the connection."""
-        self._services.tell_quietly("router", EndRequest(self.lease_id))
+        self._services.leases.end(self.lease_id)
         self.lease_id = self._services.new_lease_id()
         try:
             routed = await self._place([failed.node])

@@ -14,7 +14,7 @@ from actors.open_requests import OpenRequests, open_requests_path
 from cortexd.errors import CortexError, EngineRestarting, ShuttingDown
 from cortexd.log import event
 from cortexd.log_batch import batch_log_lines
-from cortexd.messages import ActorDown, GroupDown, KeysChanged, TokenBatch
+from cortexd.messages import ActorDown, ActorUp, GroupDown, KeysChanged, TokenBatch
 from cortexd.messages.envelope import Envelope
 
 # What is kept of the drain deadline for error events to reach their clients, and to spare.
@@ -82,6 +82,11 @@ class Front(AsyncActor):
     def on_keys_changed(self, message: KeysChanged, envelope: Envelope) -> None:
         """Take over the API keys in force."""
         self._services.keys.set_keys(message.keys)
+
+    def on_actor_up(self, up: ActorUp) -> None:
+        """Tell a router that was restarted what runs."""
+        if up.actor.name == "router":
+            self._services.leases.announce()
 
     def on_actor_down(self, down: ActorDown) -> None:
         """Fail what ran on a leader that died."""

@@ -25,7 +25,7 @@ from cortexd.errors import (
     MailboxFull,
     Overloaded,
 )
-from cortexd.messages import Cancel, EndRequest
+from cortexd.messages import Cancel
 from cortexd.messages.control import Message
 from cortexd.messages.inference import SequenceDelta
 from cortexd.openai import CompletionTokensDetails, PromptTokensDetails, Usage
@@ -277,7 +277,7 @@ class Generation:
         self._cancel_running()
         if self._holds_lease:
             self._holds_lease = False
-            self._services.tell_quietly("router", EndRequest(self._lease_id))
+            self._services.leases.end(self._lease_id)
 
     def _cancel_running(self) -> None:
         for sequence_id in self._running.values():

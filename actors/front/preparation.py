@@ -28,7 +28,7 @@ from actors.front.sampling import (
 from actors.front.services import Services
 from cortexd.errors import EngineRestarting
 from cortexd.log import event
-from cortexd.messages import EndRequest, Routed, Submit
+from cortexd.messages import HeldLease, Routed, Submit
 from cortexd.openai import SamplingFields
 
 if TYPE_CHECKING:
@@ -142,13 +142,15 @@ async def prepare(
             wait_s=patience_s,
             account=record.principal.account,
         )
+        account = record.principal.account
+        services.leases.hold(HeldLease(lease_id, routed.model_id, account=account))
         record.place(services, routed.model_id)
         record.cold_start = record.cold_start or routed.cold_start
         prepared = await _prepare_for(services, request, routed, record, lease_id)
         await hold(services, record, prepared.max_tokens(request))
         if services.bus.incarnation_of(routed.leader) == routed.incarnation:
             return prepared
-        services.tell_quietly("router", EndRequest(lease_id))
+        services.leases.end(lease_id)
         grace_until = grace_until or loop.time() + _LEADER_GRACE_S
         if loop.time() > grace_until:
             raise EngineRestarting(f'the engine of model "{routed.model_id}" is restarting')

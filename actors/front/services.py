@@ -16,6 +16,7 @@ from aiohttp import web
 from actors.front.auth import KeyRing
 from actors.front.bus import Bus
 from actors.front.grammars import Grammars
+from actors.front.leases import Leases
 from actors.front.reports import Reports
 from actors.front.sequences import SequenceTable
 from actors.front.spending import Spending
@@ -46,6 +47,7 @@ class Services:
     keys: KeyRing = field(init=False)
     spending: Spending = field(init=False)
     reports: Reports = field(init=False)
+    leases: Leases = field(init=False)
     node_keys: dict[str, str] = field(init=False, repr=False)
     node: str = field(init=False)
     num_neurons: int = field(init=False)
@@ -67,6 +69,7 @@ class Services:
         self.serves_here = self.settings.role != "gateway"
         self.keys = KeyRing(self.settings.entitlements)
         self.spending = Spending(self.bus)
+        self.leases = Leases(lambda message: self.tell_quietly("router", message))
         self.reports = Reports(
             lambda reports: self.tell_quietly("metrics", reports), self.open_requests
         )

@@ -35,6 +35,8 @@ from cortexd.messages.fleet import (
     DescribeModel,
     EndRequest,
     EvictionProposal,
+    HeldLease,
+    HeldLeases,
     HostReport,
     ListModels,
     LoadModel,
@@ -119,6 +121,7 @@ Body = (
     | UnloadOnNode
     | DescribeModel
     | EndRequest
+    | HeldLeases
     | EvictionProposal
     | HostReport
     | ListModels
@@ -169,6 +172,8 @@ __all__ = [
     "GroupDown",
     "GroupStarting",
     "GroupUp",
+    "HeldLease",
+    "HeldLeases",
     "Hello",
     "HostReport",
     "KeysChanged",

@@ -57,6 +57,21 @@ class EndRequest(Message, frozen=True, tag="EndRequest"):
     is_answered: bool = False
 
 
+class HeldLease(msgspec.Struct, frozen=True, array_like=True):
+    """One request that runs: on which model, at which node ("": this host), for whom."""
+
+    request_id: str
+    model_id: str
+    node: str = ""
+    account: str = ""
+
+
+class HeldLeases(Message, frozen=True, tag="HeldLeases"):
+    """Front → a router that was restarted: what this front has running."""
+
+    leases: list[HeldLease]
+
+
 class ListModels(Message, frozen=True, tag="ListModels"):
     """Ask the router for all models it knows. Answer `ModelList`."""
 

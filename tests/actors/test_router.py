@@ -44,6 +44,8 @@ from cortexd.messages import (
     GroupDown,
     GroupStarting,
     GroupUp,
+    HeldLease,
+    HeldLeases,
     HostReport,
     LoadReport,
     Measured,
@@ -472,6 +474,26 @@ def test_idle_proposal_is_ignored_while_in_use(tmp_path: Path) -> None:
         await router.on_unload_idle(UnloadIdle(MODEL, 60), envelope())
         assert state_of(router) == "loaded"
         router.on_end_request(EndRequest("r1"), envelope())
+        await router.on_unload_idle(UnloadIdle(MODEL, 60), envelope())
+        assert state_of(router) == "unloaded"
+
+    run(work)
+
+
+def test_restarted_router_keeps_what_a_front_says_is_in_use(tmp_path: Path) -> None:
+    """Leases that the one before granted hold a model, until they end or their front dies."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router)
+        router.on_end_request(EndRequest("r1"), envelope())
+        held = [HeldLease(name, MODEL) for name in ("old1", "old2")]
+        router.on_held_leases(HeldLeases([*held, HeldLease("x", "no/such")]), envelope())
+        router.on_end_request(EndRequest("old1"), envelope())
+        await router.on_unload_idle(UnloadIdle(MODEL, 60), envelope())
+        assert state_of(router) == "loaded"
+        router.on_actor_down(ActorDown(1, "front.0", 1, "", 0, "killed"))
         await router.on_unload_idle(UnloadIdle(MODEL, 60), envelope())
         assert state_of(router) == "unloaded"
 
