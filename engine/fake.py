@@ -58,6 +58,7 @@ class FakeEngine:
     dtype_name = "float32"
     backend_name = "fake"
     memory_bytes = 0
+    is_asleep = False
 
     def __init__(self, context: int = 8192) -> None:
         self.limits = ModelLimits(context=context, output=context)
@@ -139,6 +140,13 @@ class FakeEngine:
             num_generated_tokens=self._num_generated_tokens,
             steps=self._steps,
         )
+
+    def sleep(self) -> None:
+        """Refuse, as an engine on a CPU does. Raises: InvalidRequest."""
+        raise errors.InvalidRequest("the fake engine has no device to free")
+
+    def wake(self) -> None:
+        """Do nothing: it never sleeps."""
 
     def close(self) -> None:
         """Drop everything."""
