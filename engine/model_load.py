@@ -74,7 +74,7 @@ def load_model(
         spec,
         device=device,
         dtype=dtype,
-        backend=devices.choose_backend(settings, device),
+        backend=devices.choose_backend(settings, device, spec),
         progress=lambda done, total: progress(done / max(total, 1), "loading weights"),
         comm=comm,
     )
