@@ -37,8 +37,7 @@ class Site:
 
     def node(self) -> dict[str, Any]:
         """Return the gateway's view of the neuron."""
-        (node,) = self.gateway.admin("status")["nodes"]
-        return dict(node)
+        return self.gateway.nodes()["one"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         ) as gateway,
     ):
         site = Site(gateway, neuron)
-        wait_for(lambda: site.node()["is_healthy"], 15, "seeing the neuron")
+        wait_for(lambda: gateway.has_healthy("one"), 60, "seeing the neuron")
         yield site
 
 
@@ -196,7 +195,7 @@ def test_case_53_shutdown_tells_open_streams(tmp_path: Path) -> None:
     }
     try:
         with Daemon(tmp_path, "--role", "gateway", **settings) as gateway:
-            wait_for(lambda: gateway.admin("status")["nodes"][0]["is_healthy"], 15, "its node")
+            wait_for(lambda: gateway.has_healthy("one"), 60, "its node")
             streams: dict[DialectName, http.client.HTTPResponse] = {}
             for dialect in DIALECTS:
                 connection = http.client.HTTPConnection("127.0.0.1", gateway.api_port, timeout=30)

@@ -149,6 +149,14 @@ class Daemon:
         """Return name → status of every actor."""
         return {actor["name"]: actor for actor in self.admin("status")["actors"]}
 
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """Return name → how the gateway sees each node; none while its router begins."""
+        return {node["name"]: dict(node) for node in self.admin("status")["nodes"]}
+
+    def has_healthy(self, name: str) -> bool:
+        """Tell whether the gateway has heard from a node, and takes it for healthy."""
+        return bool(self.nodes().get(name, {}).get("is_healthy"))
+
     def models(self) -> dict[str, dict[str, Any]]:
         """Return model id → status."""
         models = self.admin("status")["models"] or []

@@ -39,11 +39,11 @@ class Hosts:
 
     def nodes(self) -> dict[str, dict[str, Any]]:
         """Return the gateway's view of each node."""
-        return {node["name"]: node for node in self.gateway.admin("status")["nodes"]}
+        return self.gateway.nodes()
 
     def loaded_on(self, node: str) -> bool:
         """Tell whether the gateway sees the node answering with the model loaded."""
-        seen = self.nodes()[node]
+        seen = self.nodes().get(node, {"models": [], "is_healthy": False})
         states = {model["model_id"]: model["state"] for model in seen["models"]}
         return bool(seen["is_healthy"]) and states.get(self.model) == "loaded"
 

@@ -30,9 +30,8 @@ class Links:
     near: ScriptedNeuron
 
     def is_healthy(self, name: str) -> bool:
-        """Tell how the gateway sees a node; none while its router begins."""
-        nodes = self.gateway.admin("status")["nodes"]
-        return any(node["is_healthy"] for node in nodes if node["name"] == name)
+        """Tell how the gateway sees a node."""
+        return self.gateway.has_healthy(name)
 
     def ask(self, model: str, text: str = "hello") -> str:
         """Return the name of the node that answered, or the error's code."""

@@ -38,8 +38,8 @@ class Fleet:
         return self.nodes()[name]
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """Return the gateway's view of all nodes; none while its router begins."""
-        return {node["name"]: dict(node) for node in self.gateway.admin("status")["nodes"]}
+        """Return the gateway's view of all nodes."""
+        return self.gateway.nodes()
 
     def sees(self, name: str, model: str, state: str) -> bool:
         """Tell whether the gateway knows a model in this state on a node."""
