@@ -140,8 +140,10 @@ Body = (
     | RequestsFinished
     | Route
     | Routed
+    | SleepModel
     | UnloadIdle
     | UnloadModelNow
+    | WakeModel
     | CatalogueChanged
     | ReloadFiles
     | Cancel
