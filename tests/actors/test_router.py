@@ -60,6 +60,7 @@ from tests.doubles.router_world import (
     run,
     state_of,
 )
+from tests.waiting import DEADLINE_S
 
 
 def test_fifty_requests_for_a_cold_model_make_one_load(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_request_that_ends_while_it_waits_opens_no_lease(tmp_path: Path) -> None
         world.loads_by_itself = False
         router = make_router(world, tmp_path)
         waiting = asyncio.create_task(router.on_route(route(), envelope()))
-        await asyncio.wait_for(world.started.wait(), timeout=5)
+        await asyncio.wait_for(world.started.wait(), timeout=DEADLINE_S)
         router.on_end_request(EndRequest("r1"), envelope())
         world.spawn_up(router.models[MODEL].group, 1)
         with pytest.raises(Cancelled):

@@ -50,6 +50,7 @@ from cortexd.models import (
     WeightBytes,
 )
 from cortexd.settings import Settings
+from tests.waiting import DEADLINE_S
 
 MODEL = "org/small"
 OTHER = "org/other"
@@ -207,7 +208,7 @@ def make_router(world: World, folder: Path, **settings: Any) -> Router:
     return router
 
 
-def envelope(deadline_s: float = 10.0, front: str = "front.0") -> Envelope:
+def envelope(deadline_s: float = DEADLINE_S, front: str = "front.0") -> Envelope:
     """An envelope from a front."""
     return Envelope(
         id=1,
@@ -228,7 +229,7 @@ def route(request_id: str = "r1", *, model: str = MODEL, wait: bool = True) -> R
 async def routed(router: Router, request_id: str = "r1", model: str = MODEL) -> Routed:
     """Ask and wait until the model runs."""
     return await asyncio.wait_for(
-        router.on_route(route(request_id, model=model), envelope()), timeout=5
+        router.on_route(route(request_id, model=model), envelope()), timeout=DEADLINE_S
     )
 
 
@@ -239,4 +240,4 @@ def state_of(router: Router, model: str = MODEL) -> str:
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
     """Run one asynchronous test."""
-    asyncio.run(asyncio.wait_for(work(), timeout=10))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(work(), timeout=DEADLINE_S))  # type: ignore[arg-type]
