@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cortexd.errors import CortexError
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -97,6 +98,6 @@ def test_no_admin_operation_ends_in_a_message_that_nobody_reads(
             _is_readable(json.dumps(daemon.admin(op, **arguments)))
         except CortexError as error:
             _is_readable(error.message)
-    wait_for(lambda: not any(a["group"] for a in daemon.actors().values()), 30, "the unload")
+    wait_for(lambda: not any(a["group"] for a in daemon.actors().values()), "the unload")
     _is_readable(json.dumps(daemon.admin("operations")))
     _is_readable(daemon.log())
