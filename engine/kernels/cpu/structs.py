@@ -1,4 +1,4 @@
-"""The C++ structs of the kernels' interface, field by field as in pack.h, attention.h and decoder.h."""
+"""The C++ structs of the kernels' interface, as in pack.h, attention.h and decoder.h."""
 
 from __future__ import annotations
 
