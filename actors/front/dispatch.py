@@ -6,7 +6,6 @@ import asyncio
 import time
 from typing import Final
 
-import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
@@ -14,7 +13,8 @@ from actors.front.auth import ANONYMOUS
 from actors.front.decode import decode_body
 from actors.front.entitlement import hold
 from actors.front.model_value import with_model
-from actors.front.node_watch import check_serving, watched
+from actors.front.node_connection import NodeAnswer
+from actors.front.node_watch import await_head, check_serving
 from actors.front.record import RequestRecord
 from actors.front.routing import place
 from actors.front.services import REQUEST_ID, SERVICES
@@ -55,7 +55,7 @@ class Dispatch:
         self._since = time.monotonic()
         self._routed: RoutedRemote | None = None
         self._is_answered = False
-        self._upstream: aiohttp.ClientResponse | None = None
+        self._upstream: NodeAnswer | None = None
         self.lease_id = self._services.new_lease_id()
         gateway = self._services.settings.gateway
         patience_s = gateway.request_timeout_s if is_stream else gateway.unary_load_wait_s
@@ -73,9 +73,13 @@ class Dispatch:
 
     def release(self) -> None:
         """Close the node's socket at once and end the lease; nothing here waits."""
+        self._close()
+        self._services.leases.end(self.lease_id, is_answered=self._is_answered)
+
+    def _close(self) -> None:
         if self._upstream is not None:
             self._upstream.close()
-        self._services.leases.end(self.lease_id, is_answered=self._is_answered)
+            self._upstream = None
 
     def failed(self, reason: str, *, is_refusing: bool = False) -> None:
         """Tell the router that the node failed at this request."""
@@ -83,7 +87,7 @@ class Dispatch:
         failure = NodeFailed(self.node, reason, self.lease_id, is_refusing)
         self._services.tell_quietly("router", failure)
 
-    async def open(self) -> aiohttp.ClientResponse | None:
+    async def open(self) -> NodeAnswer | None:
         """Return the head of a node's answer, None when this host is to serve the request.
 
         Raises: what the router refuses with, UpstreamUnavailable, InvalidRequest.
@@ -153,24 +157,26 @@ class Dispatch:
         is_alias = routed.model_id != self._model
         return path, with_model(self._body, routed.model_id) if is_alias else self._body
 
-    async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
+    async def _post(self, routed: RoutedRemote) -> NodeAnswer:
+        self._close()
         path, body = self._addressed(routed)
         if self._record.estimate is not None:
             await hold(self._services, self._record, self._record.estimate.total)
         is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
         self._record.submitted = self._record.submitted or time.monotonic()
-        post = self._services.upstream.post(
-            routed.node,
-            routed.base_url + path,
-            self._headers(routed),
-            body,
-            HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
-        )
         try:
-            self._upstream = await (
-                post if is_prompt else watched(self._services.bus, post, routed)
+            self._upstream = await self._services.upstream.send(
+                routed.node, routed.base_url, path, self._headers(routed), body
+            )
+            await await_head(
+                self._services.bus,
+                self._upstream,
+                routed,
+                HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
+                is_watched=not is_prompt,
             )
         except UpstreamUnavailable as error:
+            self._close()
             self.failed(error.message, is_refusing=isinstance(error, ConnectFailed))
             raise
         await check_serving(self._upstream, routed)
