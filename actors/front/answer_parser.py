@@ -94,7 +94,8 @@ class AnswerParser:
             fields.append((name, value.strip(" \t")))
         self.headers = CIMultiDict(fields)
         status = int(status_line[2])
-        self._read_framing(status, is_old=status_line[1] == "0")
+        if status >= 200:
+            self._read_framing(status, is_old=status_line[1] == "0")
         return status
 
     def _read_framing(self, status: int, *, is_old: bool) -> None:

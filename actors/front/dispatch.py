@@ -51,7 +51,8 @@ class Dispatch:
         self._body = body
         self._model = model
         self._is_stream = is_stream
-        self._prefix = prefix_chain(body)
+        # With one node there is nothing to choose by it.
+        self._prefix = prefix_chain(body) if self._services.has_choice else []
         self._since = time.monotonic()
         self._routed: RoutedRemote | None = None
         self._is_answered = False
@@ -84,6 +85,7 @@ class Dispatch:
     def failed(self, reason: str, *, is_refusing: bool = False) -> None:
         """Tell the router that the node failed at this request."""
         self._is_answered = False
+        self._services.leases.close_node(self.node)
         failure = NodeFailed(self.node, reason, self.lease_id, is_refusing)
         self._services.tell_quietly("router", failure)
 
@@ -103,6 +105,20 @@ class Dispatch:
         return await self._post(retry)
 
     async def _place(self, exclude: list[str]) -> RoutedHere | RoutedRemote:
+        leases = self._services.leases
+        routed = None if exclude else leases.open_node(self._model)
+        if routed is not None:
+            leases.begin(self._enter(routed))
+            return routed
+        answer = await self._ask(exclude)
+        if isinstance(answer, RoutedRemote):
+            self._record.cold_start = self._record.cold_start or answer.cold_start
+            lease = self._enter(answer)
+            leases.hold(lease)
+            leases.note_open(self._model, lease, answer)
+        return answer
+
+    async def _ask(self, exclude: list[str]) -> RoutedHere | RoutedRemote:
         wanted = Place(
             self._model,
             self.lease_id,
@@ -112,17 +128,16 @@ class Dispatch:
             since=self._since,
         )
         wait_s = max(self._patience_until - asyncio.get_running_loop().time(), 0.0)
-        routed = await place(self._services.bus, wanted, wait_s=wait_s)
-        if isinstance(routed, RoutedRemote):
-            self._routed = routed
-            record = self._record
-            account = record.principal.account
-            lease = HeldLease(self.lease_id, routed.model_id, routed.node, account)
-            self._services.leases.hold(lease)
-            record.place(self._services, routed.model_id, routed.node)
-            record.cold_start = record.cold_start or routed.cold_start
-            record.is_stream = self._is_stream
-        return routed
+        return await place(self._services.bus, wanted, wait_s=wait_s)
+
+    def _enter(self, routed: RoutedRemote) -> HeldLease:
+        """Note where the request goes; return the lease that it holds there."""
+        self._routed = routed
+        record = self._record
+        record.place(self._services, routed.model_id, routed.node)
+        record.is_stream = self._is_stream
+        account = record.principal.account
+        return HeldLease(self.lease_id, routed.model_id, routed.node, account, self._prefix)
 
     async def _place_again(self, failed: RoutedRemote, error: UpstreamUnavailable) -> RoutedRemote:
         """Return another replica, or the same node when it had merely closed the connection."""
