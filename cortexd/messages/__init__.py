@@ -142,8 +142,10 @@ Body = (
     | RequestsFinished
     | Route
     | Routed
+    | SleepModel
     | UnloadIdle
     | UnloadModelNow
+    | WakeModel
     | CatalogueChanged
     | ReloadFiles
     | Cancel

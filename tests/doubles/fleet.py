@@ -64,6 +64,7 @@ from cortexd.models import (
     RopeSpec,
 )
 from tests.doubles.text import EOS, VOCAB_SIZE
+from tests.waiting import DEADLINE_S
 
 MODEL = "org/tiny-model"
 ALIAS = "tiny"
@@ -209,7 +210,7 @@ class Fleet:
 
     async def wait_for(self, kind: type[Message], count: int = 1) -> list[Message]:
         """Wait until so many messages of one type were told."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while len(self.all_sent(kind)) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -217,7 +218,7 @@ class Fleet:
 
     async def wait_for_finished(self, count: int = 1) -> list[RequestFinished]:
         """Wait until metrics has heard of so many ended requests."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while len(self.finished) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -225,7 +226,7 @@ class Fleet:
 
     async def wait_for_charge(self, count: int = 1) -> Charge:
         """Wait until so many requests were settled; return the last one's charge."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while len(self.charges) < count:
                 self._changed.clear()
                 await self._changed.wait()
