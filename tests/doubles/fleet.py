@@ -25,6 +25,7 @@ from cortexd.messages import (
     Cancel,
     EndRequest,
     HostReport,
+    LeaseReport,
     ListModels,
     Loading,
     LoadModel,
@@ -240,7 +241,12 @@ class Fleet:
     def open_leases(self) -> set[str]:
         """Return leases that were asked for and not ended."""
         opened = {body.request_id for _, body in self.sent if isinstance(body, Route | Place)}
-        return opened - {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
+        ended = {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
+        for body in self.all_sent(LeaseReport):
+            assert isinstance(body, LeaseReport), "asked for by its type"
+            opened |= {lease.request_id for lease in body.begun}
+            ended |= {lease.request_id for lease in body.ended}
+        return opened - ended
 
     @property
     def num_running(self) -> int:

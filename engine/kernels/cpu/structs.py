@@ -1,4 +1,4 @@
-"""The C++ structs of the kernels' interface, field by field as in attention.h and decoder.h."""
+"""The C++ structs of the kernels' interface, as in pack.h, attention.h and decoder.h."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import ctypes
 
 Pointer = ctypes.c_void_p
 Size = ctypes.c_int64
+
+
+class PlainRows(ctypes.Structure):
+    """GGML rows, `row_bytes` apart."""
+
+    _fields_ = [("data", Pointer), ("row_bytes", Size), ("rows", Size)]
 
 
 class Matrix(ctypes.Structure):
