@@ -53,6 +53,7 @@ from cortexd.messages import (
     GroupUp,
     HeldLeases,
     HostReport,
+    LeaseReport,
     ListModels,
     Loading,
     LoadModel,
@@ -225,6 +226,15 @@ class Router(AsyncActor):
         """Close a lease, or the wait for one."""
         self.fleet.end_request(message.request_id, is_answered=message.is_answered)
         self.requests.end(message.request_id)
+
+    @handles(LeaseReport)
+    def on_lease_report(self, message: LeaseReport, envelope: Envelope) -> None:
+        """Count what a front has begun at a node that was open to it, and what has ended."""
+        front = f"{envelope.src.name}.{envelope.src.incarnation}"
+        for held in message.begun:
+            self.fleet.begun(held, front)
+        for ended in message.ended:
+            self.fleet.end_request(ended.request_id, is_answered=ended.is_answered)
 
     @handles(HeldLeases)
     def on_held_leases(self, message: HeldLeases, envelope: Envelope) -> None:

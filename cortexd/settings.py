@@ -102,8 +102,10 @@ class Engine(Section, frozen=True):
     target_prefill_s: NonNegativeFloat = 120.0
     bootstrap_prefill_tok_s: PositiveFloat = 800.0
     max_queue_depth: PositiveInt = 256
+    kv_wait_s: PositiveFloat = 240.0
     prefix_cache: bool = True
-    backend: Literal["auto", "triton", "exact", "reference"] = "auto"
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    activations: Literal["auto", "rounded", "exact"] = "auto"
 
 
 class Store(Section, frozen=True):

@@ -29,6 +29,7 @@ from engine.constraints import Constraints, compiler_for
 from engine.decode_steps import CapturableModel, DecodeSteps
 from engine.grammar.compiler import GrammarCompiler
 from engine.kv_cache import KVCache, choose_size
+from engine.kv_room import KVRoom
 from engine.largest_step import activation_bytes
 from engine.load_figures import LoadFigures
 from engine.model_load import Model, load_model
@@ -79,13 +80,14 @@ class Engine:
         self.model = model
         self.spec = spec
         self.cache = KVCache(spec, size, settings.block_size, dtype, device)
-        self.scheduler = Scheduler(
-            settings,
+        room = KVRoom(
             BlockPool(size.num_blocks),
             settings.block_size,
-            size.context,
+            self.cache.block_bytes,
             SlotPool(size.num_state_slots) if size.num_state_slots else None,
+            self.cache.slot_bytes,
         )
+        self.scheduler = Scheduler(settings, room, size.context)
         self._ahead: RunAhead | None = None
         if capturable is not None:
             max_blocks = -(-size.context // settings.block_size)
@@ -105,7 +107,7 @@ class Engine:
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
         self._faults = StepFaults(device)
-        self.figures = LoadFigures(settings, self.limits, self.scheduler, self.cache)
+        self.figures = LoadFigures(settings, self.limits, self.scheduler)
 
     @classmethod
     @torch.inference_mode()
@@ -197,7 +199,7 @@ class Engine:
         self._begin_constrained()
         if self.scheduler.has_work:
             started = time.perf_counter()
-            plan = (self._ahead and self._ahead.resume()) or self.scheduler.plan()
+            plan = self._plan()
             assert plan.rows, f"{self.scheduler} has work and planned none of it"
             results = self._execute(plan)
             if results is not None:
@@ -278,6 +280,16 @@ class Engine:
                 continue
             self.scheduler.submit(sequence)
             self.sampler.constrain(sequence, self._constraints.mask)
+
+    def _plan(self) -> StepPlan:
+        """Return the next step, which may run already; end who could not begin in time."""
+        plan = self._ahead.resume() if self._ahead is not None else None
+        if plan is None:
+            plan = self.scheduler.plan()
+            # After the plan: who can begin now is not late.
+            for sequence, error in self.scheduler.overdue():
+                self._fail(sequence, error)
+        return plan
 
     def _execute(self, plan: StepPlan) -> list[RowResult] | None:
         """Return each row's result; None when the step failed, which has been dealt with.

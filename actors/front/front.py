@@ -65,6 +65,7 @@ class Front(AsyncActor):
         self._services.end_all(_shutting_down())
         await self._server.close()
         await self._services.spending.close(_LAST_WORDS_S)
+        self._services.leases.flush()
         self._services.reports.close()
 
     async def _wait_until_idle(self, timeout_s: float) -> None:

@@ -38,6 +38,7 @@ from cortexd.messages.fleet import (
     HeldLease,
     HeldLeases,
     HostReport,
+    LeaseReport,
     ListModels,
     LoadModel,
     LoadProgress,
@@ -124,6 +125,7 @@ Body = (
     | HeldLeases
     | EvictionProposal
     | HostReport
+    | LeaseReport
     | ListModels
     | LoadModel
     | LoadProgress
@@ -140,8 +142,10 @@ Body = (
     | RequestsFinished
     | Route
     | Routed
+    | SleepModel
     | UnloadIdle
     | UnloadModelNow
+    | WakeModel
     | CatalogueChanged
     | ReloadFiles
     | Cancel
@@ -177,6 +181,7 @@ __all__ = [
     "Hello",
     "HostReport",
     "KeysChanged",
+    "LeaseReport",
     "ListModels",
     "LoadModel",
     "LoadOnNode",

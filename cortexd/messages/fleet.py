@@ -58,18 +58,29 @@ class EndRequest(Message, frozen=True, tag="EndRequest"):
 
 
 class HeldLease(msgspec.Struct, frozen=True, array_like=True):
-    """One request that runs: on which model, at which node ("": this host), for whom."""
+    """One request that runs: on which model, at which node ("": this host), for whom.
+
+    `prefix`: as of `Place`, in a `LeaseReport`.
+    """
 
     request_id: str
     model_id: str
     node: str = ""
     account: str = ""
+    prefix: list[int] = []
 
 
 class HeldLeases(Message, frozen=True, tag="HeldLeases"):
     """Front → a router that was restarted: what this front has running."""
 
     leases: list[HeldLease]
+
+
+class LeaseReport(Message, frozen=True, tag="LeaseReport"):
+    """Front → router: what it has begun without asking, as it may, and what has ended since."""
+
+    begun: list[HeldLease]
+    ended: list[EndRequest]
 
 
 class ListModels(Message, frozen=True, tag="ListModels"):

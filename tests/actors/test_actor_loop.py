@@ -41,7 +41,8 @@ from cortexd.messages import (
 )
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import Address, Envelope
-from tests.doubles.bus import DEADLINE_S, PEER, ScriptedBus, scripted
+from tests.doubles.bus import PEER, ScriptedBus, scripted
+from tests.waiting import DEADLINE_S
 
 
 class Echo(AsyncActor):

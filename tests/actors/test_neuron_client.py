@@ -17,6 +17,7 @@ from cortexd.messages import NeuronReport
 from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.settings import NeuronEntry
 from tests.doubles.front import async_test
+from tests.waiting import DEADLINE_S
 
 
 class FakeNeuron:
@@ -62,7 +63,7 @@ class Reports:
 
     async def until(self, name: str, **wanted: Any) -> NeuronReport:
         """Wait for a report with these fields."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             while True:
                 report = self.last.get(name)
                 if report and all(getattr(report, key) == value for key, value in wanted.items()):

@@ -76,6 +76,7 @@ from cortexd.models import (
     WeightBytes,
 )
 from cortexd.settings import Engine, Gateway, Settings
+from tests.waiting import DEADLINE_S
 
 MODEL = "org/small"
 OTHER = "org/other"
@@ -233,7 +234,7 @@ def make_router(world: World, folder: Path, **settings: Any) -> Router:
     return router
 
 
-def envelope(deadline_s: float = 10.0, front: str = "front.0") -> Envelope:
+def envelope(deadline_s: float = DEADLINE_S, front: str = "front.0") -> Envelope:
     """An envelope from a front."""
     return Envelope(
         id=1,
@@ -254,7 +255,7 @@ def route(request_id: str = "r1", *, model: str = MODEL, wait: bool = True) -> R
 async def routed(router: Router, request_id: str = "r1", model: str = MODEL) -> Routed:
     """Ask and wait until the model runs."""
     return await asyncio.wait_for(
-        router.on_route(route(request_id, model=model), envelope()), timeout=5
+        router.on_route(route(request_id, model=model), envelope()), timeout=DEADLINE_S
     )
 
 
@@ -265,7 +266,7 @@ def state_of(router: Router, model: str = MODEL) -> str:
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
     """Run one asynchronous test."""
-    asyncio.run(asyncio.wait_for(work(), timeout=10))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(work(), timeout=DEADLINE_S))  # type: ignore[arg-type]
 
 
 def test_fifty_requests_for_a_cold_model_make_one_load(tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def test_request_that_ends_while_it_waits_opens_no_lease(tmp_path: Path) -> None
         world.loads_by_itself = False
         router = make_router(world, tmp_path)
         waiting = asyncio.create_task(router.on_route(route(), envelope()))
-        await asyncio.wait_for(world.started.wait(), timeout=5)
+        await asyncio.wait_for(world.started.wait(), timeout=DEADLINE_S)
         router.on_end_request(EndRequest("r1"), envelope())
         world.spawn_up(router.models[MODEL].group, 1)
         with pytest.raises(Cancelled):

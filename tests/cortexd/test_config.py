@@ -254,6 +254,11 @@ def test_variables_of_the_kernels_are_no_options(variable: str, tmp_path: Path) 
          "be at most engine.max_num_batched_tokens = 2048"),
         ("[engine]\nmax_num_batched_tokens = 256", "2: engine.max_prefill_chunk = 512 "
          "must be at most engine.max_num_batched_tokens = 256"),
+        ('[engine]\nactivations = "rounded"\nbackend = "reference"', "2: engine.activations = "
+         '"rounded" is for the CPU\'s kernels, but engine.backend = "reference"; use "auto"'),
+        ('[engine]\ndevice = "cuda"\nactivations = "rounded"', "3: engine.activations = "
+         '"rounded" is for the CPU\'s kernels, but engine.device = "cuda"; use "auto"'),
+        ('[engine]\nbackend = "exact"', "2: engine.backend"),
         ("[supervision]\nsuspect_after_s = 5", "2: supervision.suspect_after_s = 5.0 must"
          " be below supervision.kill_after_s = 5.0"),
         ("[supervision]\nheartbeat_ms = 2000", "2: supervision.suspect_after_s = 2.0 must"

@@ -25,6 +25,7 @@ from cortexd.messages import (
     Cancel,
     EndRequest,
     HostReport,
+    LeaseReport,
     ListModels,
     Loading,
     LoadModel,
@@ -63,6 +64,7 @@ from cortexd.models import (
     RopeSpec,
 )
 from tests.doubles.text import EOS, VOCAB_SIZE
+from tests.waiting import DEADLINE_S
 
 MODEL = "org/tiny-model"
 ALIAS = "tiny"
@@ -208,7 +210,7 @@ class Fleet:
 
     async def wait_for(self, kind: type[Message], count: int = 1) -> list[Message]:
         """Wait until so many messages of one type were told."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while len(self.all_sent(kind)) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -216,7 +218,7 @@ class Fleet:
 
     async def wait_for_finished(self, count: int = 1) -> list[RequestFinished]:
         """Wait until metrics has heard of so many ended requests."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while len(self.finished) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -224,7 +226,7 @@ class Fleet:
 
     async def wait_for_charge(self, count: int = 1) -> Charge:
         """Wait until so many requests were settled; return the last one's charge."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while len(self.charges) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -238,7 +240,12 @@ class Fleet:
     def open_leases(self) -> set[str]:
         """Return leases that were asked for and not ended."""
         opened = {body.request_id for _, body in self.sent if isinstance(body, Route | Place)}
-        return opened - {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
+        ended = {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
+        for body in self.all_sent(LeaseReport):
+            assert isinstance(body, LeaseReport), "asked for by its type"
+            opened |= {lease.request_id for lease in body.begun}
+            ended |= {lease.request_id for lease in body.ended}
+        return opened - ended
 
     @property
     def num_running(self) -> int:

@@ -19,7 +19,8 @@ import openai
 import pytest
 
 from cortexd.keys import key_digest
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -58,7 +59,7 @@ class Keyed:
             self.daemon.url(path), data=json.dumps(body).encode(), headers=headers
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
                 return response.status, json.loads(response.read()), dict(response.headers)
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read()), dict(error.headers)
@@ -70,7 +71,7 @@ class Keyed:
 
     def settled(self, key: str) -> int:
         """Return what a key has spent, once nothing of it is reserved."""
-        wait_for(lambda: self.figures(key)[1] == 0, 10, "settling")
+        wait_for(lambda: self.figures(key)[1] == 0, "settling")
         return self.figures(key)[0]
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -159,7 +160,7 @@ def test_client_that_leaves_a_stream_pays_for_what_it_got(keyed: Keyed) -> None:
         "max_tokens": 400,
         "ignore_eos": True,
     }
-    connection = http.client.HTTPConnection("127.0.0.1", keyed.daemon.api_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", keyed.daemon.api_port, timeout=DEADLINE_S)
     headers = {"Authorization": "Bearer leaver"}
     connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     response = connection.getresponse()
@@ -184,13 +185,13 @@ def test_killed_owner_and_front_leave_neither_debt_nor_block(keyed: Keyed) -> No
     for victim in ("budgets", "front.0"):
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(ask, number) for number in range(8)]
-            wait_for(lambda: keyed.figures("crash")[1] > 0, 10, "a reservation")
+            wait_for(lambda: keyed.figures("crash")[1] > 0, "a reservation")
             keyed.daemon.kill(victim)
             statuses = [one.result() for one in asked]
         if victim == "budgets":
             assert statuses == [200] * 8
     with contextlib.suppress(OSError):
-        wait_for(lambda: keyed.ask("crash")[0] == 200, 20, "an answer")
+        wait_for(lambda: keyed.ask("crash")[0] == 200, "an answer")
     spent = keyed.settled("crash")
     assert spent >= before + 8 * 64
 
@@ -198,7 +199,7 @@ def test_killed_owner_and_front_leave_neither_debt_nor_block(keyed: Keyed) -> No
 def test_keys_are_added_and_revoked_while_the_daemon_runs(keyed: Keyed) -> None:
     """The command edits the file, the daemon follows; a broken file changes nothing."""
     secret = keyed.command("add", "late", "--cap", "5000", "--window", "60").stdout.strip()
-    wait_for(lambda: keyed.ask(secret)[0] == 200, 10, "letting the new key in")
+    wait_for(lambda: keyed.ask(secret)[0] == 200, "letting the new key in")
     spent = keyed.settled("late")
     row = next(
         line for line in keyed.command("list").stdout.splitlines() if line.startswith("late")
@@ -211,7 +212,7 @@ def test_keys_are_added_and_revoked_while_the_daemon_runs(keyed: Keyed) -> None:
     assert keyed.ask(secret)[0] == 200
     keyed.keys_file.write_bytes(good)
     keyed.command("revoke", "late")
-    wait_for(lambda: keyed.ask(secret)[0] == 401, 10, "refusing the revoked key")
+    wait_for(lambda: keyed.ask(secret)[0] == 401, "refusing the revoked key")
     assert secret not in keyed.daemon.log()
 
 
@@ -239,7 +240,7 @@ def test_log_and_metrics_name_key_and_account_and_no_secret(keyed: Keyed) -> Non
         found = [line for line in keyed.daemon.log().splitlines() if "request.finished" in line]
         return [json.loads(line[line.index("{") :]) for line in found]
 
-    wait_for(lambda: lines()[-1]["status"] == 401, 10, "the last line")
+    wait_for(lambda: lines()[-1]["status"] == 401, "the last line")
     assert lines()[-2]["key"] == "sdk"
     assert lines()[-1]["error"] == "invalid_api_key"
     assert "never-a-key" not in keyed.daemon.log()

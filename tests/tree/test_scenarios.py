@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
 from tests.tree.scripted_neuron import ScriptedNeuron
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -38,8 +39,8 @@ class Fleet:
         return self.nodes()[name]
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """Return the gateway's view of all nodes; none while its router begins."""
-        return {node["name"]: dict(node) for node in self.gateway.admin("status")["nodes"]}
+        """Return the gateway's view of all nodes."""
+        return self.gateway.nodes()
 
     def sees(self, name: str, model: str, state: str) -> bool:
         """Tell whether the gateway knows a model in this state on a node."""
@@ -81,7 +82,7 @@ def fleet(hosts: Fleet) -> Fleet:
         neuron.seats, neuron.is_up, neuron.hangs = 0, True, False
         neuron.max_running = 0
     for name in ("one", "two"):
-        wait_for(lambda name=name: hosts.sees(name, MODEL, "loaded"), 15, f"seeing {name}")
+        wait_for(lambda name=name: hosts.sees(name, MODEL, "loaded"), f"seeing {name}")
     return hosts
 
 
@@ -137,7 +138,6 @@ def test_requests_beyond_the_seats_wait_in_a_bounded_queue(fleet: Fleet) -> None
             for name in ("one", "two")
             for model in fleet.node(name)["models"]
         ),
-        10,
         "learning the seats",
     )
     with ThreadPoolExecutor(40) as pool:
@@ -172,7 +172,7 @@ def _lines(gateway: Daemon, model: str) -> list[bytes]:
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
         return [line.strip() for line in response if line.strip()]
 
 
@@ -191,7 +191,7 @@ def test_two_gateways_on_the_same_neurons_share_them(fleet: Fleet, tmp_path: Pat
     fleet.one.answer_s = fleet.two.answer_s = 0.05
     with start_gateway(folder, fleet.catalogue, fleet.one, fleet.two) as second:
         other = Fleet(second, fleet.one, fleet.two, fleet.catalogue)
-        wait_for(lambda: other.sees("two", MODEL, "loaded"), 10, "the second gateway's view")
+        wait_for(lambda: other.sees("two", MODEL, "loaded"), "the second gateway's view")
         with ThreadPoolExecutor(16) as pool:
             askers = [fleet, other] * 32
             answers = Counter(pool.map(lambda one: one.ask(os.urandom(4).hex()), askers))
@@ -205,7 +205,7 @@ def test_catalogue_is_reloaded_under_traffic(fleet: Fleet) -> None:
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(fleet.ask, f"question {n}") for n in range(200)]
         fleet.catalogue.write_text(f'{text}[aliases]\n"tier/new" = "{MODEL}"\n')
-        wait_for(lambda: fleet.ask(model="tier/new") in {"one", "two"}, 10, "the alias")
+        wait_for(lambda: fleet.ask(model="tier/new") in {"one", "two"}, "the alias")
         fleet.catalogue.write_text(f"{text}[aliases\n")
         (file,) = fleet.gateway.admin("reload")["files"]
         assert (file["status"], f"{fleet.catalogue}:3" in file["error"]) == ("rejected", True)
@@ -234,7 +234,7 @@ def test_node_that_flaps_is_held_down_and_no_request_fails(fleet: Fleet) -> None
             seen.append(fleet.ask(f"q{len(seen)}"))
         assert set(seen) <= {"two", "one"}, seen
         fleet.one.is_up = True
-        wait_for(lambda: fleet.node("one")["is_healthy"], 10, "node one's return")
+        wait_for(lambda: fleet.node("one")["is_healthy"], "node one's return")
     assert "node.breaker_open" in fleet.gateway.log()
     while fleet.node("one")["breaker"] == "open":
         answer = fleet.ask(f"held {time.monotonic()}")
@@ -245,5 +245,5 @@ def test_node_that_flaps_is_held_down_and_no_request_fails(fleet: Fleet) -> None
         answers.add(fleet.ask(f"again {time.monotonic()}"))
         return bool(fleet.node("one")["breaker"] == "closed")
 
-    wait_for(is_closed, 20, "the trial request's success")
+    wait_for(is_closed, "the trial request's success")
     assert answers <= {"one", "two"}

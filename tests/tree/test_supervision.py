@@ -17,7 +17,8 @@ import pytest
 from actors.spec import ChildSpec
 from actors.transport.admin_channel import AdminChannel
 from cortexd.errors import NotRunning
-from tests.tree.toy_daemon import REPOSITORY, ToyDaemon, toys, wait_until
+from tests.tree.toy_daemon import REPOSITORY, ToyDaemon, toys
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -46,12 +47,12 @@ def test_killed_actor_under_asks_every_ask_ends_and_service_returns(
     asker = "peer" if victim == "router" else "router"
     daemon.wait_ready("router")
     _do(daemon, asker, "storm", target=victim, tasks=8)
-    wait_until(lambda: _do(daemon, asker, "outcomes").get("reply", 0) > 50, "asks being answered")
+    wait_for(lambda: _do(daemon, asker, "outcomes").get("reply", 0) > 50, "asks being answered")
     for _ in range(3):
         before = daemon.kill(victim)
         daemon.wait_ready(victim, after=before)
     replies = _do(daemon, asker, "outcomes")["reply"]
-    wait_until(lambda: _do(daemon, asker, "outcomes")["reply"] > replies, "service returning")
+    wait_for(lambda: _do(daemon, asker, "outcomes")["reply"] > replies, "service returning")
     outcomes = _do(daemon, asker, "end_storm")
     assert outcomes.pop("open") == 0
     assert set(outcomes) <= {"reply", "actor_down"}, outcomes
@@ -101,7 +102,7 @@ def test_stopped_actor_is_dumped_killed_and_replaced() -> None:
         daemon.wait_event("actor.suspect", actor="peer")
         daemon.wait_event("actor.hung", actor="peer")
         daemon.wait_ready("peer", after=before)
-        wait_until(lambda: "Current thread" in _texts(daemon, "peer"), "the stack dump")
+        wait_for(lambda: "Current thread" in _texts(daemon, "peer"), "the stack dump")
         assert daemon.relay("peer", "pid") == daemon.actor("peer")["pid"]
 
 
@@ -146,7 +147,7 @@ def test_killed_root_takes_everything_with_it(method: str) -> None:
         assert len(family) >= 5
         os.kill(daemon.pid, signal.SIGKILL)
         daemon.wait()
-        _, alive = psutil.wait_procs(family, timeout=1.0)
+        _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
         assert not alive
 
 
@@ -156,7 +157,7 @@ def test_killed_fork_server_harms_nobody_and_is_replaced() -> None:
         server = next(one for one in daemon.family() if "forkserver.light" in str(one.cmdline()))
         pids = {name: daemon.actor(name)["pid"] for name in ("router", "peer")}
         server.kill()
-        wait_until(lambda: psutil.Process(pids["peer"]).ppid() == daemon.pid, "the adoption")
+        wait_for(lambda: psutil.Process(pids["peer"]).ppid() == daemon.pid, "the adoption")
         assert daemon.relay("peer", "pid") == pids["peer"]
         daemon.kill("peer")
         exited = daemon.wait_event("actor.exited", actor="peer")
@@ -171,7 +172,7 @@ def test_what_a_dead_actor_leaves_behind_is_killed() -> None:
         attached = psutil.Process(daemon.relay("peer", "grandchild"))
         detached = psutil.Process(daemon.relay("peer", "grandchild", detached=True))
         daemon.kill("peer")
-        _, alive = psutil.wait_procs([attached, detached], timeout=5.0)
+        _, alive = psutil.wait_procs([attached, detached], timeout=DEADLINE_S)
         assert not alive
         daemon.wait_event("root.orphans_killed", actor="peer")
 
@@ -183,7 +184,7 @@ def test_second_start_names_the_running_pid(daemon: ToyDaemon) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert second.returncode == 1
@@ -208,7 +209,7 @@ def test_second_signal_kills_and_exits_130() -> None:
     ]
     with ToyDaemon(children) as daemon:
         os.kill(daemon.pid, signal.SIGTERM)
-        wait_until(lambda: daemon.admin("status")["state"] == "stopping", "the stop")
+        wait_for(lambda: daemon.admin("status")["state"] == "stopping", "the stop")
         os.kill(daemon.pid, signal.SIGINT)
         assert daemon.wait() == 130
 
@@ -246,7 +247,7 @@ def test_fifty_restarts_leak_no_descriptor_and_no_file() -> None:
             # Through the operator's restart: no back-off, since it is no failure.
             daemon.admin("actor.restart", name="peer")
             incarnation = daemon.wait_ready("peer", after=incarnation)["incarnation"]
-        wait_until(lambda: root.num_fds() <= before[0], "descriptors being closed", 2.0)
+        wait_for(lambda: root.num_fds() <= before[0], "descriptors being closed")
         assert (root.num_threads(), _files(daemon)) == before[1:]
         assert daemon.actor("peer")["restarts"] == 1
 
@@ -267,13 +268,13 @@ def test_unwritable_log_folder_is_an_event_and_the_service_goes_on() -> None:
             "File exists",
         }
         daemon.command("print", text="still heard\n")
-        wait_until(lambda: "still heard" in _texts(daemon, "router"), "the ring")
+        wait_for(lambda: "still heard" in _texts(daemon, "router"), "the ring")
 
 
 def test_output_flood_is_cut_with_a_note(daemon: ToyDaemon) -> None:
     """Thousands of lines at once do not push everything else out."""
     daemon.command("print", text="x\n" * 20000)
-    wait_until(lambda: "suppressed" in _texts(daemon, "router"), "the note")
+    wait_for(lambda: "suppressed" in _texts(daemon, "router"), "the note")
 
 
 def test_status_answers_while_the_router_is_stopped(daemon: ToyDaemon) -> None:
@@ -292,4 +293,4 @@ def test_status_answers_while_the_router_is_stopped(daemon: ToyDaemon) -> None:
 def test_admin_channel_without_a_daemon_says_so(tmp_path: Path) -> None:
     """Nothing listening is not a time-out."""
     with pytest.raises(NotRunning, match="cortexd is not running"):
-        AdminChannel(tmp_path / "admin.s", timeout_s=5.0)
+        AdminChannel(tmp_path / "admin.s", timeout_s=DEADLINE_S)

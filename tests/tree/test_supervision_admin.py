@@ -12,6 +12,7 @@ from actors.transport.admin_channel import AdminChannel
 from actors.transport.sockets import Transport
 from cortexd.errors import CortexError, InvalidValue, NotFound
 from tests.tree.toy_daemon import ToyDaemon, toys
+from tests.waiting import DEADLINE_S
 
 pytestmark = pytest.mark.tree
 
@@ -26,7 +27,7 @@ def daemon() -> Iterator[ToyDaemon]:
 @pytest.fixture
 def channel(daemon: ToyDaemon) -> Iterator[AdminChannel]:
     """A channel of its own, since streams belong to one."""
-    with AdminChannel(daemon.folder / "run/admin.s", timeout_s=5.0) as opened:
+    with AdminChannel(daemon.folder / "run/admin.s", timeout_s=DEADLINE_S) as opened:
         yield opened
 
 
@@ -99,7 +100,7 @@ def _exchange(daemon: ToyDaemon, frame: bytes) -> dict[str, dict[str, str]]:
     socket = transport.socket(zmq.DEALER)
     socket.connect(f"ipc://{daemon.folder}/run/admin.s")
     socket.send(frame)
-    assert socket.poll(5000)
+    assert socket.poll(int(DEADLINE_S * 1000))
     answer: dict[str, dict[str, str]] = msgspec.json.decode(socket.recv())
     socket.close()
     transport.close()
@@ -201,7 +202,7 @@ def test_stream_ends_with_the_daemon() -> None:
     """A follower is told that nothing more will come."""
     with (
         ToyDaemon(toys("router")) as daemon,
-        AdminChannel(daemon.folder / "run/admin.s", timeout_s=5.0) as channel,
+        AdminChannel(daemon.folder / "run/admin.s", timeout_s=DEADLINE_S) as channel,
     ):
         channel.request("events", {"follow": True})
         daemon.admin("shutdown")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.tree.test_supervision import FAST
-from tests.tree.toy_daemon import ToyDaemon, toys, wait_until
+from tests.tree.toy_daemon import ToyDaemon, toys
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -54,7 +55,7 @@ def test_structural_error_of_a_rank_is_told_and_not_retried() -> None:
         assert down["code"] == "insufficient_memory"
         assert down["message"] == "needs 9 bytes, has 1"
         assert not down["will_restart"]
-        wait_until(lambda: daemon.actor("g/0")["state"] == "failed", "the group failing")
+        wait_for(lambda: daemon.actor("g/0")["state"] == "failed", "the group failing")
         assert daemon.admin("status")["state"] == "degraded"
         assert daemon.command("start_group")[1:] == ["g", 2]
         daemon.wait_seen("group_up", n=2)
@@ -67,7 +68,7 @@ def test_retriable_error_is_retried_until_the_bound() -> None:
         last = daemon.wait_seen("group_down", name="g", n=2)
         assert last["code"] == "engine_restarting"
         assert [one["will_restart"] for one in daemon.seen("group_down")] == [True, False]
-        wait_until(lambda: daemon.actor("g/0")["state"] == "failed", "the group failing")
+        wait_for(lambda: daemon.actor("g/0")["state"] == "failed", "the group failing")
         assert daemon.seen("group_up") == []
 
 

@@ -23,6 +23,7 @@ from cortexd.messages import (
 )
 from cortexd.settings import NeuronEntry
 from tests.doubles.front import ServedFront, async_test, chat_body, parse_events, served_front
+from tests.waiting import DEADLINE_S
 
 MODEL = "org/remote"
 NEURONS = [NeuronEntry(name="a", endpoint="http://a"), NeuronEntry(name="b", endpoint="http://b")]
@@ -152,7 +153,7 @@ async def test_client_that_leaves_closes_the_nodes_socket() -> None:
         body = chat_body(model=MODEL, stream=True)
         async with front.http.post(front.url + CHAT, json=body) as response:
             assert await response.content.readline() == b'data: {"choices":[]}\n'
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(DEADLINE_S):
             await closed.wait()
         await front.fleet.wait_for(EndRequest)
         record = await finished(front)

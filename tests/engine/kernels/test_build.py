@@ -15,6 +15,7 @@ from cortexd.errors import ConfigError
 from engine.kernels import cpu
 from engine.kernels.cpu import build, library
 from tests.engine.kernels.quantized import random_rows
+from tests.waiting import DEADLINE_S
 
 FindLibrary = Callable[[], Path]
 
@@ -100,7 +101,7 @@ def test_processes_that_start_together_compile_once(
         subprocess.Popen(command, cwd=build.SOURCE_DIR, stdout=subprocess.PIPE, text=True)
         for _ in range(4)
     ]
-    paths = {child.communicate(timeout=60)[0].strip() for child in children}
+    paths = {child.communicate(timeout=DEADLINE_S)[0].strip() for child in children}
     assert [child.returncode for child in children] == [0] * 4
     assert len(paths) == 1
     assert (fake_compiler.parent / "links.log").read_text() == "linked\n"
