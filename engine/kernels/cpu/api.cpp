@@ -40,9 +40,9 @@ CORTEXD_EXPORT int64_t cortexd_packed_bytes(int32_t type, int64_t rows, int64_t 
     return packed_bytes(static_cast<Type>(type), rows, columns);
 }
 
-CORTEXD_EXPORT int cortexd_pack(int32_t type, const uint8_t* source, int64_t row_bytes,
-                                int64_t rows, int64_t columns, uint8_t* destination) {
-    return pack(static_cast<Type>(type), source, row_bytes, rows, columns, destination) ? 0 : -1;
+CORTEXD_EXPORT int cortexd_pack(int32_t type, const PlainRows* parts, int64_t num_parts,
+                                int64_t columns, uint8_t* destination) {
+    return pack(static_cast<Type>(type), parts, num_parts, columns, destination) ? 0 : -1;
 }
 
 CORTEXD_EXPORT int cortexd_linear(const Matrix* matrix, const float* x, int64_t num_tokens,

@@ -8,6 +8,12 @@ Pointer = ctypes.c_void_p
 Size = ctypes.c_int64
 
 
+class PlainRows(ctypes.Structure):
+    """GGML rows, `row_bytes` apart."""
+
+    _fields_ = [("data", Pointer), ("row_bytes", Size), ("rows", Size)]
+
+
 class Matrix(ctypes.Structure):
     """A packed weight matrix with its bias."""
 

@@ -30,7 +30,7 @@ EMBEDDING = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_s
 
 def packed(name: str, out_features: int, in_features: int, seed: int) -> PackedLinear:
     bias = torch.randn(out_features, generator=torch.Generator().manual_seed(seed)) * 0.1
-    result = cpu.pack(random_rows(name, out_features, in_features, seed), bias)
+    result = cpu.pack([random_rows(name, out_features, in_features, seed)], bias)
     assert result is not None
     return result
 
