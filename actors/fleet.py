@@ -366,7 +366,8 @@ class Fleet:
         holders = [
             node.entry.name
             for node in self._nodes.values()
-            if node.entry.kind == "cortex" and node.view().states.get(model_id) == "loaded"
+            if node.entry.kind == "cortex"
+            and node.view().states.get(model_id) in {"loaded", "sleeping"}
         ]
         for name in holders:
             await self._router.ask(

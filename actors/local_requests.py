@@ -68,8 +68,7 @@ class LocalRequests:
         """Begin a load when none runs, and return at the model's next change."""
         if model.state == "failed" and (model.cooldown_left_s > 0 or not may_retry(model.error)):
             raise load_failed(model)
-        if model.state in {"unloaded", "failed"}:
-            self._router.loader.begin_load(model)
+        self._router.loader.bring_up(model)
         if not message.wait:
             raise loading_error(model)
         await self._wait(model, message, envelope)

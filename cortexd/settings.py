@@ -48,6 +48,7 @@ class Eviction(Section, frozen=True):
     strategy: Literal["lru", "priority"] = "lru"
     defrag_after_cycles: NonNegativeInt = 0
     idle_ttl_s: NonNegativeFloat = 0.0
+    sleep_ttl_s: NonNegativeFloat = 1800.0
 
 
 class Entitlements(Section, frozen=True):

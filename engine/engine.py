@@ -39,7 +39,7 @@ from engine.run_ahead import RunAhead
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
-from engine.sleep import Asleep, check_can_sleep, tensors_of
+from engine.sleep import Asleep, check_can_sleep, may_sleep, tensors_of
 from engine.slot_pool import SlotPool
 from engine.step_faults import StepFaults
 from engine.step_plan import PlannedRow, StepPlan
@@ -211,6 +211,11 @@ class Engine:
         return self._outbox.take()
 
     @property
+    def sleep_bytes(self) -> int:
+        """Host memory that the weights take while the model sleeps; 0: it cannot sleep."""
+        return self._weight_bytes if may_sleep(self._device, self._is_split) else 0
+
+    @property
     def is_asleep(self) -> bool:
         """Whether the weights are in host memory."""
         return self._asleep is not None
@@ -224,7 +229,7 @@ class Engine:
         """
         if self._asleep is not None:
             return
-        check_can_sleep(self._device, 2 if self._is_split else 1, self._weight_bytes)
+        check_can_sleep(self._device, self._weight_bytes, is_split=self._is_split)
         if self.has_work or self._sequences:
             raise errors.ServiceUnavailable(
                 f"the model answers {len(self._sequences)} sequences; let them end before it sleeps"

@@ -59,6 +59,7 @@ class FakeEngine:
     backend_name = "fake"
     memory_bytes = 0
     is_asleep = False
+    sleep_bytes = 0
 
     def __init__(self, context: int = 8192) -> None:
         self.limits = ModelLimits(context=context, output=context)

@@ -270,12 +270,12 @@ class Weights:
         matrices = [self._stored.matrix(part, in_features) for part in rows]
         biases = [self._bias(part) for part in rows if part.bias_name is not None]
         bias = torch.cat(biases) if biases else None
-        weight = stack_rows(matrices)
         packed = None
         if self.device.type == "cpu":
-            packed = pack_native(weight, bias, self.dtype, self.backend)
+            packed = pack_native(matrices, bias, self.dtype, self.backend)
         if packed is not None:
             return Linear.from_products([packed], in_features)
+        weight = stack_rows(matrices)
         owned = (
             weight
             if len(matrices) > 1 and self._is_in_place(weight)

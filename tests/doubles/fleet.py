@@ -109,6 +109,7 @@ class Fleet:
         self.loading = Loading()
         self.catalogue: list[CatalogueCard] = []
         self.is_draining = False
+        self.is_asleep = False
         self.defaults: dict[str, float] = {}
         self.lost_nodes: set[str] = set()
         self.in_flight: dict[str, int] = {}  # by node, as the polls say
@@ -303,15 +304,17 @@ class Fleet:
             return self._budget(body)
         if isinstance(body, ListModels):
             state: ModelState = "loaded" if self._loaded.is_set() else "loading"
+            if self.is_asleep:
+                state = "sleeping"
             limits = ModelLimits(context=self.context, output=self.context)
             status = ModelStatus(
                 model_id=MODEL,
                 state=state,
-                files=FILES if state == "loaded" else None,
+                files=FILES if state != "loading" else None,
                 limits=limits,
                 memory_bytes=5 * 2**20,
                 loaded_at=1.7e9,
-                leader=LEADER if state == "loaded" else None,
+                leader=LEADER if state != "loading" else None,
                 progress=0.25 if state == "loading" else None,
             )
             return ModelList(

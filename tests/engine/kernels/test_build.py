@@ -64,7 +64,7 @@ def test_no_compiler_means_unavailable_with_a_reason(fresh: pytest.MonkeyPatch) 
         "cpu kernels: torch reference (no C++ compiler found (/nowhere/c++); "
         "install g++ for fast CPU inference)"
     )
-    assert cpu.pack(random_rows("Q8_0", 16, 64), None) is None
+    assert cpu.pack([random_rows("Q8_0", 16, 64)], None) is None
 
 
 def test_failing_compiler_means_unavailable_with_its_error(
@@ -166,7 +166,7 @@ def test_unknown_instruction_set_is_an_error_that_lists_them(fresh: pytest.Monke
 
 def test_forked_child_gets_its_own_threads() -> None:
     # Processes fork from a server that may have used the kernels; a child has none of its threads.
-    packed = cpu.pack(random_rows("Q4_1", 512, 256), None)
+    packed = cpu.pack([random_rows("Q4_1", 512, 256)], None)
     assert packed is not None
     x = torch.ones(3, 256)
     expected = cpu.linear(packed, x)
