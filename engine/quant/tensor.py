@@ -16,7 +16,7 @@ from engine.quant.dequantize import dequantize_blocks
 class QuantizedTensor:
     """A matrix (num_rows, num_columns) of type `ggml_type`.
 
-    `packed` is uint8 (num_rows, row_bytes), contiguous, in file order.
+    `packed` is uint8 (num_rows, row_bytes), each row contiguous, in file order.
     """
 
     __slots__ = ("ggml_type", "packed", "shape")
