@@ -53,11 +53,6 @@ class QuantizedTensor:
         """Return a copy that owns its bytes."""
         return QuantizedTensor(self.ggml_type, self.shape, self.packed.clone())
 
-    def row_slice(self, begin: int, end: int) -> QuantizedTensor:
-        """Return rows `begin` to `end` as a view."""
-        packed = self.packed[begin:end]
-        return QuantizedTensor(self.ggml_type, (packed.shape[0], self.shape[1]), packed)
-
     def dequantize(self, dtype: torch.dtype, rows: Tensor | slice | None = None) -> Tensor:
         """Return (num_selected, num_columns) in `dtype`; `rows` are int64 ids or a slice."""
         packed = self.packed if rows is None else self.packed[rows]
