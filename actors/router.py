@@ -27,6 +27,7 @@ from actors.managed_model import Lease, ManagedModel, anonymous_by_place
 from actors.model_loader import ModelLoader
 from actors.open_requests import OpenRequest, take_left
 from actors.router_admin import RouterAdmin
+from actors.text_notice import tell_front
 from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue
 from cortexd.desired import is_draining, remember_draining
@@ -382,7 +383,8 @@ class Router(AsyncActor):
         self._record_left(down.name, before=down.incarnation + 1)
 
     def on_actor_up(self, up: ActorUp) -> None:
-        """Record what an earlier front left when no router was there."""
+        """Record what an earlier front left when no router was there; prepare a new one."""
+        tell_front(self, up.actor.name)
         self._record_left(up.actor.name, before=up.actor.incarnation)
 
     def _record_left(self, name: str, *, before: int) -> None:

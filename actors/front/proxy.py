@@ -34,6 +34,7 @@ from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.splice import Splice
 from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection, begin_stream
 from actors.front.upstream import response_headers
+from actors.front.whole_answer import WholeAnswer
 from cortexd.errors import (
     Cancelled,
     CortexError,
@@ -41,6 +42,7 @@ from cortexd.errors import (
     NoHealthyNode,
     UpstreamError,
     UpstreamInterrupted,
+    UpstreamProtocol,
     UpstreamStalled,
 )
 from cortexd.foreign_error import foreign_error
@@ -124,9 +126,12 @@ class _Forwarding:
         upstream = self._opening.result()
         if upstream is None:
             return None
-        if upstream.status != 200 or not upstream.is_event_stream:
+        if upstream.status != 200:
             return await self._limited(self._whole(upstream))
-        return await self._stream(response_headers(upstream.headers), upstream)
+        headers = response_headers(upstream.headers)
+        if not upstream.is_event_stream:
+            headers.update(STREAM_HEADERS)
+        return await self._stream(headers, upstream)
 
     async def _unary(self) -> web.Response | None:
         upstream = await self._dispatch.open()
@@ -160,7 +165,16 @@ class _Forwarding:
     # From the node: a whole answer
 
     async def _whole(self, upstream: NodeAnswer) -> web.Response:
-        """Return an answer that is no stream; errors that are no JSON get our envelope."""
+        """Return an answer that is no stream; errors that are no JSON get our envelope.
+
+        Raises: UpstreamProtocol when it is one: a client that asked for none cannot read it.
+        """
+        if upstream.status == 200 and upstream.is_event_stream:
+            raise UpstreamProtocol(
+                f'node "{self._dispatch.node}" answered a request without "stream" with an event '
+                'stream; ask it with "stream": true, or try another',
+                retry_after_s=2,
+            )
         body = await self._read(upstream)
         record, status = self._record, upstream.status
         counts = read_counts(body)
@@ -233,7 +247,7 @@ class _Forwarding:
             upstream = opening.result()
             if upstream is None:
                 raise NoHealthyNode("the node of this model went away; try again", retry_after_s=2)
-            if upstream.status != 200 or not upstream.is_event_stream:
+            if upstream.status != 200:
                 raise self._answered(upstream, await self._read(upstream))
             await self._relay(upstream, writer)
 
@@ -263,6 +277,8 @@ class _Forwarding:
     async def _relay(self, upstream: NodeAnswer, writer: EventWriter) -> None:
         """Pass the bytes on as they arrive. Raises: UpstreamInterrupted, Cancelled."""
         stream = self._new_relay()
+        if not upstream.is_event_stream:
+            stream = WholeAnswer(stream, self._dispatch.node)
         self._record.progress = lambda: (0, stream.num_tokens)
         splice = Splice(
             upstream,

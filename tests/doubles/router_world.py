@@ -30,6 +30,7 @@ from cortexd.messages import (
     Ok,
     ProposeEviction,
     QueryHost,
+    ReadText,
     ResolvedFiles,
     ResolveFiles,
     Route,
@@ -92,10 +93,13 @@ class World:
         self.loads_by_itself = True
         self.measured: list[Sample] = []
         self.gauges: list[Sample] = []
+        self.texts: list[tuple[str, str]] = []  # which front was told to read which model's
         self.router: Router
 
     def tell(self, name: str, body: Message) -> None:
-        """Keep what metrics is told."""
+        """Keep what metrics and fronts are told."""
+        if isinstance(body, ReadText):
+            self.texts.append((name, body.files.model_id))
         if isinstance(body, Measured):
             self.measured += body.samples
         if isinstance(body, Gauges):

@@ -82,7 +82,8 @@ CORTEXD_EXPORT int cortexd_rope_and_kv_write(const AttentionShape* shape, float*
     return guarded([&] {
         static thread_local RotaryTables tables;
         tables.fill(positions, num_tokens, inverse_frequencies, half, rope_scale);
-        rope_and_kv_write(*shape, qkv, num_tokens, tables, head_norm, eps, slots, cache_layer);
+        const int64_t row = (shape->num_heads + 2 * shape->num_kv_heads) * shape->head_dim;
+        rope_and_kv_write(*shape, qkv, row, num_tokens, tables, head_norm, eps, slots, cache_layer);
     });
 }
 
