@@ -22,7 +22,7 @@ from actors.admin import Admin
 from actors.bootstrap import event_loop_factory, set_title
 from actors.control_bus import ControlBus
 from actors.events import EventLog
-from actors.forkserver import ENGINE_PRELOAD, LIGHT_PRELOAD, ForkServer
+from actors.forkserver import ENGINE_NICENESS, ENGINE_PRELOAD, LIGHT_PRELOAD, ForkServer
 from actors.group import Groups
 from actors.host import Host
 from actors.lifeline import Lifeline
@@ -177,6 +177,7 @@ class Root:
                 self._folder,
                 lifeline_fd=self._lifeline.read_fd,
                 capture=self._capture,
+                niceness=ENGINE_NICENESS if preload == "engine" else 0,
             )
 
         return Launcher(
@@ -187,6 +188,8 @@ class Root:
         assert self._stop_reason is not None
         self._events.add("root.started", pid=os.getpid(), runtime_dir=str(self._folder))
         self._launcher.start_early("light")
+        if self._settings.role != "gateway":
+            self._launcher.start_early("engine")
         starting = asyncio.create_task(self._start())
         reason = await self._stop_reason
         starting.cancel()
@@ -207,9 +210,6 @@ class Root:
             self._admin.started()
             self._events.add("root.ready")
             self._on_ready()
-            # Not before: its imports take seconds of processor time that the start needs.
-            if self._settings.role != "gateway":
-                self._launcher.start_early("engine")
         while self._supervisor.failed is None:
             await self._supervisor.changed()
         failed = self._supervisor.failed

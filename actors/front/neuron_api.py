@@ -17,7 +17,7 @@ from actors.front.body import read_body
 from actors.front.decode import decode_body
 from actors.front.health import json_response
 from actors.front.model_merge import model_limit
-from actors.front.models import Abilities, abilities
+from actors.front.models import RUNNING, Abilities, abilities, used_mib
 from actors.front.queries import host_report, known_models
 from actors.front.services import SERVICES, Services
 from cortexd.errors import InvalidValue, MissingParameter, ModelNotFound
@@ -101,7 +101,7 @@ async def health(request: web.Request) -> web.Response:
             "models": [
                 _model_load(services, status, loads.get(status.model_id))
                 for status in known.models
-                if status.state == "loaded"
+                if status.state in RUNNING
             ],
         }
     )
@@ -145,7 +145,7 @@ async def endpoint(request: web.Request) -> web.Response:
     model_id = unquote(request.match_info["model_id"])
     known = await known_models(services)
     target = known.aliases.get(model_id, model_id)
-    if not any(item.model_id == target and item.state == "loaded" for item in known.models):
+    if not any(item.model_id == target and item.state in RUNNING for item in known.models):
         raise ModelNotFound(f'model "{model_id}" is not loaded on this neuron', param="model_id")
     return json_response({"url": _own_url(request)})
 
@@ -222,7 +222,7 @@ def _activation(services: Services, known: ModelList) -> dict[str, object]:
         "state": "pre_warming" if loading or pending else "ready",
         "pending": pending,
         "in_progress": loading[0] if loading else None,
-        "completed": [name for name in wanted if state_of[name] == "loaded"],
+        "completed": [name for name in wanted if state_of[name] in RUNNING],
         "failed": [
             {"model_id": status.model_id, "error": status.error}
             for status in known.models
@@ -269,11 +269,11 @@ def _model_entry(status: ModelStatus, can: Abilities) -> dict[str, object]:
         "devices": status.devices,
         "quant": status.quant,
         "residency_priority": status.priority,
-        "vram_used_mb": status.memory_bytes // _MIB or None,
+        "vram_used_mb": used_mib(status),
         "capabilities": ["text"],
         "tool_call": can.can_call_tools,
         "reasoning": can.can_reason,
-        "servable": {"ok": status.state == "loaded", "detail": status.error or status.stage},
+        "servable": {"ok": status.state in RUNNING, "detail": status.error or status.stage},
     }
     if limit is not None:
         entry["limit"] = limit

@@ -71,4 +71,4 @@ class Server:
         for runner in self._runners:
             await runner.cleanup()
         self._runners.clear()
-        await self._services.upstream.close()
+        self._services.upstream.close()

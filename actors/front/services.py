@@ -80,6 +80,11 @@ class Services:
         """Tell whether requests may be handed on."""
         return self.num_neurons > 0
 
+    @property
+    def has_choice(self) -> bool:
+        """Tell whether a request may go to more than one place."""
+        return self.num_neurons + self.serves_here > 1
+
     def new_lease_id(self) -> str:
         """Return an id that no other request of any front has: a client may reuse its own."""
         self._num_leases += 1

@@ -38,6 +38,7 @@ from cortexd.messages.fleet import (
     HeldLease,
     HeldLeases,
     HostReport,
+    LeaseReport,
     ListModels,
     LoadModel,
     LoadProgress,
@@ -47,6 +48,7 @@ from cortexd.messages.fleet import (
     ProposeEviction,
     QueryHost,
     QueryLoad,
+    ReadText,
     RecycleModel,
     RequestFinished,
     RequestsFinished,
@@ -124,6 +126,7 @@ Body = (
     | HeldLeases
     | EvictionProposal
     | HostReport
+    | LeaseReport
     | ListModels
     | LoadModel
     | LoadProgress
@@ -136,6 +139,7 @@ Body = (
     | ResolveFiles
     | ResolvedFiles
     | ResolveProgress
+    | ReadText
     | RecycleModel
     | RequestsFinished
     | Route
@@ -179,6 +183,7 @@ __all__ = [
     "Hello",
     "HostReport",
     "KeysChanged",
+    "LeaseReport",
     "ListModels",
     "LoadModel",
     "LoadOnNode",
@@ -201,6 +206,7 @@ __all__ = [
     "QueryLoad",
     "QueryLoading",
     "QueryNode",
+    "ReadText",
     "Ready",
     "RecycleModel",
     "ReloadFiles",

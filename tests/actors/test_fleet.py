@@ -30,6 +30,8 @@ from cortexd.errors import (
 from cortexd.messages import (
     ActorDown,
     EndRequest,
+    HeldLease,
+    LeaseReport,
     LoadOnNode,
     NeuronReport,
     NodeFailed,
@@ -496,5 +498,49 @@ def test_draining_node_gets_nothing_new(tmp_path: Path) -> None:
         report(router, "b", {MODEL: "loaded"}, is_draining=True)
         with pytest.raises(NoHealthyNode):
             await placed(router, "r9")
+
+    run(work)
+
+
+def test_node_without_choice_or_seats_is_open_to_the_front(tmp_path: Path) -> None:
+    """Only an external server that alone has the model, as long as it does not fail."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, x={MODEL: "loaded"})
+        first = await placed(router, "r1")
+        assert isinstance(first, RoutedRemote)
+        assert first.open_until > time.monotonic()
+        see_all(router, x={MODEL: "loaded"}, a={MODEL: "unloaded"})
+        second = await placed(router, "r2")
+        assert isinstance(second, RoutedRemote)
+        assert (second.node, second.open_until) == ("x", 0.0)
+        see_all(router, a={MODEL: "loaded"})
+        third = await placed(router, "r3")
+        assert isinstance(third, RoutedRemote)
+        assert (third.node, third.open_until) == ("a", 0.0)
+
+    run(work)
+
+
+def test_requests_begun_at_an_open_node_count_there(tmp_path: Path) -> None:
+    """They are leases as any other; a failure after them counts from one again."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, x={MODEL: "loaded"})
+        begun = [HeldLease(f"r{number}", MODEL, "x", "acc", [1]) for number in range(3)]
+        router.on_lease_report(LeaseReport(begun, []), envelope())
+        assert {request for _, request, _ in router.fleet.leases()} == {"r0", "r1", "r2"}
+        failed = NodeFailed("x", "HTTP 500", "f", is_refusing=False)
+        for _ in range(2):
+            router.on_node_failed(failed, envelope())
+        ended = [EndRequest("r0", is_answered=True), EndRequest("r1")]
+        router.on_lease_report(LeaseReport([], ended), envelope())
+        router.on_node_failed(failed, envelope())
+        assert await node_of(router, "r4") == "x", "the answer in between broke the row"
+        front = envelope().src
+        router.on_actor_down(ActorDown(1, front.name, front.incarnation, "", 0, "killed"))
+        assert list(router.fleet.leases()) == []
 
     run(work)

@@ -25,6 +25,7 @@ from cortexd.messages import (
     Cancel,
     EndRequest,
     HostReport,
+    LeaseReport,
     ListModels,
     Loading,
     LoadModel,
@@ -108,6 +109,7 @@ class Fleet:
         self.loading = Loading()
         self.catalogue: list[CatalogueCard] = []
         self.is_draining = False
+        self.is_asleep = False
         self.defaults: dict[str, float] = {}
         self.lost_nodes: set[str] = set()
         self.in_flight: dict[str, int] = {}  # by node, as the polls say
@@ -239,7 +241,12 @@ class Fleet:
     def open_leases(self) -> set[str]:
         """Return leases that were asked for and not ended."""
         opened = {body.request_id for _, body in self.sent if isinstance(body, Route | Place)}
-        return opened - {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
+        ended = {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
+        for body in self.all_sent(LeaseReport):
+            assert isinstance(body, LeaseReport), "asked for by its type"
+            opened |= {lease.request_id for lease in body.begun}
+            ended |= {lease.request_id for lease in body.ended}
+        return opened - ended
 
     @property
     def num_running(self) -> int:
@@ -297,15 +304,17 @@ class Fleet:
             return self._budget(body)
         if isinstance(body, ListModels):
             state: ModelState = "loaded" if self._loaded.is_set() else "loading"
+            if self.is_asleep:
+                state = "sleeping"
             limits = ModelLimits(context=self.context, output=self.context)
             status = ModelStatus(
                 model_id=MODEL,
                 state=state,
-                files=FILES if state == "loaded" else None,
+                files=FILES if state != "loading" else None,
                 limits=limits,
                 memory_bytes=5 * 2**20,
                 loaded_at=1.7e9,
-                leader=LEADER if state == "loaded" else None,
+                leader=LEADER if state != "loading" else None,
                 progress=0.25 if state == "loading" else None,
             )
             return ModelList(

@@ -173,6 +173,7 @@ async def served_front(
         finally:
             await server.close()
             await services.spending.close(1.0)
+            services.leases.flush()
             services.reports.close()
             folder.cleanup()
     assert len(services.sequences) == 0, "sequences are left"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.tree.test_supervision import FAST, log_texts
@@ -41,6 +42,15 @@ def test_killed_rank_takes_its_group_down_and_a_new_epoch_comes() -> None:
         assert not stopped["will_restart"]
         assert daemon.actor("g/0")["state"] == "absent"
         assert daemon.command("start_group") == ["GroupStarting", "g", 3]
+
+
+def test_ranks_run_at_the_priority_of_the_root() -> None:
+    """Their fork server imports at a lower one, which nobody may raise again."""
+    with ToyDaemon(toys("router")) as daemon:
+        daemon.command("start_group")
+        daemon.wait_seen("group_up", name="g")
+        root = psutil.Process(daemon.pid)
+        assert {one.nice() for one in root.children(recursive=True)} == {root.nice()}
 
 
 def _gone(daemon: ToyDaemon, name: str, incarnation: int) -> bool:

@@ -34,6 +34,13 @@ struct Activation {
     const BlockInfo* infos;
     const float* const* rows;
     const uint16_t* rounded;
+
+    // The same from row `first` on.
+    Activation from(int64_t first, int64_t columns) const {
+        const int64_t blocks = columns / kBlock;
+        return {values + first * blocks * kBlockBytes, infos + first * blocks, rows + first,
+                rounded + first * columns};
+    }
 };
 
 }  // namespace cortexd

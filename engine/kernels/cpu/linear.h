@@ -98,6 +98,17 @@ class ActivationBuffer {
     std::vector<uint16_t> rounded_;
 };
 
+// One of several products that are computed together; y as below.
+struct Product {
+    const Projection* projection;
+    Activation x;
+    int64_t num_tokens;
+    float* y;
+};
+
+// Computes all products in one parallel loop.
+void multiply_all(const std::vector<Product>& products);
+
 // y (num_tokens, projection.rows()), dense, = [y +] x . matrix^T + bias.
 void multiply(const Projection& projection, const Activation& x, int64_t num_tokens, float* y,
               bool accumulate);

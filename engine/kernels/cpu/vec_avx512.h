@@ -24,6 +24,8 @@ struct Avx512 {
     // 16 accumulators and 8 weights of the dense kernels.
     static constexpr int kDenseGroups = 4;
     static constexpr int kDenseTokens = 4;
+    // Vectors of 16 columns that the delta rule takes side by side.
+    static constexpr int kDeltaVectors = 2;
     // Whether dot() already subtracts the offset of the stored integers.
     static constexpr bool kSubtractsOffset = false;
     using F = __m512;

@@ -16,6 +16,8 @@ struct Portable {
     static constexpr int64_t block_bytes(Precision) { return 64; }  // always of two bytes each
     static constexpr int kDenseGroups = 1;
     static constexpr int kDenseTokens = 2;
+    // Vectors of 16 columns that the delta rule takes side by side.
+    static constexpr int kDeltaVectors = 1;
     // Whether dot() already subtracts the offset of the stored integers.
     static constexpr bool kSubtractsOffset = true;
     struct F {
