@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from actors.actor import ActorContext
-from actors.router import Router, RouterArgs
+from actors.router import Router
+from actors.router_args import RouterArgs
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import (
     BadModelFile,
