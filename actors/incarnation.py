@@ -329,7 +329,8 @@ class Incarnation:
         dump = asyncio.create_task(
             stack_dump(self._host.logs, self.address.name, tell, deadline_s=_DUMP_S)
         )
-        await asyncio.wait({dump, self.exited}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {dump, self.exited}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         dump.cancel()
         self.kill(reason)
 
