@@ -56,4 +56,7 @@ def event(
 ) -> None:
     """Log one event with its fields."""
     if log.isEnabledFor(level):
-        log.log(level, name, exc_info=exc_info, extra={_FIELDS: fields})
+        # As `log.log` does, less the search for the caller's line, which no line of ours shows.
+        cause = sys.exc_info() if exc_info else None
+        extra = {_FIELDS: fields}
+        log.handle(log.makeRecord(log.name, level, "", 0, name, (), cause, extra=extra))

@@ -46,7 +46,7 @@ class Dispatch:
         is_stream: bool,
     ) -> None:
         self._request = request
-        self._services = request.app[SERVICES]
+        self._services = request[SERVICES]
         self._record = record
         self._body = body
         self._model = model

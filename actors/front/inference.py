@@ -31,7 +31,7 @@ async def recorded(
     answer: Callable[[web.Request, RequestRecord], Awaitable[web.StreamResponse]],
 ) -> web.StreamResponse:
     """Answer a request whose key is known; exactly one record is closed, whatever the ending."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     record = RequestRecord(request[REQUEST_ID], route, client=request.remote or "")
     services.enter()
     record.begin(services)
@@ -64,11 +64,11 @@ class InferenceHandler:
         return await recorded(request, self._dialect.route, self._answer)
 
     async def _answer(self, request: web.Request, record: RequestRecord) -> web.StreamResponse:
-        services = request.app[SERVICES]
+        services = request[SERVICES]
         gateway = services.settings.gateway
         body = await read_body(request, gateway.max_body_mib * _MIB)
         await admit(services, record, body)
-        if request.app[FORWARDS]:
+        if request[FORWARDS]:
             forwarded = await forward(request, record, self._dialect, body)
             if forwarded is not None:
                 return forwarded

@@ -92,7 +92,7 @@ class _Forwarding:
         wanted: _Wanted,
     ) -> None:
         self._request = request
-        self._services = request.app[SERVICES]
+        self._services = request[SERVICES]
         self._gateway = self._services.settings.gateway
         self._record = record
         self._deadline = asyncio.get_running_loop().time() + self._gateway.request_timeout_s

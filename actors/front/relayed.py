@@ -15,6 +15,7 @@ _TAIL_BYTES: Final = 64 * 1024
 _MAX_HELD_BYTES: Final = 256 * 1024
 # Inside a JSON string the quotes would be escaped, so text cannot pass for the field.
 _USAGE: Final = re.compile(rb'(?<!\\)"usage"\s*:\s*(\{)')
+_BRACE: Final = re.compile(rb"[{}]")
 _FINISH: Final = re.compile(rb'(?<!\\)"(?:finish_reason|stop_reason)"\s*:\s*"(\w+)"')
 _ERROR_LINE: Final = re.compile(rb'^data:\s*\{"(?:error"|type":\s*"error")', re.MULTILINE)
 _ERROR_CODE: Final = re.compile(rb'(?<!\\)"code"\s*:\s*"(\w+)"')
@@ -184,13 +185,10 @@ def finish_reason(data: bytes) -> str | None:
 def _object_at(data: bytes, start: int) -> bytes:
     """Return the bytes from an opening brace to its closing one; usage holds no strings."""
     depth = 0
-    for position in range(start, len(data)):
-        if data[position] == ord("{"):
-            depth += 1
-        elif data[position] == ord("}"):
-            depth -= 1
-            if depth == 0:
-                return data[start : position + 1]
+    for brace in _BRACE.finditer(data, start):
+        depth += 1 if brace[0] == b"{" else -1
+        if depth == 0:
+            return data[start : brace.end()]
     return data[start:]
 
 

@@ -41,7 +41,7 @@ async def stream_answer(
     record: RequestRecord,
 ) -> web.StreamResponse:
     """Run the generation and write its events; errors before the first byte are raised."""
-    gateway = request.app[SERVICES].settings.gateway
+    gateway = request[SERVICES].settings.gateway
     outputs = await generation.next(gateway.first_byte_hold_ms / 1000)
     response, writer = await begin_stream(request, STREAM_HEADERS, encoder, record)
     try:
@@ -51,7 +51,7 @@ async def stream_answer(
                 await writer.write_event(await encoded(outputs, partial(_chunks, encoder, outputs)))
             else:
                 is_waiting = not generation.is_submitted
-                services = request.app[SERVICES]
+                services = request[SERVICES]
                 await writer.write_keepalive(
                     await load_note(services, answer.model) if is_waiting else b""
                 )
@@ -69,7 +69,7 @@ async def stream_answer(
         raise
     except Exception as error:
         # Too late for a status: the client gets an error event, the log the traceback.
-        services = request.app[SERVICES]
+        services = request[SERVICES]
         event(
             services.log, "http.failed", 40, exc_info=True, id=record.request_id, error=repr(error)
         )
@@ -116,7 +116,7 @@ class EventWriter:
         self._protocol = protocol
         self._transport = transport
         self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
-        self._event_period_s = request.app[SERVICES].settings.gateway.event_keepalive_s
+        self._event_period_s = request[SERVICES].settings.gateway.event_keepalive_s
         self._encoder = encoder
         self._clock = time.monotonic
         self._last_event = self._clock()
