@@ -19,9 +19,11 @@ from actors.front.record import RequestRecord
 from actors.front.request import InferenceRequest
 from actors.front.services import FORWARDS, REQUEST_ID, SERVICES
 from actors.front.stream import stream_answer
+from actors.front.written import write_whole
 from cortexd.errors import ShuttingDown
 
 _MIB = 2**20
+_JSON_FIELDS = (("Content-Type", "application/json"),)
 _DRAIN_RETRY_AFTER_S = 5.0
 
 
@@ -100,7 +102,7 @@ class InferenceHandler:
             answer.fingerprint = generation.fingerprint
             usage = generation.usage()
             body = await encoded(outputs, lambda: self._dialect.response(answer, outputs, usage))
-            return web.Response(body=body, content_type="application/json")
+            return await write_whole(request, 200, _JSON_FIELDS, body)
 
 
 async def _run_to_end(generation: Generation, wanted: InferenceRequest) -> list[ChoiceOutput]:
