@@ -6,12 +6,12 @@ Lines are never split, so that a keep-alive or an error event of ours can follow
 from __future__ import annotations
 
 import re
-from collections import deque
 from typing import Final, Protocol
 
 import msgspec
 
 _TAIL_BYTES: Final = 64 * 1024
+_MAX_KEPT_BYTES: Final = 2 * _TAIL_BYTES
 _MAX_HELD_BYTES: Final = 256 * 1024
 # Inside a JSON string the quotes would be escaped, so text cannot pass for the field.
 _USAGE: Final = re.compile(rb'(?<!\\)"usage"\s*:\s*(\{)')
@@ -86,13 +86,14 @@ class RelayedStream:
         self._held = b""
         # The dialect with message_start counts the prompt in its first event.
         self._head: list[bytes] = []
-        self._head_bytes = 0
-        self._tail: deque[bytes] = deque()
+        self._tail: list[bytes] = []
         self._tail_bytes = 0
 
     def push(self, chunk: bytes) -> bytes:
         """Return the whole lines that the chunk completes."""
-        data = self._held + chunk if self._held else chunk
+        if not self._held and chunk.endswith(b"\n"):
+            return self._pass(chunk)
+        data = self._held + chunk
         end = data.rfind(b"\n") + 1
         if end == 0 and len(data) > _MAX_HELD_BYTES:
             end = len(data)  # no line of a stream is so long: pass it on as it is
@@ -108,17 +109,24 @@ class RelayedStream:
         if not data:
             return data
         self.num_events += data.count(b"data:")
-        if self._head_bytes < _TAIL_BYTES:
-            self._head.append(data)
-            self._head_bytes += len(data)
         self._tail.append(data)
         self._tail_bytes += len(data)
-        while self._tail_bytes - len(self._tail[0]) >= _TAIL_BYTES:
-            self._tail_bytes -= len(self._tail.popleft())
+        if self._tail_bytes > _MAX_KEPT_BYTES:
+            self._forget()
+        if data.endswith(b"\n\n"):
+            self.is_between_events = True
+            return data
         last_line = data[data.rfind(b"\n", 0, -1) + 1 :]
         if not last_line.startswith(b":"):
             self.is_between_events = last_line.strip() == b""
         return data
+
+    def _forget(self) -> None:
+        """Keep the beginning, once, and of the rest no more than the tail."""
+        if not self._head:
+            self._head = [b"".join(self._tail)[:_TAIL_BYTES]]
+        self._tail = [b"".join(self._tail)[-_TAIL_BYTES:]]
+        self._tail_bytes = _TAIL_BYTES
 
     @property
     def has_data(self) -> bool:
@@ -148,7 +156,7 @@ class RelayedStream:
     def counts(self) -> Counts:
         """Return the tokens; without a usage object the events are counted instead."""
         tail = read_counts(b"".join(self._tail))
-        head = read_counts(b"".join(self._head), is_first=True)
+        head = read_counts(b"".join(self._head or self._tail), is_first=True)
         if tail is None or head is None:
             return Counts(completion_tokens=self.num_tokens, is_estimated=True)
         return Counts(

@@ -114,10 +114,11 @@ class EventWriter:
         """Tell whether as much waits for the client as may."""
         return self._protocol.writing_paused
 
-    def send(self, data: bytes) -> None:
-        """Write event bytes, which are not empty, without waiting; look at `is_full` after it."""
-        self._last_event = self._clock()
-        self._frame(data)
+    def send(self, data: bytes, now: float) -> bool:
+        """Write event bytes, which are not empty, without waiting; return `is_full`."""
+        self._last_event = now
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+        return self._protocol.writing_paused
 
     async def drained(self) -> None:
         """Wait until the client has read. Raises: SlowClient, ConnectionError."""
@@ -125,8 +126,7 @@ class EventWriter:
 
     async def write_event(self, data: bytes) -> None:
         """Write event bytes. Raises: Cancelled when the client does not read."""
-        self._last_event = self._clock()
-        await self._write(data)
+        await self._write(data, self._clock())
 
     async def write_keepalive(self, note: bytes = b"") -> None:
         """Write a comment, or an event when the last one is too long ago.
@@ -138,7 +138,7 @@ class EventWriter:
             await self.write_event(note + self._encoder.keepalive())
         else:
             self._record.num_comments += 1
-            await self._write(note or self._encoder.comment())
+            await self._write(note or self._encoder.comment(), self._last_event)
 
     async def write_error(self, error: CortexError) -> None:
         """Write the error event; the body then ends properly.
@@ -148,17 +148,12 @@ class EventWriter:
         """
         await self.write_event(self._encoder.error(error))
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, data: bytes, event_at: float) -> None:
         if self._transport.is_closing():
             raise ConnectionResetError("the client went away")
-        if not data:
-            return  # an empty chunk would end the body
-        self._frame(data)
-        if self.is_full:
+        # An empty chunk would end the body.
+        if data and self.send(data, event_at):
             await self.drained()
-
-    def _frame(self, data: bytes) -> None:
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
 
 
 def abort_connection(request: web.Request) -> None:
