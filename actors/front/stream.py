@@ -115,9 +115,14 @@ class EventWriter:
         return self._protocol.writing_paused
 
     def send(self, data: bytes, now: float) -> bool:
-        """Write event bytes, which are not empty, without waiting; return `is_full`."""
+        """Write event bytes, which are not empty, without waiting; return `is_full`.
+
+        On a connection that is lost nothing is written: the request's task is cancelled already.
+        """
         self._last_event = now
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+        transport = self._transport
+        if not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
         return self._protocol.writing_paused
 
     async def drained(self) -> None:
