@@ -29,7 +29,7 @@ from actors.front.foreign_messages import ForeignStream, whole_message
 from actors.front.load_note import load_note
 from actors.front.node_connection import AnswerBroken, NodeAnswer
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
-from actors.front.relayed import Relay, RelayedStream, finish_reason, read_counts
+from actors.front.relayed import Relay, RelayedStream, read_whole
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.splice import Splice
 from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection
@@ -185,7 +185,7 @@ class _Forwarding:
             )
         body = await self._read(upstream)
         record, status = self._record, upstream.status
-        counts = read_counts(body)
+        counts, record.finish_reason = read_whole(body)
         if counts is not None:
             record.prompt_tokens = counts.prompt_tokens
             record.completion_tokens = counts.completion_tokens
@@ -193,7 +193,6 @@ class _Forwarding:
         elif status == 200:
             record.completion_tokens = estimate_answer(body)
             record.is_estimated = True
-        record.finish_reason = finish_reason(body)
         fields = returned_fields(upstream.headers)
         if self._dispatch.is_translated:
             if status >= 400:

@@ -44,6 +44,21 @@ class _Usage(msgspec.Struct):
     cache_read_input_tokens: int | None = None
 
 
+class _End(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Whole(msgspec.Struct):
+    """What is read of a whole answer, of either dialect."""
+
+    usage: _Usage | None = None
+    choices: list[_End] = []
+    stop_reason: str | None = None
+
+
+_whole_decoder = msgspec.json.Decoder(_Whole)
+
+
 class Relay(Protocol):
     """What passes a node's stream on to the client, and keeps count."""
 
@@ -136,7 +151,7 @@ class RelayedStream:
     @property
     def finish_reason(self) -> str | None:
         """Return why the model stopped, None when the stream did not say."""
-        return finish_reason(b"".join(self._tail))
+        return _finish_reason(b"".join(self._tail))
 
     @property
     def error_code(self) -> str | None:
@@ -166,6 +181,16 @@ class RelayedStream:
         )
 
 
+def read_whole(body: bytes) -> tuple[Counts | None, str | None]:
+    """Return what a whole answer counts, None if it does not, and why the model stopped."""
+    try:
+        whole = _whole_decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return read_counts(body), _finish_reason(body)  # not as the dialects have it
+    reason = whole.choices[-1].finish_reason if whole.choices else whole.stop_reason
+    return None if whole.usage is None else _counts_of(whole.usage), reason
+
+
 def read_counts(data: bytes, *, is_first: bool = False) -> Counts | None:
     """Return the last (or first) usage object in JSON or a stream, of either dialect."""
     places = list(_USAGE.finditer(data))
@@ -174,17 +199,21 @@ def read_counts(data: bytes, *, is_first: bool = False) -> Counts | None:
             usage = msgspec.json.decode(_object_at(data, place.start(1)), type=_Usage)
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
-        details = usage.prompt_tokens_details
-        cached = details.cached_tokens if details is not None else usage.cache_read_input_tokens
-        return Counts(
-            _count(usage.prompt_tokens, usage.input_tokens),
-            _count(usage.completion_tokens, usage.output_tokens),
-            max(cached or 0, 0),
-        )
+        return _counts_of(usage)
     return None
 
 
-def finish_reason(data: bytes) -> str | None:
+def _counts_of(usage: _Usage) -> Counts:
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if details is not None else usage.cache_read_input_tokens
+    return Counts(
+        max(usage.prompt_tokens or 0, usage.input_tokens or 0),
+        max(usage.completion_tokens or 0, usage.output_tokens or 0),
+        max(cached or 0, 0),
+    )
+
+
+def _finish_reason(data: bytes) -> str | None:
     """Return the last finish reason of either dialect."""
     found = _FINISH.findall(data)
     return found[-1].decode() if found else None
@@ -198,7 +227,3 @@ def _object_at(data: bytes, start: int) -> bytes:
         if depth == 0:
             return data[start : brace.end()]
     return data[start:]
-
-
-def _count(*values: int | None) -> int:
-    return max((value for value in values if value is not None), default=0)
