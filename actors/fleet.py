@@ -9,6 +9,7 @@ it again after one round of polls. The rules are pure (`cortexd.placement`, `cor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Final
 
 from actors.fleet_views import catalogue_cards, known_names, loading_of, node_statuses
 from actors.managed_model import Lease
+from actors.open_waits import OpenWaits
 from actors.remote_loads import RemoteLoads
 from actors.remote_node import RemoteNode, local_view
 from actors.seat_queue import SeatQueue
 from cortexd.affinity import PrefixMemory
 from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue, CatalogueModel
-from cortexd.errors import Cancelled, CortexError, DeadlineExceeded, ModelLoading, QueueTimeout
+from cortexd.errors import CortexError, DeadlineExceeded, ModelLoading, QueueTimeout
 from cortexd.log import event
 from cortexd.messages import (
     HeldLease,
@@ -45,8 +47,9 @@ if TYPE_CHECKING:
     from actors.router import Router
 
 Answer = RoutedHere | RoutedRemote
-# A gateway that has just started knows nothing yet; the first round of polls takes this long.
-_FIRST_POLL_S: Final = 2.0
+# A gateway that has just started knows nothing yet. Each node's first poll ends within seconds,
+# answered or not; this bound is for a poller that a busy machine starts late.
+_FIRST_POLL_S: Final = 10.0
 _RECHECK_S: Final = 1.0
 _LOADING_RETRY_AFTER_S: Final = 2.0
 _MAX_RETRY_AFTER_S: Final = 60.0
@@ -75,8 +78,7 @@ class Fleet:
             settings.gateway.max_queue_depth,
             settings.gateway.queue_wait_s,
         )
-        self._waiting: set[str] = set()
-        self._ended: set[str] = set()
+        self._waits = OpenWaits()
         self._started_at = time.monotonic()
         self._changed = asyncio.Event()
 
@@ -241,18 +243,11 @@ class Fleet:
         left_s = (envelope.deadline_ns - time.monotonic_ns()) / 1e9
         if left_s <= 0:
             raise DeadlineExceeded(what)
-        self._waiting.add(message.request_id)
         changed = self._changed
-        try:
+        # Ages and cool-downs end without a message: then look again.
+        with self._waits.of(message.request_id), contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(left_s, _RECHECK_S)):
                 await changed.wait()
-        except TimeoutError:
-            pass  # ages and cool-downs end without a message: look again
-        finally:
-            self._waiting.discard(message.request_id)
-        if message.request_id in self._ended:
-            self._ended.discard(message.request_id)
-            raise Cancelled(f"request {message.request_id} ended while it waited")
 
     def take_over(self, name: str, request_id: str, lease: Lease) -> None:
         """Hold a lease that was granted before this router was started."""
@@ -262,8 +257,7 @@ class Fleet:
 
     def end_request(self, request_id: str, *, is_answered: bool = False) -> None:
         """Close a lease, or the wait for one; the next in the queue gets its seat."""
-        if request_id in self._waiting:
-            self._ended.add(request_id)
+        self._waits.end(request_id)
         self._seats.cancel(request_id)
         for node in self._nodes.values():
             lease = node.leases.pop(request_id, None)

@@ -20,6 +20,7 @@ from actors.local_models import AT_REST
 from actors.managed_model import ManagedModel
 from actors.model_sleep import ModelSleep
 from actors.room_maker import RoomMaker
+from actors.text_notice import tell_fronts
 from cortexd.errors import (
     ActorDown,
     CortexError,
@@ -170,6 +171,7 @@ class ModelLoader:
             return  # unloaded meanwhile
         model.files, model.spec = resolved.files, resolved.spec
         model.stage, model.progress = "starting", 0.0
+        tell_fronts(self._router, resolved.files)
         settings = self._router.context.settings.supervision
         timeout_s = (
             settings.start_timeout_s

@@ -48,6 +48,7 @@ from cortexd.messages.fleet import (
     ProposeEviction,
     QueryHost,
     QueryLoad,
+    ReadText,
     RecycleModel,
     RequestFinished,
     RequestsFinished,
@@ -138,6 +139,7 @@ Body = (
     | ResolveFiles
     | ResolvedFiles
     | ResolveProgress
+    | ReadText
     | RecycleModel
     | RequestsFinished
     | Route
@@ -204,6 +206,7 @@ __all__ = [
     "QueryLoad",
     "QueryLoading",
     "QueryNode",
+    "ReadText",
     "Ready",
     "RecycleModel",
     "ReloadFiles",

@@ -161,6 +161,12 @@ class LoadProgress(Message, frozen=True, tag="LoadProgress"):
     stage: str
 
 
+class ReadText(Message, frozen=True, tag="ReadText"):
+    """Router → fronts: a model of these files is loading; its tokenizer will be wanted soon."""
+
+    files: ModelFiles
+
+
 class ResolveFiles(Message, frozen=True, tag="ResolveFiles"):
     """Router or admin → store: bring this model's files to disk. Answer `ResolvedFiles`.
 

@@ -79,6 +79,27 @@ def test_fifty_requests_for_a_cold_model_make_one_load(tmp_path: Path) -> None:
     run(work)
 
 
+def test_fronts_are_told_of_the_files_before_the_engine_starts(tmp_path: Path) -> None:
+    """So they read the tokenizer meanwhile; one that comes up later is told of what runs."""
+
+    async def work() -> None:
+        world = World()
+        world.loads_by_itself = False
+        for number, name in enumerate(("front.0", "front.1", "store"), start=1):
+            world.peers.apply(ActorUp(number, ActorInfo(name, 1, "ready")))
+        router = make_router(world, tmp_path)
+        with pytest.raises(ModelLoading):
+            await router.on_route(route(wait=False), envelope())
+        async with asyncio.timeout(DEADLINE_S):
+            await world.started.wait()
+        assert world.texts == [("front.0", MODEL), ("front.1", MODEL)]
+        router.on_actor_up(ActorUp(4, ActorInfo("front.2", 1, "ready")))
+        router.on_actor_up(ActorUp(5, ActorInfo("evictor", 1, "ready")))
+        assert world.texts[2:] == [("front.2", MODEL)]
+
+    run(work)
+
+
 def test_model_for_something_else_answers_no_chats_and_is_not_loaded(tmp_path: Path) -> None:
     """By what the catalogue declares; without a declaration it is taken to answer."""
 

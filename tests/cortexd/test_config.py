@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cortexd.config import config_places, load_settings
-from cortexd.config_env import Override, describe_variables
+from cortexd.config_env import Override
 from cortexd.errors import ConfigError
 from cortexd.settings import DefaultModel, NeuronEntry, Settings
 
@@ -183,15 +183,6 @@ def test_bad_variable_is_named(tmp_path: Path, variable: str, value: str, messag
         load_settings(None, {variable: value}, tmp_path)
     assert str(caught.value).startswith(f"environment variable {variable}: ")
     assert message in str(caught.value)
-
-
-def test_every_option_has_a_variable() -> None:
-    """The listed variables cover options, optional ones and arrays of tables."""
-    variables = dict(describe_variables())
-    assert variables["CORTEXD_GATEWAY__FRONTS"] == "an integer from 1 to 64"
-    assert variables["CORTEXD_STORE__CACHE_DIR"] == "a string"
-    assert variables["CORTEXD_NEURONS"] == "an array, each item a table"
-    assert variables["CORTEXD_SUPERVISION__KILL_AFTER_S"] == "a number > 0"
 
 
 def test_option_error_names_the_option(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import msgspec
 
 from actors.actor import ActorContext
 from actors.registry import Registry
-from actors.router import Router, RouterArgs
+from actors.router import Router
+from actors.router_args import RouterArgs
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import CortexError
 from cortexd.messages import (
@@ -30,6 +31,7 @@ from cortexd.messages import (
     Ok,
     ProposeEviction,
     QueryHost,
+    ReadText,
     ResolvedFiles,
     ResolveFiles,
     Route,
@@ -92,10 +94,13 @@ class World:
         self.loads_by_itself = True
         self.measured: list[Sample] = []
         self.gauges: list[Sample] = []
+        self.texts: list[tuple[str, str]] = []  # which front was told to read which model's
         self.router: Router
 
     def tell(self, name: str, body: Message) -> None:
-        """Keep what metrics is told."""
+        """Keep what metrics and fronts are told."""
+        if isinstance(body, ReadText):
+            self.texts.append((name, body.files.model_id))
         if isinstance(body, Measured):
             self.measured += body.samples
         if isinstance(body, Gauges):

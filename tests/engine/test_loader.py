@@ -131,30 +131,32 @@ def test_quantised_weights_stay_quantised_in_memory(tmp_path: Path) -> None:
     assert weights.memory_bytes == weights.total_bytes
 
 
+@pytest.mark.parametrize("spec", [QWEN3, SPEC], ids=["qwen3", "llama"])
 @pytest.mark.parametrize("kind", ["bfloat16", "Q8_0"])
-def test_loading_packs_from_the_file_without_copying_a_matrix(kind: str, tmp_path: Path) -> None:
-    """Merged matrices too: beside the packed weights, memory is taken for vectors only."""
+def test_loading_packs_from_the_file_without_copying_a_matrix(
+    kind: str, spec: ModelSpec, tmp_path: Path
+) -> None:
+    """Merged and reordered ones too: beside packed weights, memory is taken for vectors only."""
     if kind == "Q8_0":
         rng = np.random.default_rng(2)
-        plan = REGISTRY[QWEN3.model_type].plan(QWEN3).required
+        plan = REGISTRY[spec.model_type].plan(spec).required
         blocks = {
             name: (random_blocks(rng, Q.Q8_0, *shape), Q.Q8_0)
             if len(shape) == 2
             else (np.ones(shape, np.float32), Q.F32)
             for name, shape in plan.items()
         }
-        files = write_gguf(tmp_path / "m.gguf", QWEN3, blocks)
+        files = write_gguf(tmp_path / "m.gguf", spec, blocks)
     else:
-        tensors = {name: tensor.bfloat16() for name, tensor in random_dense(QWEN3).items()}
-        files = write_safetensors(tmp_path, QWEN3, tensors)
-    spec = inspect(files)
-    weights = Weights.open(files, spec)
-    entry = load_class(spec.model_type)
+        tensors = {name: tensor.bfloat16() for name, tensor in random_dense(spec).items()}
+        files = write_safetensors(tmp_path, spec, tensors)
+    found = inspect(files)
+    weights = Weights.open(files, found)
     with profile(profile_memory=True) as profiled:
-        model = entry(spec, weights)
+        model = load_class(found.model_type)(found, weights)
     assert model.backend_name == "native"
     largest = max(taken.cpu_memory_usage for taken in profiled.key_averages())
-    one_matrix = weights.total_bytes // (7 * spec.num_hidden_layers + 2)
+    one_matrix = weights.total_bytes // (7 * found.num_hidden_layers + 2)
     assert largest < one_matrix // 2, profiled.key_averages().table(sort_by="cpu_memory_usage")
 
 

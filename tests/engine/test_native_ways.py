@@ -1,8 +1,8 @@
 """How a prompt is computed makes no difference to the CPU's kernels, however they round.
 
 Each format is multiplied by a kernel of its own, and by another one when activations are rounded to
-8 bits (or bfloat16). What a dense model answers has the same bits on every way. Hybrids and
-mixtures of experts compute parts in torch, whose last digit may send a number to another integer.
+8 bits (or bfloat16). What a model answers has the same bits on every way, hybrids and mixtures of
+experts included.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ from tests.engine.stored_models import store_model
 from tests.engine.ways import PROMPTS, WAYS, Load, in_one_pass
 
 # Architecture and format.
-DENSE = [
+MODELS = [
     ("llama", "GGUF q8_0"),
     ("llama", "GGUF q4_1"),
     ("qwen3", "in-situ q4_0"),
     ("llama", "GGUF bf16"),
+    ("qwen3_5", "GGUF q8_0"),
+    ("qwen3_next", "GGUF bf16"),
+    ("qwen3_moe", "in-situ q8_0"),
+    ("qwen3_5_moe", "GGUF q4_1"),
 ]
-OTHERS = [("qwen3_5", "GGUF q8_0"), ("qwen3_moe", "in-situ q8_0")]
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native kernels here")
 
 
 def loader(architecture: str, stored_as: str, activations: str, directory: Path) -> Load:
     """Write the model; return what loads it."""
-    model = store_model(architecture, stored_as, directory / "model", backend="auto")
-    return partial(model.load, activations=activations)
+    stored = store_model(architecture, stored_as, directory / "model", backend="auto")
+    return partial(stored.load, activations=activations)
 
 
-@pytest.fixture(scope="module", params=DENSE, ids=" ".join)
-def dense(
+@pytest.fixture(scope="module", params=MODELS, ids=" ".join)
+def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Load]:
-    """What loads one dense model, by how it rounds activations."""
+    """What loads one model, by how it rounds activations."""
     architecture, stored_as = request.param
     return {
         activations: loader(
@@ -55,38 +58,26 @@ def dense(
 @pytest.mark.parametrize("activations", ["rounded", "exact"])
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "in_one_pass"])
 def test_every_way_has_the_bits_of_one_pass(
-    way: str, activations: str, dense: dict[str, Load]
+    way: str, activations: str, model: dict[str, Load]
 ) -> None:
     """Chunks, single tokens, batches, used blocks, preemption and prefix hits."""
-    load = dense[activations]
+    load = model[activations]
     assert load().backend_name == "native"
     prompt = PROMPTS["random"]
     assert torch.equal(WAYS[way](load, prompt), in_one_pass(load, prompt))
 
 
-def test_rounding_is_really_done(dense: dict[str, Load]) -> None:
+def test_rounding_is_really_done(model: dict[str, Load]) -> None:
     """The tests above would hold trivially if both settings ran the same kernels."""
     prompt = PROMPTS["random"]
-    rounded, exact = (in_one_pass(dense[name], prompt) for name in ("rounded", "exact"))
+    rounded, exact = (in_one_pass(model[name], prompt) for name in ("rounded", "exact"))
     spread = float(exact.std())
     assert 1e-4 * spread < max_difference(rounded, exact) < 0.5 * spread
 
 
-@pytest.mark.parametrize(("architecture", "stored_as"), OTHERS)
-def test_rounded_hybrid_and_experts_are_near_one_pass(
-    architecture: str, stored_as: str, tmp_path: Path
-) -> None:
-    """Every way, within what a few numbers that round to the next integer change."""
-    load = loader(architecture, stored_as, "rounded", tmp_path)
-    prompt = PROMPTS["random"]
-    expected = in_one_pass(load, prompt)
-    for name, way in WAYS.items():
-        assert max_difference(way(load, prompt), expected) < 0.15 * float(expected.std()), name
-
-
-def test_greedy_answers_do_not_depend_on_company(dense: dict[str, Load]) -> None:
+def test_greedy_answers_do_not_depend_on_company(model: dict[str, Load]) -> None:
     """Rounded: alone in small chunks, all in one batch, and after a hit, each says the same."""
-    load = dense["rounded"]
+    load = model["rounded"]
     prompts = [random_prompt(length, seed=length) for length in (1, 33, 70, 150)]
     alone = load(prefix_cache=False, max_prefill_chunk=17)
     expected = [generate(alone, prompt, max_tokens=8, ignore_eos=True) for prompt in prompts]
@@ -97,4 +88,6 @@ def test_greedy_answers_do_not_depend_on_company(dense: dict[str, Load]) -> None
             engine.submit(OWNER, submit)
         outcomes = run_to_end(engine)
         assert [outcomes[index].token_ids for index in range(len(prompts))] == expected
-    assert engine.report("m").num_cached_tokens >= 32 + 64 + 144
+    # A hybrid's hits end at a snapshot, of which there may be one per prompt.
+    cached = 32 + 64 + 144 if engine.cache.states is None else 32
+    assert engine.report("m").num_cached_tokens >= cached

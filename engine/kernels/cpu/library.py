@@ -109,11 +109,6 @@ def isa() -> str:
     return name.decode()
 
 
-def force_isa(name: str) -> bool:
-    """Switch to another instruction set; False when this CPU lacks it. For tests and doctors."""
-    return bool(load().cortexd_force_isa(name.encode()) == 0)
-
-
 def set_num_threads(count: int) -> None:
     """Use `count` threads, the caller's included (default: the CPUs this process may use)."""
     assert count >= 1, f"{count} threads"

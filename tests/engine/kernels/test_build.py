@@ -14,6 +14,7 @@ import torch
 from cortexd.errors import ConfigError
 from engine.kernels import cpu
 from engine.kernels.cpu import build, library
+from tests.engine.kernels.instruction_set import force_isa
 from tests.engine.kernels.quantized import random_rows
 from tests.waiting import DEADLINE_S
 
@@ -138,7 +139,7 @@ def test_key_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_instruction_set_can_be_forced_by_the_environment(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    has_it = library.force_isa(name)
+    has_it = force_isa(name)
     monkeypatch.setenv(library.ISA_ENV, name)
     library._load.cache_clear()
     try:
