@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import Final, TextIO
 
-_DELAY_S: Final = 0.02
+_DELAY_S: Final = 0.05
 _MAX_LINES: Final = 64
 
 

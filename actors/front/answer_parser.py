@@ -120,9 +120,11 @@ class AnswerParser:
 
     def _unchunk(self, data: bytes) -> bytes:
         """Return the contents of the chunks in `data`; what is cut off is held."""
-        pieces = []
+        pieces: list[bytes] = []
         at = 0
-        while not self.is_complete:
+        if self._left == 0 and not self._is_in_trailer:
+            at = self._take_whole_chunks(data, pieces)
+        while at < len(data) and not self.is_complete:
             if self._is_in_trailer:
                 at = self._skip_trailer(data, at)
                 break
@@ -152,6 +154,22 @@ class AnswerParser:
         if self.is_complete and self._held:
             self.keeps_alive, self._held = False, b""
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    @staticmethod
+    def _take_whole_chunks(data: bytes, pieces: list[bytes]) -> int:
+        """Add the contents of the chunks that are whole; return where the first other one begins.
+
+        A stream's chunks nearly all are, each in a piece of its own.
+        """
+        at = 0
+        while (line := _CHUNK_LINE.match(data, at)) is not None:
+            start = line.end()
+            end = start + int(line[1], 16)
+            if end == start or not data.startswith(b"\r\n", end):
+                break
+            pieces.append(data[start:end])
+            at = end + 2
+        return at
 
     def _skip_trailer(self, data: bytes, at: int) -> int:
         """Read to the empty line that ends the answer; return where it ends, else where it was."""

@@ -130,7 +130,7 @@ class Services:
             self.idle.set()
 
 
-SERVICES: web.AppKey[Services] = web.AppKey("services", Services)
+SERVICES: web.RequestKey[Services] = web.RequestKey("services", Services)
 # Only the API listener hands requests on: a neuron serves its own, so that nothing goes in circles.
-FORWARDS: web.AppKey[bool] = web.AppKey("forwards", bool)
+FORWARDS: web.RequestKey[bool] = web.RequestKey("forwards", bool)
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
