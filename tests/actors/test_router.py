@@ -120,7 +120,7 @@ def test_room_is_looked_for_though_the_poller_starts_late(tmp_path: Path) -> Non
         world.starting.add("poller")
         world.size_bytes = 100 * GIB
         router = make_router(world, tmp_path)
-        with pytest.raises(InsufficientMemory):
+        with pytest.raises(ModelLoadFailed, match="does not fit"):
             await routed(router)
 
     run(work)
