@@ -107,8 +107,11 @@ def test_look_reads_a_real_daemon(tmp_path: Path) -> None:
         Daemon(tmp_path) as daemon,
         AdminChannel(daemon.runtime_dir / "admin.s", timeout_s=DEADLINE_S) as channel,
     ):
-        # The front answers before the poller has looked at the host.
-        wait_for(lambda: daemon.actors()["poller"]["state"] == "ready", "the poller")
+        # The front answers before the poller has looked at the host, and the router at the models.
+        wait_for(
+            lambda: all(actor["state"] == "ready" for actor in daemon.actors().values()),
+            "all actors getting ready",
+        )
         events: deque[dict[str, object]] = deque()
         status, host = look(channel, events)
         num_events = len(events)
