@@ -32,7 +32,7 @@ from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.relayed import Relay, RelayedStream, read_whole
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.splice import Splice
-from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection
+from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection, tell_fault
 from actors.front.upstream import returned_fields
 from actors.front.whole_answer import WholeAnswer
 from actors.front.written import Fields, WrittenAnswer, write_head, write_whole
@@ -281,6 +281,10 @@ class _Forwarding:
         except CortexError as error:
             self._record.fail(error, status=response.status)
             await writer.write_error(error)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await tell_fault(self._services, self._record, writer, error)
         return response
 
     async def _relay(self, upstream: NodeAnswer, writer: EventWriter) -> None:
