@@ -44,6 +44,7 @@ from actors.operations import (
     decode_json,
     error_document,
 )
+from actors.stack_dump import stack_dump
 from actors.status import DaemonInfo, Status
 from actors.supervisor import Supervisor
 from actors.transport.sockets import AdminSocket
@@ -62,7 +63,8 @@ from cortexd.messages.control import SetLogLevel
 from cortexd.messages.envelope import ROOT
 
 _COMMAND_DEADLINE_S: Final = 10.0
-_STACK_DUMP_S: Final = 0.3
+# A busy actor dumps its stacks when it gets a turn; below what a client waits for an answer.
+_STACK_DUMP_S: Final = 5.0
 _MAX_STREAMS: Final = 64
 # Handed to an actor; the long ones report with AdminProgress after their first answer.
 _FORWARDED: Final = {
@@ -287,19 +289,13 @@ class Admin:
     async def _actor_stack(self, client: _Client, args: RawArgs) -> Document:
         name = decode_args(args, ActorArgs).name
         incarnation = self._running(name)
-        lines: list[object] = []
-
-        def collect(actor: str, line: bytes) -> None:
-            if actor == name:
-                lines.append(msgspec.json.decode(line))
-
-        self._host.logs.follow(collect)
-        try:
-            incarnation.signal(signal.SIGUSR1)
-            await asyncio.sleep(_STACK_DUMP_S)
-        finally:
-            self._host.logs.unfollow(collect)
-        return {"name": name, "lines": lines}
+        lines = await stack_dump(
+            self._host.logs,
+            name,
+            lambda: incarnation.signal(signal.SIGUSR1),
+            deadline_s=_STACK_DUMP_S,
+        )
+        return {"name": name, "lines": [msgspec.Raw(line) for line in lines]}
 
     async def _actor_logs(self, client: _Client, args: RawArgs) -> Document:
         wanted = decode_args(args, LogsArgs)

@@ -47,8 +47,9 @@ if TYPE_CHECKING:
     from actors.router import Router
 
 Answer = RoutedHere | RoutedRemote
-# A gateway that has just started knows nothing yet; the first round of polls takes this long.
-_FIRST_POLL_S: Final = 2.0
+# A gateway that has just started knows nothing yet. Each node's first poll ends within seconds,
+# answered or not; this bound is for a poller that a busy machine starts late.
+_FIRST_POLL_S: Final = 10.0
 _RECHECK_S: Final = 1.0
 _LOADING_RETRY_AFTER_S: Final = 2.0
 _MAX_RETRY_AFTER_S: Final = 60.0

@@ -180,6 +180,7 @@ class ManagedModel:
             num_cycles=self.num_cycles,
             loaded_at=self.loaded_at,
             sleep_bytes=self.sleep_bytes,
+            device=self.device,
             state_s=time.monotonic() - self.state_since,
         )
 

@@ -27,9 +27,9 @@ from actors.managed_model import Lease, ManagedModel, anonymous_by_place
 from actors.model_loader import ModelLoader
 from actors.open_requests import OpenRequest, take_left
 from actors.router_admin import RouterAdmin
+from actors.router_args import RouterArgs
 from actors.text_notice import tell_front
 from cortexd.breaker import BreakerState
-from cortexd.catalogue import Catalogue
 from cortexd.desired import is_draining, remember_draining
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import (
@@ -89,13 +89,6 @@ from cortexd.neuron_list import local_node_name, remote_neurons
 _DESCRIBE_DEADLINE_S = 10.0
 _GAUGE_PERIOD_S = 2.0
 _BREAKER_VALUES: Final[dict[BreakerState, int]] = {"closed": 0, "half_open": 1, "open": 2}
-
-
-class RouterArgs(msgspec.Struct, frozen=True):
-    """What the daemon hands to its router."""
-
-    default_models: list[LoadOptions]
-    catalogue: Catalogue
 
 
 class Router(AsyncActor):

@@ -237,3 +237,4 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     loaded_at: float | None = None  # unix seconds
     sleep_bytes: int = 0  # of host memory that its weights take asleep; 0: it cannot sleep
     state_s: float | None = None  # seconds in this state
+    device: str = ""  # the leader's, by its name

@@ -9,6 +9,7 @@ recurs, and with several ranks any error while they are inside a step.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.sleep import Asleep, check_can_sleep, may_sleep, tensors_of
 from engine.slot_pool import SlotPool
+from engine.snapshots import StateCopy
 from engine.step_faults import StepFaults
 from engine.step_plan import PlannedRow, StepPlan
 from engine.submission import make_sequence
@@ -107,6 +109,8 @@ class Engine:
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
         self._faults = StepFaults(device)
+        # Of a split model's step that failed before the workers heard of it: the next one's to do.
+        self._owed_copies: list[StateCopy] = []
         self.figures = LoadFigures(settings, self.limits, self.scheduler)
 
     @classmethod
@@ -301,14 +305,22 @@ class Engine:
 
         Raises: what cannot be survived.
         """
-        # States are moved before anything can go wrong: what they are needed for lies ahead.
-        self.cache.copy_states(plan.state_copies)
-        is_in_lockstep = not self._is_split
+        if self._owed_copies:
+            copies = [*self._owed_copies, *plan.state_copies]
+            plan = dataclasses.replace(plan, state_copies=copies)
+        self._owed_copies = plan.state_copies
+        if not self._is_split:
+            # Before anything can go wrong: what the states are needed for lies ahead.
+            self._copy_states(plan)
+        is_in_lockstep = True
         try:
             if self._ahead is not None and self._ahead.takes(plan):
                 return self._ahead.run(plan)
             batch = build_batch(plan.rows, self.cache.block_size, self._device)
+            is_in_lockstep = not self._is_split
             self._lockstep.begin_step(plan)
+            if self._is_split:
+                self._copy_states(plan)  # with the workers, who have them from the plan
             logits = self.model.forward(batch, self.cache)
             self._lockstep.end_step()
             is_in_lockstep = True
@@ -324,6 +336,10 @@ class Engine:
         if verdict == "shrink":
             self._shrink(plan)
         return None
+
+    def _copy_states(self, plan: StepPlan) -> None:
+        self.cache.copy_states(plan.state_copies)
+        self._owed_copies = []
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         """End all requests of a step that raised; nothing that it computed is kept."""

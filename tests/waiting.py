@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-DEADLINE_S: Final = 90.0
+DEADLINE_S: Final = 120.0
 _Value = TypeVar("_Value")
 
 

@@ -10,7 +10,13 @@ from typing import Final
 
 import msgspec
 
-from actors.front.message_blocks import MessageBlocks, event_bytes, thinking_block
+from actors.front.message_blocks import (
+    MessageBlocks,
+    event_bytes,
+    stop_of,
+    thinking_block,
+    tool_id,
+)
 from actors.front.relayed import Counts
 from cortexd.anthropic import (
     ContentBlock,
@@ -27,7 +33,6 @@ from cortexd.chat_answer import CallPart, ChatDocument, Choice, Counted, usage_f
 from cortexd.errors import UpstreamError, UpstreamInterrupted, UpstreamProtocol
 from cortexd.foreign_error import foreign_error
 
-_STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _MAX_BAD_EVENTS: Final = 3
 _MAX_HELD_BYTES: Final = 1024 * 1024
 _decoder = msgspec.json.Decoder(ChatDocument)
@@ -69,13 +74,12 @@ def _blocks_of(choice: Choice) -> list[ContentBlock]:
 
 
 def _identity(call: CallPart, position: int) -> tuple[str, str]:
-    return call.id or f"toolu_{position}", call.function.name or ""
+    return call.id or tool_id(position), call.function.name or ""
 
 
 def _stop(choice: Choice) -> Stop:
-    if isinstance(choice.stop_reason, str) and choice.finish_reason == "stop":
-        return Stop("stop_sequence", choice.stop_reason)
-    return Stop(_STOP_REASONS.get(choice.finish_reason or "stop", "end_turn"), None)
+    found = choice.stop_reason if choice.finish_reason == "stop" else None
+    return stop_of(choice.finish_reason or "stop", found if isinstance(found, str) else None)
 
 
 class ForeignStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Final
 
 import msgspec
 
@@ -13,12 +14,15 @@ from cortexd.anthropic import (
     Event,
     InputJsonDelta,
     SignatureDelta,
+    Stop,
     TextBlock,
     TextDelta,
     ThinkingBlock,
     ThinkingDelta,
     ToolUseBlock,
 )
+
+_STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class MessageBlocks:
@@ -94,6 +98,20 @@ def thinking_block(text: str) -> ThinkingBlock:
     signer = Signer()
     signer.add(text)
     return ThinkingBlock(text, signer.signature())
+
+
+def tool_id(key: str | int) -> str:
+    """Return the id of a tool call that is known by `key` in its answer."""
+    return f"toolu_{key}"
+
+
+def stop_of(finish_reason: str | None, stop_string: str | None) -> Stop:
+    """Return why a message ended, None in it while it has not; `stop_string`: at which one."""
+    if stop_string is not None:
+        return Stop("stop_sequence", stop_string)
+    if finish_reason is None:
+        return Stop(None, None)
+    return Stop(_STOP_REASONS.get(finish_reason, "end_turn"), None)
 
 
 def event_bytes(event: Event) -> bytes:

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from actors.actor import ActorContext
-from actors.router import Router, RouterArgs
+from actors.router import Router
+from actors.router_args import RouterArgs
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import (
     BadModelFile,
@@ -281,6 +282,33 @@ def test_first_request_of_a_new_gateway_waits_for_the_first_polls(tmp_path: Path
     run(work)
 
 
+def test_first_polls_of_a_busy_machine_are_waited_for_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The poller starts when it gets a turn, and a poll may take its whole time."""
+
+    class Later:
+        """Five seconds after the router's start."""
+
+        monotonic_ns = time.monotonic_ns
+
+        @staticmethod
+        def monotonic() -> float:
+            return time.monotonic() + 5.0
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        monkeypatch.setattr("actors.fleet.time", Later)
+        waiting = asyncio.create_task(placed(router))
+        await asyncio.sleep(0)
+        see_all(router, b={MODEL: "loaded"})
+        answer = await waiting
+        assert isinstance(answer, RoutedRemote)
+        assert answer.node == "b"
+
+    run(work)
+
+
 def test_request_that_ends_while_it_waits_holds_nothing(tmp_path: Path) -> None:
     """A client that leaves during a load frees its place; the load goes on."""
 
@@ -464,6 +492,7 @@ def test_draining_node_gets_nothing_new(tmp_path: Path) -> None:
 
     async def work() -> None:
         router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router)
         report(router, "a", {MODEL: "loaded"}, is_draining=True)
         report(router, "b", {MODEL: "loaded"})
         assert {await node_of(router, f"r{n}") for n in range(3)} == {"b"}

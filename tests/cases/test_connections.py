@@ -126,6 +126,7 @@ async def test_head_that_never_ends_is_cut_off(dialect: DialectName) -> None:
             assert status == 408
             check_document(CASES[12].refusal(dialect), dialect, document)
             assert front.fleet.all_sent(Route) == []
+            patch.undo()  # which a good head on a busy machine might not meet either
             assert (await front.chat())[0] == 200
 
 

@@ -118,15 +118,19 @@ def test_model_is_refused(site: Site, number: int, model: str, dialect: DialectN
 )
 def test_request_is_queued_past_its_deadline(site: Site, dialect: DialectName) -> None:
     """It leaves the queue, and what holds the seat is not disturbed."""
-    site.neuron.seats, site.neuron.answer_s = 1, 2.0
+    site.neuron.seats = 1
     wait_for(lambda: site.node()["models"][0]["max_in_flight"] == 1, "learning the seats")
+    site.neuron.hold()
     before = site.neuron.num_chats
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, site.gateway, dialect)
         wait_for(lambda: site.neuron.num_chats == before + 1, "the first request's start")
-        check_answer(CASES[20], dialect, *ask(site.gateway, dialect))
+        try:
+            check_answer(CASES[20], dialect, *ask(site.gateway, dialect))
+        finally:
+            site.neuron.release()
         assert first.result()[0] == 200
-    site.neuron.seats, site.neuron.answer_s = 0, 0.0
+    site.neuron.seats = 0
     assert site.neuron.num_chats == before + 1
 
 

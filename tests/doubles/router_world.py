@@ -13,7 +13,8 @@ import msgspec
 
 from actors.actor import ActorContext
 from actors.registry import Registry
-from actors.router import Router, RouterArgs
+from actors.router import Router
+from actors.router_args import RouterArgs
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import CortexError
 from cortexd.messages import (

@@ -49,6 +49,7 @@ def body(model: str, **fields: Any) -> dict[str, Any]:
 
 def leave(daemon: Daemon, request_id: str, **fields: Any) -> None:
     """Begin a request and close the connection without waiting for its end."""
+    before = running(daemon)  # the one that was left before this may not have ended
     connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=DEADLINE_S)
     connection.request("POST", CHAT, json.dumps(fields), {"x-request-id": request_id})
     if fields.get("stream"):
@@ -56,8 +57,13 @@ def leave(daemon: Daemon, request_id: str, **fields: Any) -> None:
         response.readline()
         response.close()
     else:
-        wait_for(lambda: daemon.admin("requests")["requests"], "the request's start")
+        wait_for(lambda: running(daemon) - before, "the request's start")
     connection.close()
+
+
+def running(daemon: Daemon) -> set[str]:
+    """Return the leases of the requests that run."""
+    return {one["request_id"] for one in daemon.admin("requests")["requests"]}
 
 
 def test_each_ending_leaves_one_line_and_one_count(daemon: Daemon, tiny_model: Any) -> None:

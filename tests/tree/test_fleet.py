@@ -85,15 +85,17 @@ def hosts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             CORTEXD_MODELS_CONFIG=str(catalogue),
         )
         daemons = (gateway, one, two)
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(Daemon.start, daemons))
         try:
+            with ThreadPoolExecutor(3) as pool:
+                list(pool.map(Daemon.start, daemons))
             fleet = Hosts(gateway, one, two, stub, str(tiny_model))
             wait_for(lambda: fleet.loaded_on("one"), "seeing the model on node one")
+            for name in ("two", "stub"):
+                wait_for(lambda name=name: gateway.has_healthy(name), f"seeing node {name}")
             yield fleet
         finally:
             with ThreadPoolExecutor(3) as pool:
-                leftovers = list(pool.map(Daemon.stop, daemons))
+                leftovers = list(pool.map(Daemon.stop, [one for one in daemons if one.process]))
         assert leftovers == [[], [], []], f"processes outlived a daemon: {leftovers}"
 
 

@@ -83,9 +83,9 @@ def test_cut_link_costs_no_request_that_another_node_can_serve(links: Links) -> 
             "no_healthy_node",
             "upstream_unavailable",
         }
-    assert not links.is_healthy("far")
+    wait_for(lambda: not links.is_healthy("far"), "the third miss")
     assert links.ask(FAR_MODEL) == "no_healthy_node"
-    assert links.gateway.admin("requests")["requests"] == []
+    wait_for(lambda: not links.gateway.admin("requests")["requests"], "the leases' end")
     links.relay.mend()
     wait_for(lambda: links.is_healthy("far"), "the node's return")
     assert links.ask(FAR_MODEL) == "far"

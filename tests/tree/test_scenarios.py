@@ -8,7 +8,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 def fleet(hosts: Fleet) -> Fleet:
     """The fleet with both neurons at their best, and known to the gateway as such."""
     for neuron in (hosts.one, hosts.two):
+        neuron.release()
         neuron.answer_s = neuron.load_s = 0.0
         neuron.seats, neuron.is_up, neuron.hangs = 0, True, False
         neuron.max_running = 0
@@ -102,11 +103,19 @@ def start_gateway(folder: Path, catalogue: Path, *neurons: ScriptedNeuron) -> Da
     )
 
 
+def answered(asked: list[Future[str]]) -> list[Future[str]]:
+    """Return the requests that have ended."""
+    return [one for one in asked if one.done()]
+
+
 def test_slow_node_gets_less_and_hurts_nobody(fleet: Fleet) -> None:
     """Least busy by our own dispatches: who answers slower is sent fewer requests."""
-    fleet.one.answer_s, fleet.two.answer_s = 0.5, 0.02
+    fleet.one.hold()
     with ThreadPoolExecutor(8) as pool:
-        answers = Counter(pool.map(lambda n: fleet.ask(f"question {n}"), range(60)))
+        asked = [pool.submit(fleet.ask, f"question {n}") for n in range(60)]
+        wait_for(lambda: len(answered(asked)) + fleet.one.running == 60, "the quick one's answers")
+        fleet.one.release()
+        answers = Counter(future.result() for future in asked)
     assert answers.total() == answers["one"] + answers["two"] == 60
     assert answers["one"] * 3 < answers["two"], answers
 
@@ -131,7 +140,8 @@ def test_conversation_stays_with_its_replica(fleet: Fleet) -> None:
 def test_requests_beyond_the_seats_wait_in_a_bounded_queue(fleet: Fleet) -> None:
     """No node runs more than its seats; what the queue cannot hold is 429 at once."""
     for neuron in (fleet.one, fleet.two):
-        neuron.seats, neuron.answer_s = 2, 0.4
+        neuron.seats = 2
+        neuron.hold()
     wait_for(
         lambda: all(
             model["max_in_flight"] == 2
@@ -141,7 +151,11 @@ def test_requests_beyond_the_seats_wait_in_a_bounded_queue(fleet: Fleet) -> None
         "learning the seats",
     )
     with ThreadPoolExecutor(40) as pool:
-        answers = Counter(pool.map(lambda n: fleet.ask(f"question {n}"), range(40)))
+        asked = [pool.submit(fleet.ask, f"question {n}") for n in range(40)]
+        wait_for(lambda: len(answered(asked)) == 16, "the refusals")
+        for neuron in (fleet.one, fleet.two):
+            neuron.release()
+        answers = Counter(future.result() for future in asked)
     assert answers["one"] + answers["two"] == 24, answers
     assert answers["queue_full"] == 16
     assert max(fleet.one.max_running, fleet.two.max_running) == 2
@@ -151,21 +165,31 @@ def test_long_cold_load_is_one_load_with_progress_for_fifty(fleet: Fleet) -> Non
     """Streams get comments and events all the time, unary requests wait; all are served."""
     for neuron in (fleet.one, fleet.two):
         neuron.load_s = 4.0
+        neuron.hold()
+    texts: list[bytes] = []
     with ThreadPoolExecutor(51) as pool:
-        streaming = pool.submit(_lines, fleet.gateway, COLD)
+        streaming = pool.submit(_read_into, texts, fleet.gateway, COLD)
         unary = [pool.submit(fleet.ask, f"question {n}", COLD) for n in range(50)]
-        texts = streaming.result()
+        wait_for(lambda: len(texts) > 10 and len(data_of(texts)) >= 4, "many signs of life")
+        wait_for(lambda: any(b"stage=loading" in line for line in texts), "the stage")
+        assert not answered(unary)
+        for neuron in (fleet.one, fleet.two):
+            neuron.release()
+        streaming.result()
         answers = Counter(future.result() for future in unary)
     assert answers.total() == answers["one"] + answers["two"] == 50, answers
     assert fleet.one.num_loads + fleet.two.num_loads == 1
     assert any(b"stage=loading weights" in line and b"%" in line for line in texts), texts
-    assert sum(line.startswith(b"data: {") for line in texts) >= 4  # events, not comments only
     assert texts[-1] == b"data: [DONE]"
-    assert len(texts) > 10  # a line each keep-alive period, not one long silence
 
 
-def _lines(gateway: Daemon, model: str) -> list[bytes]:
-    """Return the lines of a stream that are not empty."""
+def data_of(lines: list[bytes]) -> list[bytes]:
+    """Return the events among a stream's lines, without the comments."""
+    return [line for line in lines if line.startswith(b"data: {")]
+
+
+def _read_into(lines: list[bytes], gateway: Daemon, model: str) -> None:
+    """Read the lines of a stream that are not empty."""
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "x"}]}
     request = urllib.request.Request(
         gateway.url("/v1/chat/completions"),
@@ -173,7 +197,9 @@ def _lines(gateway: Daemon, model: str) -> list[bytes]:
         headers={"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
-        return [line.strip() for line in response if line.strip()]
+        for line in response:
+            if text := line.strip():
+                lines.append(text)
 
 
 def test_restarted_gateway_serves_as_soon_as_it_listens(fleet: Fleet) -> None:
@@ -181,7 +207,7 @@ def test_restarted_gateway_serves_as_soon_as_it_listens(fleet: Fleet) -> None:
     fleet.gateway.stop()
     fleet.gateway.start()
     assert fleet.ask() in {"one", "two"}
-    assert fleet.sees("one", MODEL, "loaded")
+    wait_for(lambda: fleet.sees("one", MODEL, "loaded"), "the first poll of each")
 
 
 def test_two_gateways_on_the_same_neurons_share_them(fleet: Fleet, tmp_path: Path) -> None:

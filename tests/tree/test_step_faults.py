@@ -76,8 +76,7 @@ def test_request_that_fails_its_steps_does_not_end_the_engine(
     assert leader_pid(daemon) == pid
     if seed == BUG:
         wait_for(lambda: "told to fail" in daemon.log(), "the traceback in the log")
-    report = daemon.models()[str(tiny_model)]
-    assert report["in_flight"] == 0
+    wait_for(lambda: daemon.models()[str(tiny_model)]["in_flight"] == 0, "the lease being closed")
 
 
 def test_requests_beside_one_that_runs_out_of_memory_are_answered(
@@ -105,7 +104,7 @@ def test_lost_device_ends_the_process_with_its_own_code(daemon: Daemon, tiny_mod
         events = daemon.admin("events")["events"]
         return [each["fields"]["exit"] for each in events if each["event"] == "actor.exited"]
 
-    assert "exit code 71" in wait_for(exits, "the leader's exit")
+    wait_for(lambda: "exit code 71" in exits(), "the leader's exit")
     daemon.wait_loaded(str(tiny_model))
     wait_for(lambda: ask(daemon, tiny_model)[0] == 200, "an answer of the new process")
     assert leader_pid(daemon) != pid

@@ -22,20 +22,23 @@ from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
+# Short, but not so short that a busy machine's healthy processes miss them.
 FAST = {
     "heartbeat_ms": 50,
-    "suspect_after_s": 0.4,
-    "kill_after_s": 0.9,
+    "suspect_after_s": 1.0,
+    "kill_after_s": 2.5,
     "stop_timeout_s": 1.0,
-    "load_stall_timeout_s": 1.0,
-    "step_timeout_s": 0.8,
+    "load_stall_timeout_s": 5.0,
+    "step_timeout_s": 2.5,
 }
 
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[ToyDaemon]:
     """A tree that the gentle tests share."""
-    with ToyDaemon(toys("router", "peer"), num_listeners=1) as running:
+    # A test stops its router for as long as it takes to ask for the status.
+    patient = {"kill_after_s": DEADLINE_S}
+    with ToyDaemon(toys("router", "peer"), num_listeners=1, supervision=patient) as running:
         yield running
 
 
@@ -77,9 +80,12 @@ def test_ask_ends_in_reply_error_deadline_or_actor_down(daemon: ToyDaemon) -> No
 def test_foreign_error_in_handler_is_logged_once_with_traceback(daemon: ToyDaemon) -> None:
     """The asker sees no traceback, the log has one."""
     daemon.relay("peer", "fail", foreign=True)
-    lines = daemon.admin("actor.logs", name="peer", lines=100)["lines"]
-    failed = [line for line in lines if line["event"] == "actor.handler_failed"]
-    assert "ZeroDivisionError: told to" in failed[-1]["traceback"]
+
+    def failures() -> list[str]:
+        lines = daemon.admin("actor.logs", name="peer", lines=100)["lines"]
+        return [line["traceback"] for line in lines if line["event"] == "actor.handler_failed"]
+
+    assert "ZeroDivisionError: told to" in wait_for(failures, "the traceback")[-1]
 
 
 def test_listener_reaches_the_actor_named_in_its_spec() -> None:
@@ -102,20 +108,21 @@ def test_stopped_actor_is_dumped_killed_and_replaced() -> None:
         daemon.wait_event("actor.suspect", actor="peer")
         daemon.wait_event("actor.hung", actor="peer")
         daemon.wait_ready("peer", after=before)
-        wait_for(lambda: "Current thread" in _texts(daemon, "peer"), "the stack dump")
+        wait_for(lambda: "Current thread" in log_texts(daemon, "peer"), "the stack dump")
         assert daemon.relay("peer", "pid") == daemon.actor("peer")["pid"]
 
 
 def test_blocked_loop_is_dumped_with_the_line_that_blocks() -> None:
     """A live process whose loop hangs is a hung actor."""
     with ToyDaemon(toys("router", "peer"), supervision=FAST) as daemon:
-        daemon.relay("peer", "block", deadline_s=0.1, seconds=60)
+        assert daemon.relay("peer", "block", seconds=600)["error"] == "actor_down"
         daemon.wait_event("actor.hung", actor="peer")
         daemon.wait_ready("peer", after=1)
-        assert "do_block" in _texts(daemon, "peer")
+        wait_for(lambda: "do_block" in log_texts(daemon, "peer"), "the stack dump")
 
 
-def _texts(daemon: ToyDaemon, name: str) -> str:
+def log_texts(daemon: ToyDaemon, name: str) -> str:
+    """Return what an actor has printed."""
     lines = daemon.admin("actor.logs", name=name, lines=512)["lines"]
     return "\n".join(line.get("text", "") for line in lines)
 
@@ -248,7 +255,7 @@ def test_fifty_restarts_leak_no_descriptor_and_no_file() -> None:
             daemon.admin("actor.restart", name="peer")
             incarnation = daemon.wait_ready("peer", after=incarnation)["incarnation"]
         wait_for(lambda: root.num_fds() <= before[0], "descriptors being closed")
-        assert (root.num_threads(), _files(daemon)) == before[1:]
+        wait_for(lambda: (root.num_threads(), _files(daemon)) == before[1:], "nothing being left")
         assert daemon.actor("peer")["restarts"] == 1
 
 
@@ -268,13 +275,13 @@ def test_unwritable_log_folder_is_an_event_and_the_service_goes_on() -> None:
             "File exists",
         }
         daemon.command("print", text="still heard\n")
-        wait_for(lambda: "still heard" in _texts(daemon, "router"), "the ring")
+        wait_for(lambda: "still heard" in log_texts(daemon, "router"), "the ring")
 
 
 def test_output_flood_is_cut_with_a_note(daemon: ToyDaemon) -> None:
     """Thousands of lines at once do not push everything else out."""
     daemon.command("print", text="x\n" * 20000)
-    wait_for(lambda: "suppressed" in _texts(daemon, "router"), "the note")
+    wait_for(lambda: "suppressed" in log_texts(daemon, "router"), "the note")
 
 
 def test_status_answers_while_the_router_is_stopped(daemon: ToyDaemon) -> None:

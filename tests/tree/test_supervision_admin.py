@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -163,6 +167,21 @@ def test_stack_of_a_running_actor_is_returned(daemon: ToyDaemon) -> None:
     lines = daemon.admin("actor.stack", name="peer")["lines"]
     assert any("most recent call first" in line["text"] for line in lines)
     assert daemon.actor("peer")["pid"] == pid
+
+
+def test_stack_of_an_actor_that_gets_its_turn_late_is_returned(daemon: ToyDaemon) -> None:
+    """As on a busy machine: the answer waits for the dump."""
+    pid = int(daemon.actor("peer")["pid"])
+    path = daemon.folder / "run/admin.s"
+    with ThreadPoolExecutor(1) as pool, AdminChannel(path, timeout_s=DEADLINE_S) as channel:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            asked = pool.submit(channel.request, "actor.stack", {"name": "peer"})
+            time.sleep(0.5)  # its turn comes late: that is the subject
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        lines = asked.result()["lines"]
+    assert any("most recent call first" in line["text"] for line in lines)
 
 
 def test_followed_log_yields_each_new_line_until_cancelled(

@@ -83,14 +83,14 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         CORTEXD_MODELS_CONFIG=str(catalogue),
         CORTEXD_EVICTION__DEFRAG_AFTER_CYCLES="2",
     )
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(Daemon.start, (host, neuron)))
     try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(Daemon.start, (host, neuron)))
         host.wait_loaded(models["own"])
         yield Pair(host, neuron, models)
     finally:
         with ThreadPoolExecutor(2) as pool:
-            leftovers = list(pool.map(Daemon.stop, (host, neuron)))
+            leftovers = list(pool.map(Daemon.stop, [one for one in (host, neuron) if one.process]))
     assert leftovers == [[], []], f"processes outlived a daemon: {leftovers}"
 
 
@@ -156,8 +156,10 @@ def test_time_to_live_of_the_catalogue_holds_at_the_neuron(pair: Pair) -> None:
 
 def test_draining_neuron_gets_nothing_new(pair: Pair) -> None:
     """What it alone serves is 503 while it drains, and served again after."""
+    right = pair.models["right"]
     assert pair.ask("right")[0] == 200
-    events = pair.host.stream(pair.models["right"], "x", max_tokens=300, ignore_eos=True)
+    wait_for(lambda: pair.neuron.models()[right]["in_flight"] == 0, "the lease being closed")
+    events = pair.host.stream(right, "x", max_tokens=1500, ignore_eos=True)
     next(events)
     assert pair.neuron.admin("drain", on=True) == {"draining": True, "in_flight": 1}
     status, answer = pair.ask("right")

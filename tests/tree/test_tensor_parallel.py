@@ -23,7 +23,8 @@ from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
-STEP_TIMEOUT_S = 3.0
+# What a stopped worker costs; not so short that a busy machine's steps miss it.
+STEP_TIMEOUT_S = 8.0
 SEED = 20
 RETRIABLE = {"engine_restarting", "model_load_failed", "model_loading"}
 PROMPTS = [f"question {number} " + "word " * (7 * number) for number in range(4)]

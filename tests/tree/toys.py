@@ -242,9 +242,9 @@ class Rank(SyncActor):
             self.report_progress(0.1, "loading")
             time.sleep(600)
         if mode == "slow":
-            for step in range(8):
+            for step in range(16):
                 time.sleep(0.3)
-                self.report_progress(step / 8, "loading")
+                self.report_progress(step / 16, "loading")
 
     def poll(self) -> bool:
         """Count down the work there is."""

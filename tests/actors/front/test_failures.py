@@ -232,7 +232,7 @@ async def test_router_restart_is_waited_out() -> None:
 @async_test
 async def test_request_timeout_ends_the_request() -> None:
     """No request outlives gateway.request_timeout_s, streaming or not."""
-    async with served_front(request_timeout_s=0.05, first_byte_hold_ms=5) as front:
+    async with served_front(request_timeout_s=0.5, first_byte_hold_ms=5) as front:
         front.fleet.pause_after = 2
         status, answer, _ = await front.chat()
         assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
