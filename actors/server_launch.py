@@ -24,7 +24,13 @@ ENGINE: Final = "engine"
 
 _LIGHT_PRELOAD: Final = ("uvloop", "zmq", "aiohttp.web", "actors.actor_loop", "actors.sync_actor")
 # Ranks are synchronous: nothing of asyncio or HTTP, which would only delay the first model.
-_ENGINE_PRELOAD: Final = ("zmq", "actors.sync_actor", "actors.leader", "torch", "engine.engine")
+_ENGINE_PRELOAD: Final = (
+    "zmq",
+    "actors.sync_actor",
+    "engine.torch_import",
+    "actors.leader",
+    "engine.engine",
+)
 # The engine's imports run beside the start of the light actors, which somebody waits for.
 _NICENESS: Final = {LIGHT: 0, ENGINE: 5}
 _CODE: Final = (

@@ -7,7 +7,6 @@ import time
 from typing import Final
 
 from aiohttp import web
-from multidict import CIMultiDict
 
 from actors.front.auth import ANONYMOUS
 from actors.front.decode import decode_body
@@ -46,7 +45,7 @@ class Dispatch:
         is_stream: bool,
     ) -> None:
         self._request = request
-        self._services = request.app[SERVICES]
+        self._services = request[SERVICES]
         self._record = record
         self._body = body
         self._model = model
@@ -206,7 +205,7 @@ class Dispatch:
             )
         return self._upstream
 
-    def _headers(self, routed: RoutedRemote) -> CIMultiDict[str]:
+    def _headers(self, routed: RoutedRemote) -> list[tuple[str, str]]:
         """Return what the node is sent; whose request it is is told to our own neurons only."""
         is_ours = routed.kind == "cortex" and routed.node in self._services.node_keys
         return request_headers(

@@ -15,7 +15,7 @@ from typing import Final
 from cortexd.messages import EndRequest, HeldLease, HeldLeases, LeaseReport, RoutedRemote
 from cortexd.messages.control import Message
 
-_DELAY_S: Final = 0.02
+_DELAY_S: Final = 0.05
 
 
 class Leases:

@@ -22,6 +22,7 @@ from cortexd.anthropic import (
     ToolUseBlock,
 )
 
+_encode = msgspec.json.Encoder().encode
 _STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -32,6 +33,7 @@ class MessageBlocks:
         self._index = -1
         self._open: type[TextBlock | ThinkingBlock | ToolUseBlock] | None = None
         self._signer = Signer()
+        self._text_event = (b"", b"")  # what stands before and after the words of a text block
 
     @property
     def is_call_open(self) -> bool:
@@ -40,8 +42,9 @@ class MessageBlocks:
 
     def text(self, text: str) -> bytes:
         """Add words for the reader."""
-        events = self._switch_to(TextBlock(""))
-        return events + event_bytes(BlockDelta(self._index, TextDelta(text)))
+        events = b"" if self._open is TextBlock else self._begin_text()
+        before, after = self._text_event
+        return events + before + _encode(text) + after
 
     def thinking(self, text: str) -> bytes:
         """Add reasoning."""
@@ -67,6 +70,12 @@ class MessageBlocks:
             events = event_bytes(BlockDelta(self._index, signature))
         self._open = None
         return events + event_bytes(BlockStop(self._index))
+
+    def _begin_text(self) -> bytes:
+        events = self._switch_to(TextBlock(""))
+        before, _, after = event_bytes(BlockDelta(self._index, TextDelta(""))).rpartition(b'""')
+        self._text_event = (before, after)
+        return events
 
     def _switch_to(self, block: TextBlock | ThinkingBlock) -> bytes:
         return b"" if self._open is type(block) else self.close() + self._begin(block)
@@ -117,4 +126,4 @@ def stop_of(finish_reason: str | None, stop_string: str | None) -> Stop:
 def event_bytes(event: Event) -> bytes:
     """Return one server-sent event; its name stands on the event line and in the data."""
     name = event.__struct_config__.tag
-    return b"event: %s\ndata: %s\n\n" % (str(name).encode(), msgspec.json.encode(event))
+    return b"event: %s\ndata: %s\n\n" % (str(name).encode(), _encode(event))

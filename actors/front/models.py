@@ -30,7 +30,7 @@ RUNNING: Final = frozenset({"loaded", "sleeping"})
 
 async def list_models(request: web.Request) -> web.Response:
     """Answer all models and aliases."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     cards = _open_to(request, await _cards(services, await known_models(services)))
     if not speaks_anthropic(request):
         return json_response(ModelCards(data=cards))
@@ -41,7 +41,7 @@ async def list_models(request: web.Request) -> web.Response:
 
 async def get_model(request: web.Request) -> web.Response:
     """Answer one model; ids may hold slashes. Raises: ModelNotFound."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     wanted = request.match_info["model_id"]
     cards = _open_to(request, await _cards(services, await known_models(services)))
     for card in cards:

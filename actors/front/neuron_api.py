@@ -60,7 +60,7 @@ class UnloadBody(msgspec.Struct, frozen=True, kw_only=True):
 
 async def discovery(request: web.Request) -> web.Response:
     """Answer what this host is made of."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     host, known = await asyncio.gather(host_report(services), known_models(services))
     devices = _devices(services, host, known)
     limits = [status.limits.context for status in known.models if status.limits is not None]
@@ -89,7 +89,7 @@ async def discovery(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     """Answer device load, model activation and each model's queue, from cached reports."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     host, known = await asyncio.gather(host_report(services), known_models(services))
     loads = {load.model_id: load for load in host.loads}
     return json_response(
@@ -109,7 +109,7 @@ async def health(request: web.Request) -> web.Response:
 
 async def list_models(request: web.Request) -> web.Response:
     """Answer the models of this host, those included that it knows and would load on demand."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     known = await known_models(services)
     able = await asyncio.gather(*(abilities(services, status) for status in known.models))
     return json_response(
@@ -122,7 +122,7 @@ async def load(request: web.Request) -> web.Response:
     body = decode_body(await read_body(request, _MAX_BODY_BYTES), LoadBody)
     options = _load_options(body)
     message = LoadModel(options, _policy(body))
-    await request.app[SERVICES].bus.ask("router", message, deadline_s=_LOAD_DEADLINE_S)
+    await request[SERVICES].bus.ask("router", message, deadline_s=_LOAD_DEADLINE_S)
     return json_response({"status": "loaded"})
 
 
@@ -131,7 +131,7 @@ async def unload(request: web.Request) -> web.Response:
     body = decode_body(await read_body(request, _MAX_BODY_BYTES), UnloadBody)
     if body.model_id is None:
         raise MissingParameter("model_id is missing", param="model_id")
-    await request.app[SERVICES].bus.ask(
+    await request[SERVICES].bus.ask(
         "router",
         UnloadModelNow(body.model_id, force=body.force is True),
         deadline_s=_UNLOAD_DEADLINE_S,
@@ -141,7 +141,7 @@ async def unload(request: web.Request) -> web.Response:
 
 async def endpoint(request: web.Request) -> web.Response:
     """Answer the base URL that serves a loaded model. Raises: ModelNotFound."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     model_id = unquote(request.match_info["model_id"])
     known = await known_models(services)
     target = known.aliases.get(model_id, model_id)

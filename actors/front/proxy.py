@@ -10,7 +10,7 @@ received.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -29,12 +29,13 @@ from actors.front.foreign_messages import ForeignStream, whole_message
 from actors.front.load_note import load_note
 from actors.front.node_connection import AnswerBroken, NodeAnswer
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
-from actors.front.relayed import Relay, RelayedStream, finish_reason, read_counts
+from actors.front.relayed import Relay, RelayedStream, read_whole
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.splice import Splice
-from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection, begin_stream
-from actors.front.upstream import response_headers
+from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection
+from actors.front.upstream import returned_fields
 from actors.front.whole_answer import WholeAnswer
+from actors.front.written import Fields, WrittenAnswer, write_head, write_whole
 from cortexd.errors import (
     Cancelled,
     CortexError,
@@ -92,7 +93,7 @@ class _Forwarding:
         wanted: _Wanted,
     ) -> None:
         self._request = request
-        self._services = request.app[SERVICES]
+        self._services = request[SERVICES]
         self._gateway = self._services.settings.gateway
         self._record = record
         self._deadline = asyncio.get_running_loop().time() + self._gateway.request_timeout_s
@@ -128,12 +129,12 @@ class _Forwarding:
             return None
         if upstream.status != 200:
             return await self._limited(self._whole(upstream))
-        headers = response_headers(upstream.headers)
+        fields = returned_fields(upstream.headers)
         if not upstream.is_event_stream:
-            headers.update(STREAM_HEADERS)
-        return await self._stream(headers, upstream)
+            fields = [*_without_type(fields), *STREAM_HEADERS.items()]
+        return await self._stream(fields, upstream)
 
-    async def _unary(self) -> web.Response | None:
+    async def _unary(self) -> web.StreamResponse | None:
         upstream = await self._dispatch.open()
         return None if upstream is None else await self._whole(upstream)
 
@@ -142,29 +143,37 @@ class _Forwarding:
 
         Raises: DeadlineExceeded when the request has lived too long, ShuttingDown.
         """
-        limit = asyncio.timeout_at(self._deadline)
+        task = asyncio.current_task()
+        assert task is not None, "a request has its task"
+        is_over = False
 
         def end() -> None:
-            if not limit.expired():
-                limit.reschedule(0.0)
+            nonlocal is_over
+            if not is_over:
+                is_over = True
+                task.cancel()
 
+        timer = asyncio.get_running_loop().call_at(self._deadline, end)
         try:
-            async with limit:
-                with self._services.told_of_end(end):
-                    return await work
-        except TimeoutError:
-            if not limit.expired():
-                raise
+            self._services.tell_of_end(end)
+            return await work
+        except asyncio.CancelledError:
+            if not is_over or task.uncancel() > 0:
+                raise  # the client has left too
             if self._services.ending is not None:
                 raise self._services.ending from None
             raise DeadlineExceeded(
                 f"the request took longer than {self._gateway.request_timeout_s:g} s "
                 "(gateway.request_timeout_s)"
             ) from None
+        finally:
+            is_over = True
+            self._services.forget_end(end)
+            timer.cancel()
 
     # From the node: a whole answer
 
-    async def _whole(self, upstream: NodeAnswer) -> web.Response:
+    async def _whole(self, upstream: NodeAnswer) -> web.StreamResponse:
         """Return an answer that is no stream; errors that are no JSON get our envelope.
 
         Raises: UpstreamProtocol when it is one: a client that asked for none cannot read it.
@@ -177,7 +186,7 @@ class _Forwarding:
             )
         body = await self._read(upstream)
         record, status = self._record, upstream.status
-        counts = read_counts(body)
+        counts, record.finish_reason = read_whole(body)
         if counts is not None:
             record.prompt_tokens = counts.prompt_tokens
             record.completion_tokens = counts.completion_tokens
@@ -185,8 +194,7 @@ class _Forwarding:
         elif status == 200:
             record.completion_tokens = estimate_answer(body)
             record.is_estimated = True
-        record.finish_reason = finish_reason(body)
-        headers = response_headers(upstream.headers)
+        fields = returned_fields(upstream.headers)
         if self._dispatch.is_translated:
             if status >= 400:
                 raise self._answered(upstream, body)
@@ -198,11 +206,11 @@ class _Forwarding:
             error = self._answered(upstream, body)
             record.fail(error, status=status)
             if not _is_error_object(body):
-                headers.popall("Content-Type", None)
-                headers["Content-Type"] = "application/json"
+                fields = _without_type(fields)
+                fields.append(("Content-Type", "application/json"))
                 body = self._envelope(error)
         record.status = status
-        return web.Response(status=status, body=body, headers=headers)
+        return await write_whole(self._request, status, fields, body)
 
     async def _read(self, upstream: NodeAnswer) -> bytes:
         try:
@@ -238,7 +246,7 @@ class _Forwarding:
         self, opening: asyncio.Task[NodeAnswer | None]
     ) -> web.StreamResponse:
         """Begin the answer before the node has: the model loads, or a prompt is read."""
-        response, writer = await self._begin(STREAM_HEADERS)
+        response, writer = self._begin(STREAM_HEADERS.items())
 
         async def run() -> None:
             while not opening.done():
@@ -253,12 +261,13 @@ class _Forwarding:
 
         return await self._guarded(response, writer, run())
 
-    async def _stream(self, headers: Mapping[str, str], upstream: NodeAnswer) -> web.StreamResponse:
-        response, writer = await self._begin(headers)
+    async def _stream(self, fields: Fields, upstream: NodeAnswer) -> web.StreamResponse:
+        response, writer = self._begin(fields)
         return await self._guarded(response, writer, self._relay(upstream, writer))
 
-    async def _begin(self, headers: Mapping[str, str]) -> tuple[web.StreamResponse, EventWriter]:
-        return await begin_stream(self._request, headers, self._encoder, self._record)
+    def _begin(self, fields: Fields) -> tuple[WrittenAnswer, EventWriter]:
+        response = write_head(self._request, 200, fields)
+        return response, EventWriter(self._request, response, self._encoder, self._record)
 
     async def _guarded(
         self, response: web.StreamResponse, writer: EventWriter, work: Awaitable[None]
@@ -359,6 +368,10 @@ async def is_done_within(task: asyncio.Task[_Result], timeout_s: float) -> bool:
         timer.cancel()
         task.remove_done_callback(wake)
     return task.done()
+
+
+def _without_type(fields: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [field for field in fields if field[0].lower() != "content-type"]
 
 
 def _retry_after_s(upstream: NodeAnswer) -> float | None:

@@ -45,5 +45,5 @@ async def _ask_router(request: web.Request, kind: type[SleepModel | WakeModel]) 
     body = decode_body(await read_body(request, _MAX_BODY_BYTES), SleepBody)
     if body.model_id is None:
         raise MissingParameter("model_id is missing", param="model_id")
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     await services.bus.ask("router", kind(body.model_id), deadline_s=_DEADLINE_S)

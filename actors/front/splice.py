@@ -82,15 +82,13 @@ class Splice:
             self._upstream.hold_back()
             self._on_end(error)
             return
-        if relay.has_data:
+        if record.first_token is not None:
             record.last_token = now
-            if record.first_token is None:
-                record.first_token = now
-        if lines:
-            writer.send(lines)
-            if writer.is_full:
-                self._upstream.hold_back()
-                self._wake()
+        elif relay.has_data:
+            record.first_token = record.last_token = now
+        if lines and writer.send(lines, now):
+            self._upstream.hold_back()
+            self._wake()
 
     def _on_end(self, error: Exception | None) -> None:
         if not self._is_ended:

@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from functools import partial
+from typing import Final
 
 from aiohttp import web
 
 from actors.front.choice import ChoiceOutput
 from actors.front.dialect import Answer, ChunkEncoder, encoded
-from actors.front.error_response import set_request_id
 from actors.front.generation import Generation
 from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
-from actors.front.services import REQUEST_ID, SERVICES
-from cortexd.errors import Cancelled, CortexError, Internal, SlowClient
+from actors.front.services import SERVICES
+from actors.front.written import WrittenAnswer, drained, write_head
+from cortexd.errors import Cancelled, CortexError, Internal
 from cortexd.log import event
 
-WRITE_TIMEOUT_S = 120.0
-STREAM_HEADERS = {
+STREAM_HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
@@ -41,9 +40,10 @@ async def stream_answer(
     record: RequestRecord,
 ) -> web.StreamResponse:
     """Run the generation and write its events; errors before the first byte are raised."""
-    gateway = request.app[SERVICES].settings.gateway
+    gateway = request[SERVICES].settings.gateway
     outputs = await generation.next(gateway.first_byte_hold_ms / 1000)
-    response, writer = await begin_stream(request, STREAM_HEADERS, encoder, record)
+    response = write_head(request, 200, STREAM_HEADERS.items())
+    writer = EventWriter(request, response, encoder, record)
     try:
         while True:
             answer.fingerprint = generation.fingerprint
@@ -51,7 +51,7 @@ async def stream_answer(
                 await writer.write_event(await encoded(outputs, partial(_chunks, encoder, outputs)))
             else:
                 is_waiting = not generation.is_submitted
-                services = request.app[SERVICES]
+                services = request[SERVICES]
                 await writer.write_keepalive(
                     await load_note(services, answer.model) if is_waiting else b""
                 )
@@ -69,7 +69,7 @@ async def stream_answer(
         raise
     except Exception as error:
         # Too late for a status: the client gets an error event, the log the traceback.
-        services = request.app[SERVICES]
+        services = request[SERVICES]
         event(
             services.log, "http.failed", 40, exc_info=True, id=record.request_id, error=repr(error)
         )
@@ -83,40 +83,28 @@ def _chunks(encoder: ChunkEncoder, outputs: list[ChoiceOutput]) -> bytes:
     return b"".join(map(encoder.chunk, outputs))
 
 
-async def begin_stream(
-    request: web.Request, headers: Mapping[str, str], encoder: ChunkEncoder, record: RequestRecord
-) -> tuple[web.StreamResponse, EventWriter]:
-    """Send the head of a streamed answer. Raises: ConnectionError when nobody is there for it."""
-    response = web.StreamResponse(headers=headers)
-    set_request_id(response, request[REQUEST_ID])
-    await response.prepare(request)
-    record.status = response.status
-    return response, EventWriter(request, response, encoder, record)
-
-
 class EventWriter:
     """Writes to one stream, with the clocks of both kinds of keep-alive.
 
-    The body's bytes go to the transport as they are, framed here: on the library's way through its
-    writer each of them costs three times as much.
+    The bytes go to the transport framed here: in the library's way each chunk costs three times as
+    much.
     """
 
     def __init__(
         self,
         request: web.Request,
-        response: web.StreamResponse,
+        response: WrittenAnswer,
         encoder: ChunkEncoder,
         record: RequestRecord,
     ) -> None:
-        transport, protocol = request.transport, request.protocol
-        if transport is None:
-            raise ConnectionResetError("the client went away")
+        assert request.transport is not None, "the head has been written"
+        record.status = response.status
         self._record = record
-        self._writer = request.writer
-        self._protocol = protocol
-        self._transport = transport
-        self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
-        self._event_period_s = request.app[SERVICES].settings.gateway.event_keepalive_s
+        self._request = request
+        self._protocol = request.protocol
+        self._transport = request.transport
+        self._is_chunked = response.is_chunked
+        self._event_period_s = request[SERVICES].settings.gateway.event_keepalive_s
         self._encoder = encoder
         self._clock = time.monotonic
         self._last_event = self._clock()
@@ -126,23 +114,24 @@ class EventWriter:
         """Tell whether as much waits for the client as may."""
         return self._protocol.writing_paused
 
-    def send(self, data: bytes) -> None:
-        """Write event bytes, which are not empty, without waiting; look at `is_full` after it."""
-        self._last_event = self._clock()
-        self._frame(data)
+    def send(self, data: bytes, now: float) -> bool:
+        """Write event bytes, which are not empty, without waiting; return `is_full`.
+
+        On a connection that is lost nothing is written: the request's task is cancelled already.
+        """
+        self._last_event = now
+        transport = self._transport
+        if not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+        return self._protocol.writing_paused
 
     async def drained(self) -> None:
         """Wait until the client has read. Raises: SlowClient, ConnectionError."""
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self._writer.drain()
-        except TimeoutError:
-            raise SlowClient(f"the client read nothing for {WRITE_TIMEOUT_S:g} s") from None
+        await drained(self._request)
 
     async def write_event(self, data: bytes) -> None:
         """Write event bytes. Raises: Cancelled when the client does not read."""
-        self._last_event = self._clock()
-        await self._write(data)
+        await self._write(data, self._clock())
 
     async def write_keepalive(self, note: bytes = b"") -> None:
         """Write a comment, or an event when the last one is too long ago.
@@ -154,7 +143,7 @@ class EventWriter:
             await self.write_event(note + self._encoder.keepalive())
         else:
             self._record.num_comments += 1
-            await self._write(note or self._encoder.comment())
+            await self._write(note or self._encoder.comment(), self._last_event)
 
     async def write_error(self, error: CortexError) -> None:
         """Write the error event; the body then ends properly.
@@ -164,17 +153,12 @@ class EventWriter:
         """
         await self.write_event(self._encoder.error(error))
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, data: bytes, event_at: float) -> None:
         if self._transport.is_closing():
             raise ConnectionResetError("the client went away")
-        if not data:
-            return  # an empty chunk would end the body
-        self._frame(data)
-        if self.is_full:
+        # An empty chunk would end the body.
+        if data and self.send(data, event_at):
             await self.drained()
-
-    def _frame(self, data: bytes) -> None:
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
 
 
 def abort_connection(request: web.Request) -> None:

@@ -14,8 +14,6 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from multidict import CIMultiDict
-
 from actors.front.auth import (
     ACCOUNT_HEADER,
     CREDENTIAL_HEADERS,
@@ -114,7 +112,7 @@ class Upstream:
         return f"Upstream({sum(map(len, self._idle.values()))} idle)"
 
     async def send(
-        self, node: str, base_url: str, path: str, headers: Mapping[str, str], body: bytes
+        self, node: str, base_url: str, path: str, fields: list[tuple[str, str]], body: bytes
     ) -> NodeAnswer:
         """Return the answer to come to a request that is on its way; the caller closes it.
 
@@ -122,7 +120,7 @@ class Upstream:
         """
         origin = origin_of(base_url)
         connection = self._take(origin) or await self._connect(node, origin)
-        return connection.send(request_bytes(origin, path, headers, body))
+        return connection.send(request_bytes(origin, path, fields, body))
 
     def close(self) -> None:
         """Close the connections that are idle; the others end with their requests."""
@@ -187,19 +185,20 @@ class Upstream:
             )
 
 
-def request_bytes(origin: Origin, path: str, headers: Mapping[str, str], body: bytes) -> bytes:
+def request_bytes(origin: Origin, path: str, fields: list[tuple[str, str]], body: bytes) -> bytes:
     """Return a whole request."""
-    lines = [f"POST {origin.path}{path} HTTP/1.1", f"Host: {origin.host_header}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    if origin.authorization and "Authorization" not in headers:
-        lines.append(f"Authorization: {origin.authorization}")
-    lines.append(f"Content-Length: {len(body)}\r\n\r\n")
-    return "\r\n".join(lines).encode("utf-8", "surrogateescape") + body
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    if origin.authorization and "\nauthorization:" not in f"\n{lines.lower()}":
+        lines += f"Authorization: {origin.authorization}\r\n"
+    return (
+        f"POST {origin.path}{path} HTTP/1.1\r\nHost: {origin.host_header}\r\n"
+        f"{lines}Content-Length: {len(body)}\r\n\r\n"
+    ).encode("utf-8", "surrogateescape") + body
 
 
 def request_headers(
     headers: Mapping[str, str], request_id: str, principal: Principal, own_key: str | None
-) -> CIMultiDict[str]:
+) -> list[tuple[str, str]]:
     """Return the client's headers as they go to a node.
 
     `own_key` is what this gateway shows the node in place of the client's key; None leaves the
@@ -207,24 +206,20 @@ def request_headers(
     """
     sent = _without(headers, _NOT_SENT if own_key is None else _NOT_SENT | CREDENTIAL_HEADERS)
     if own_key:
-        sent["Authorization"] = f"Bearer {own_key}"
+        sent.append(("Authorization", f"Bearer {own_key}"))
     if principal.account:
-        sent[ACCOUNT_HEADER] = principal.account
-        sent[KEY_ID_HEADER] = principal.key_id
-    sent["Accept-Encoding"] = "identity"
-    sent["x-request-id"] = request_id
+        sent += [(ACCOUNT_HEADER, principal.account), (KEY_ID_HEADER, principal.key_id)]
+    sent += [("Accept-Encoding", "identity"), ("x-request-id", request_id)]
     return sent
 
 
-def response_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
+def returned_fields(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return a node's headers as they go to the client."""
     return _without(headers, _NOT_RETURNED)
 
 
-def _without(headers: Mapping[str, str], left_out: frozenset[str]) -> CIMultiDict[str]:
-    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
-    return CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in left_out and name.lower() not in named
-    )
+def _without(headers: Mapping[str, str], left_out: frozenset[str]) -> list[tuple[str, str]]:
+    connection = headers.get("Connection")
+    if connection is not None:
+        left_out |= {name.strip().lower() for name in connection.split(",")}
+    return [pair for pair in headers.items() if pair[0].lower() not in left_out]

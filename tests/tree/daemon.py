@@ -49,6 +49,7 @@ class Daemon:
 
     def __enter__(self) -> Self:
         self.start()
+        self.wait_ready()
         return self
 
     def start(self) -> None:
@@ -64,6 +65,10 @@ class Daemon:
                 cwd=Path(__file__).resolve().parents[2],
             )
         wait_for(self._front_answers, "the front's first answer")
+
+    def wait_ready(self) -> None:
+        """Wait until every actor has been ready once: the front may answer before the others."""
+        wait_for(lambda: self.admin("status")["state"] != "starting", "all actors getting ready")
 
     def _front_answers(self) -> bool:
         assert self.process is not None
@@ -155,6 +160,15 @@ class Daemon:
         pid = int(self.actors()[actor]["pid"])
         os.kill(pid, signal.SIGKILL)
         return pid
+
+    def wait_back(self, actor: str, pid: int) -> None:
+        """Wait until an actor is ready in another process than this."""
+
+        def is_back() -> bool:
+            seen = self.actors()[actor]
+            return seen["state"] == "ready" and seen["pid"] != pid
+
+        wait_for(is_back, f"{actor} coming back")
 
     # HTTP
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -172,6 +174,36 @@ async def test_client_that_leaves_closes_the_nodes_socket() -> None:
         await front.fleet.wait_for(EndRequest)
         record = await finished(front)
         assert (record.status, record.error_code) == (499, "request_cancelled")
+
+
+@async_test
+async def test_clients_that_leave_a_busy_stream_disturb_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What the node still sends for them is dropped, without a word in the log."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(b'data: {"choices":[]}\n\n' * 20)
+                await asyncio.sleep(0)
+        return response
+
+    async with upstream(handler) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", url)]
+        sent = msgspec.json.encode(chat_body(model=MODEL, stream=True))
+
+        async def leave() -> None:
+            async with front.http.post(front.url + CHAT, data=sent) as response:
+                await response.content.readany()
+                response.close()
+
+        for _ in range(5):
+            await asyncio.gather(*(leave() for _ in range(8)))
+        await front.fleet.wait_for_finished(40)
+    assert [record.message for record in caplog.records if record.levelno > logging.INFO] == []
 
 
 @async_test
