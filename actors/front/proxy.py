@@ -155,8 +155,8 @@ class _Forwarding:
 
         timer = asyncio.get_running_loop().call_at(self._deadline, end)
         try:
-            with self._services.told_of_end(end):
-                return await work
+            self._services.tell_of_end(end)
+            return await work
         except asyncio.CancelledError:
             if not is_over or task.uncancel() > 0:
                 raise  # the client has left too
@@ -168,6 +168,7 @@ class _Forwarding:
             ) from None
         finally:
             is_over = True
+            self._services.forget_end(end)
             timer.cancel()
 
     # From the node: a whole answer
