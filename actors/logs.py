@@ -35,8 +35,7 @@ _SUPPRESSED_NOTE_S: Final = 1.0
 _DRAIN_AFTER_DEATH_S: Final = 0.1
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
-# Checks that a line is an object without making one of it.
-_object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_object_decoder = msgspec.json.Decoder(dict)
 
 
 class RateLimit:
