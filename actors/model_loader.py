@@ -124,20 +124,21 @@ class ModelLoader:
             self._router.local.forget(model)
 
     async def _resolve(self, model: ManagedModel) -> ResolvedFiles:
-        settings = self._router.context.settings.store
+        settings = self._router.context.settings
         request = ResolveFiles(model.options.model_id, model.options.quant)
-        # The store may be restarting; resolving again is harmless, a completed file is found.
+        # The store may be starting, which a busy machine takes long for, or restarting; resolving
+        # again is harmless, a completed file is found.
         for attempt in range(3):
+            await self._router.wait_for("store", deadline_s=settings.supervision.start_timeout_s)
             try:
                 answer = await self._router.ask(
-                    "store", request, deadline_s=settings.download_timeout_s
+                    "store", request, deadline_s=settings.store.download_timeout_s
                 )
                 assert isinstance(answer, ResolvedFiles), "ResolveFiles is answered by its files"
                 return answer
             except ActorDown:
                 if attempt == 2:
                     raise
-                await asyncio.sleep(0.2 * (attempt + 1))
         raise AssertionError("the loop returns or raises")
 
     async def _check_split(self, options: LoadOptions, resolved: ResolvedFiles) -> None:

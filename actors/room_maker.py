@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from actors.router import Router
 
 _CONTROL_DEADLINE_S: Final = 10.0
+_HOST_DEADLINE_S: Final = 5.0  # the poller answers from what it saw last
 # Longer than most answers take: whoever asked waits for the load anyway.
 _MAX_WAIT_S: Final = 120.0
 _RECHECK_S: Final = 0.25
@@ -164,9 +165,13 @@ class RoomMaker:
 
     async def host_report(self) -> HostReport | None:
         """Return what the poller saw last, or None when it does not answer."""
+        router = self._router
         try:
-            answer = await self._router.ask("poller", QueryHost(), deadline_s=1.0)
+            if router.host is None:  # this host starts, which a busy machine takes long for
+                patience_s = router.context.settings.supervision.start_timeout_s
+                await router.wait_for("poller", deadline_s=patience_s)
+            answer = await router.ask("poller", QueryHost(), deadline_s=_HOST_DEADLINE_S)
         except CortexError:
-            return self._router.host
+            return router.host
         assert isinstance(answer, HostReport), "QueryHost is answered by HostReport"
         return answer

@@ -13,6 +13,8 @@ from typing import Any, Final, TextIO
 
 import msgspec
 
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
 # What formatters of others may ask for, and a record of ours does not know.
 _UNKNOWN: Final[dict[str, Any]] = {
     **dict.fromkeys(("pathname", "filename", "module", "funcName"), ""),
@@ -45,21 +47,29 @@ class JsonFormatter(logging.Formatter):
     def __init__(self, actor: str) -> None:
         super().__init__()
         self._actor = actor
+        self._second = -1
+        self._second_text = ""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line of JSON; control characters are escaped, so a line stays a line."""
         document: dict[str, object] = {
             "event": record.getMessage(),
             "level": record.levelname.lower(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
+            "time": f"{self._time_to_second(record.created)}.{int(record.msecs):03d}Z",
             "actor": self._actor,
         }
         if isinstance(record, EventRecord):
             document |= record.cortexd_fields
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(document, enc_hook=str).decode()
+        return _encode(document).decode()
+
+    def _time_to_second(self, created: float) -> str:
+        second = int(created)
+        if second != self._second:
+            self._second = second
+            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return self._second_text
 
 
 def configure_logging(actor: str, level: str, stream: TextIO | None = None) -> None:
@@ -81,4 +91,4 @@ def event(
     """Log one event with its fields."""
     if log.isEnabledFor(level):
         cause = sys.exc_info() if exc_info else None
-        log.handle(EventRecord(log, level, name, fields, cause=cause))
+        log.callHandlers(EventRecord(log, level, name, fields, cause=cause))  # we set no filters

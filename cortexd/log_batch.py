@@ -25,6 +25,11 @@ class BatchHandler(logging.Handler):
         self._lines: list[str] = []
         self._is_scheduled = False
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Take in one line without the lock, which the one append does not need."""
+        self.emit(record)
+        return True
+
     def emit(self, record: logging.LogRecord) -> None:
         """Take in one line. Where no loop runs it is written at once."""
         try:

@@ -13,8 +13,11 @@ from multidict import CIMultiDict
 
 _MAX_HEAD_BYTES: Final = 64 * 1024
 _MAX_CHUNK_LINE_BYTES: Final = 4096
-_STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\0]*)?")
-_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_HEAD: Final = re.compile(
+    r"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n\0]*)?"
+    r"((?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*)*)"
+)
+_FIELD: Final = re.compile(r"\r\n([^:]+):[ \t]*([^\r\n]*)")
 _LENGTH: Final = re.compile(r"\d{1,18}")
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\r\n]*)?\r\n")
 _NO_BODY: Final = frozenset({204, 304})
@@ -82,20 +85,17 @@ class AnswerParser:
                 _refuse("it switches to a protocol that was not asked for")
 
     def _read_head(self, head: bytes) -> int:
-        first, *lines = head.decode("utf-8", "surrogateescape").split("\r\n")
-        status_line = _STATUS_LINE.fullmatch(first)
-        if status_line is None or head.count(b"\n") != len(lines) or b"\0" in head:
-            _refuse(f"it does not begin as HTTP/1.1: {first[:80]!r}")
-        fields = []
-        for line in lines:
-            name, _, value = line.partition(":")
-            if _NAME.fullmatch(name) is None or "\r" in value or name == line:
-                _refuse(f"a line of its head is no header: {line[:80]!r}")
-            fields.append((name, value.strip(" \t")))
-        self.headers = CIMultiDict(fields)
-        status = int(status_line[2])
+        text = head.decode("utf-8", "surrogateescape")
+        found = _HEAD.fullmatch(text)
+        if found is None:
+            _refuse(f"its head is not as HTTP/1.1 has it: {text[:200]!r}")
+        old, status_text, lines = found.groups()
+        self.headers = CIMultiDict(
+            [(name, value.rstrip(" \t")) for name, value in _FIELD.findall(lines)]
+        )
+        status = int(status_text)
         if status >= 200:
-            self._read_framing(status, is_old=status_line[1] == "0")
+            self._read_framing(status, is_old=old == "0")
         return status
 
     def _read_framing(self, status: int, *, is_old: bool) -> None:

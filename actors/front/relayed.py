@@ -6,6 +6,7 @@ Lines are never split, so that a keep-alive or an error event of ours can follow
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Final, Protocol
 
 import msgspec
@@ -13,10 +14,12 @@ import msgspec
 _TAIL_BYTES: Final = 64 * 1024
 _MAX_KEPT_BYTES: Final = 2 * _TAIL_BYTES
 _MAX_HELD_BYTES: Final = 256 * 1024
-# Inside a JSON string the quotes would be escaped, so text cannot pass for the field.
-_USAGE: Final = re.compile(rb'(?<!\\)"usage"\s*:\s*(\{)')
+# Inside a JSON string the quotes would be escaped, so text cannot pass for the field. A search for
+# the plain words comes first: on a long stream it takes a tenth of the expression's time.
+_USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{)')
+_REASONS: Final = (b'"finish_reason"', b'"stop_reason"')
+_REASON: Final = re.compile(rb'"(?:finish_reason|stop_reason)"\s*:\s*"(\w+)"')
 _BRACE: Final = re.compile(rb"[{}]")
-_FINISH: Final = re.compile(rb'(?<!\\)"(?:finish_reason|stop_reason)"\s*:\s*"(\w+)"')
 _ERROR_LINE: Final = re.compile(rb'^data:\s*\{"(?:error"|type":\s*"error")', re.MULTILINE)
 _ERROR_CODE: Final = re.compile(rb'(?<!\\)"code"\s*:\s*"(\w+)"')
 _END_EVENTS: Final = 2  # the finish event and the end mark carry no token
@@ -157,7 +160,7 @@ class RelayedStream:
     def error_code(self) -> str | None:
         """Return the code of an error event, None when there was none."""
         tail = b"".join(self._tail)
-        found = _ERROR_LINE.search(tail)
+        found = _ERROR_LINE.search(tail) if b'"error"' in tail else None
         if found is None:
             return None
         code = _ERROR_CODE.search(tail, found.start())
@@ -193,14 +196,25 @@ def read_whole(body: bytes) -> tuple[Counts | None, str | None]:
 
 def read_counts(data: bytes, *, is_first: bool = False) -> Counts | None:
     """Return the last (or first) usage object in JSON or a stream, of either dialect."""
-    places = list(_USAGE.finditer(data))
-    for place in places if is_first else reversed(places):
+    for at in _places(data, b'"usage"', is_first=is_first):
+        found = _USAGE.match(data, at)
+        if found is None:
+            continue
         try:
-            usage = msgspec.json.decode(_object_at(data, place.start(1)), type=_Usage)
+            usage = msgspec.json.decode(_object_at(data, found.start(1)), type=_Usage)
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
         return _counts_of(usage)
     return None
+
+
+def _places(data: bytes, field: bytes, *, is_first: bool = False) -> Iterator[int]:
+    """Yield where a field's name stands, from the end or from the beginning."""
+    at = data.find(field) if is_first else data.rfind(field)
+    while at >= 0:
+        if data[at - 1 : at] != b"\\":
+            yield at
+        at = data.find(field, at + 1) if is_first else data.rfind(field, 0, at)
 
 
 def _counts_of(usage: _Usage) -> Counts:
@@ -215,8 +229,16 @@ def _counts_of(usage: _Usage) -> Counts:
 
 def _finish_reason(data: bytes) -> str | None:
     """Return the last finish reason of either dialect."""
-    found = _FINISH.findall(data)
-    return found[-1].decode() if found else None
+    last = -1
+    reason = None
+    for field in _REASONS:
+        for at in _places(data, field):
+            found = _REASON.match(data, at)
+            if found is not None:
+                if at > last:
+                    last, reason = at, found[1].decode()
+                break
+    return reason
 
 
 def _object_at(data: bytes, start: int) -> bytes:

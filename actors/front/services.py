@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -102,14 +101,13 @@ class Services:
         sample = CANCEL_LATENCY.sample(seconds, model=model, node=self.node)
         self.tell_quietly("metrics", Measured([sample]))
 
-    @contextlib.contextmanager
-    def told_of_end(self, end: Callable[[], None]) -> Iterator[None]:
-        """Within the block, `end_all` calls `end`: for what no sequence stands for."""
+    def tell_of_end(self, end: Callable[[], None]) -> None:
+        """Let `end_all` call `end`, until `forget_end`: for what no sequence stands for."""
         self._to_end.add(end)
-        try:
-            yield
-        finally:
-            self._to_end.discard(end)
+
+    def forget_end(self, end: Callable[[], None]) -> None:
+        """Call it no more."""
+        self._to_end.discard(end)
 
     def end_all(self, error: CortexError) -> None:
         """End every request that still runs: their streams get this error as the last event."""

@@ -100,6 +100,32 @@ def test_fronts_are_told_of_the_files_before_the_engine_starts(tmp_path: Path) -
     run(work)
 
 
+def test_load_waits_for_a_store_that_starts_late(tmp_path: Path) -> None:
+    """As on a busy machine, where the models of the daemon's start are asked for before."""
+
+    async def work() -> None:
+        world = World()
+        world.starting.add("store")
+        router = make_router(world, tmp_path)
+        assert (await routed(router)).leader
+
+    run(work)
+
+
+def test_room_is_looked_for_though_the_poller_starts_late(tmp_path: Path) -> None:
+    """What is unknown only because the daemon starts is waited for, not taken for room."""
+
+    async def work() -> None:
+        world = World()
+        world.starting.add("poller")
+        world.size_bytes = 100 * GIB
+        router = make_router(world, tmp_path)
+        with pytest.raises(ModelLoadFailed, match="does not fit"):
+            await routed(router)
+
+    run(work)
+
+
 def test_model_for_something_else_answers_no_chats_and_is_not_loaded(tmp_path: Path) -> None:
     """By what the catalogue declares; without a declaration it is taken to answer."""
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from cli.dashboard import look, render
 from cli.main import main
 from tests.tree.daemon import Daemon
-from tests.waiting import DEADLINE_S, wait_for
+from tests.waiting import DEADLINE_S
 
 STATUS: dict[str, object] = {
     "version": "0.1.0",
@@ -107,8 +107,6 @@ def test_look_reads_a_real_daemon(tmp_path: Path) -> None:
         Daemon(tmp_path) as daemon,
         AdminChannel(daemon.runtime_dir / "admin.s", timeout_s=DEADLINE_S) as channel,
     ):
-        # The front answers before the poller has looked at the host.
-        wait_for(lambda: daemon.actors()["poller"]["state"] == "ready", "the poller")
         events: deque[dict[str, object]] = deque()
         status, host = look(channel, events)
         num_events = len(events)

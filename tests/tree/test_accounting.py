@@ -115,11 +115,11 @@ def test_requests_of_a_killed_front_are_accounted_for(daemon: Daemon, tiny_model
     for answer in answers:
         answer.readline()
     daemon.kill("router")
-    daemon.kill("front.0")
+    front = daemon.kill("front.0")
     wait_for(lambda: len(lines(daemon)) == old + 3, "a line each")
     assert {line["id"] for line in lines(daemon)[old:]} == {"r0", "r1", "r2"}
     wait_for(lambda: counted(daemon) == before + 3, "a count each")
     assert {line["error"] for line in lines(daemon)[old:]} == {"front_crashed"}
     for answer in answers:
         answer.close()
-    wait_for(lambda: daemon.actors()["front.0"]["state"] == "ready", "the new front")
+    daemon.wait_back("front.0", front)

@@ -93,9 +93,7 @@ def make_traffic(daemon: Daemon, model: str) -> None:
     body = {"model_id": model}
     assert daemon.post("/models/unload", body, port=daemon.neuron_port)[0] == 200
     assert daemon.chat(model, "hello", max_tokens=4)[0] == 200
-    before = daemon.actors()["poller"]["pid"]
-    daemon.kill("poller")
-    wait_for(lambda: daemon.actors()["poller"].get("pid") not in {None, before}, "a poller")
+    daemon.wait_back("poller", daemon.kill("poller"))
 
 
 def ask_as(daemon: Daemon, key: str, model: str) -> int:

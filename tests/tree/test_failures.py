@@ -44,10 +44,7 @@ def test_killed_light_actor_comes_back_and_every_request_ends(
         outcomes = [future.result(timeout=DEADLINE_S) for future in asked]
     if actor != "front.0":
         assert set(outcomes) <= {200, 503}, outcomes
-    wait_for(
-        lambda: daemon.actors()[actor]["state"] == "ready" and daemon.actors()[actor]["pid"] != pid,
-        f"{actor} coming back",
-    )
+    daemon.wait_back(actor, pid)
     assert daemon.chat(str(tiny_model), "hello")[0] == 200
 
 
@@ -71,13 +68,7 @@ def test_stopped_front_is_dumped_killed_and_replaced(daemon: Daemon, tiny_model:
     """A hung actor is noticed by its missing heartbeat."""
     pid = int(daemon.actors()["front.0"]["pid"])
     os.kill(pid, signal.SIGSTOP)
-    wait_for(
-        lambda: (
-            daemon.actors()["front.0"]["pid"] not in {pid, 0}
-            and daemon.actors()["front.0"]["state"] == "ready"
-        ),
-        "the hung front being replaced",
-    )
+    daemon.wait_back("front.0", pid)
     assert daemon.chat(str(tiny_model), "hello")[0] == 200
 
 

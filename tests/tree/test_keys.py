@@ -187,8 +187,9 @@ def test_killed_owner_and_front_leave_neither_debt_nor_block(keyed: Keyed) -> No
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(ask, number) for number in range(8)]
             wait_for(lambda: keyed.figures("crash")[1] > 0, "a reservation")
-            keyed.daemon.kill(victim)
+            pid = keyed.daemon.kill(victim)
             statuses = [one.result() for one in asked]
+        keyed.daemon.wait_back(victim, pid)
         if victim == "budgets":
             assert statuses == [200] * 8
     wait_for(lambda: ask(8) == 200, "an answer")
@@ -260,6 +261,7 @@ def test_restarted_daemon_remembers_what_was_spent(keyed: Keyed) -> None:
     assert spent > 0
     assert keyed.daemon.stop() == []
     keyed.daemon.start()
+    keyed.daemon.wait_ready()
     keyed.daemon.wait_loaded(keyed.model)
     assert keyed.settled("crowd") == spent
     assert keyed.ask("crowd", max_tokens=CAP)[0] == 429
