@@ -16,6 +16,7 @@ constexpr Kernels kernel_set(const char* name) {
             multiply_groups<Isa>,
             nullptr,
             nullptr,
+            nullptr,
             rms_norm<Isa>,
             silu_mul<Isa>,
             rotate<Isa>,

@@ -19,6 +19,11 @@ struct Kernels {
     void (*multiply_groups)(const Matrix& matrix, const Activation& x, int64_t num_tokens,
                             int64_t begin, int64_t end, float* y, int64_t y_stride,
                             bool accumulate);
+    // The same with 8-bit activations in tiles (x.tiles), for many tokens. Null where the instruction
+    // set has none. The bits are those of multiply_groups.
+    void (*multiply_tiles)(const Matrix& matrix, const Activation& x, int64_t num_tokens,
+                           int64_t begin, int64_t end, float* y, int64_t y_stride,
+                           bool accumulate);
     // The fast products of bfloat16 rows: x (num_tokens, columns), rounded to bfloat16. Null where
     // the instruction set has none; the products are then as exact as multiply_groups.
     void (*round_row)(const float* x, int64_t columns, uint16_t* rounded);
@@ -41,6 +46,8 @@ extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+// `base` with products of tiles.
+Kernels with_tiles(const Kernels& base);
 // `base` with fast products of bfloat16 rows.
 Kernels with_bf16(const Kernels& base);
 #endif

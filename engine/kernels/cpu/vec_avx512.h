@@ -121,11 +121,9 @@ struct Avx512 {
     static void add_products(I weights, const int8_t* x, FastSum& sum) {
         sum.value = _mm512_dpbusd_epi32(sum.value, weights, broadcast_quad(x));
     }
-    template <class L, int Quad, int Tokens, class Sum>
-    static void dot_line(const uint8_t* payload, const int8_t* x, int64_t stride,
-                         Sum (&sums)[Tokens][L::kParts]) {
-        // Quad and Quad + 4: the two nibbles of one line, or two lines of 8-bit integers.
-        I first, second;
+    // The stored integers of Quad and Quad + 4: the two nibbles of one line, or two lines.
+    template <class L, int Quad>
+    static void unpack(const uint8_t* payload, I& first, I& second) {
         if constexpr (L::kBits == 8) {
             first = _mm512_loadu_si512(payload + Quad * 64);
             second = _mm512_loadu_si512(payload + (Quad + 4) * 64);
@@ -144,6 +142,12 @@ struct Avx512 {
                 second = _mm512_shuffle_epi8(table, second);
             }
         }
+    }
+    template <class L, int Quad, int Tokens, class Sum>
+    static void dot_line(const uint8_t* payload, const int8_t* x, int64_t stride,
+                         Sum (&sums)[Tokens][L::kParts]) {
+        I first, second;
+        unpack<L, Quad>(payload, first, second);
         for (int m = 0; m < Tokens; ++m) {
             const int8_t* q = x + m * stride + Quad * 4;
             add_products(first, q, sums[m][0]);
