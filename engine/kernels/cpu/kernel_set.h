@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_kernel.h"
+#include "attention_tile.h"
 #include "elementwise_kernel.h"
 #include "kernels.h"
 #include "linear_kernel.h"
@@ -21,6 +22,7 @@ constexpr Kernels kernel_set(const char* name) {
             silu_mul<Isa>,
             rotate<Isa>,
             attend_partition<Isa>,
+            attend_tile<Isa>,
             merge_partial<Isa>,
             finish_partial<Isa>};
 }

@@ -38,6 +38,10 @@ struct Kernels {
     bool (*attend_partition)(const AttentionShape& shape, const SequenceRow& row,
                              const float* cache_layer, int64_t kv_head, const float* query,
                              int64_t begin, int64_t end, float* partials);
+    // The same for a tile of tokens; see attention_tile.h.
+    bool (*attend_tile)(const AttentionShape& shape, const SequenceRow& row,
+                        const float* cache_layer, int64_t kv_head, const QueryTile& tile,
+                        int64_t begin, int64_t end, float* partials);
     void (*merge_partial)(const float* next, int64_t head_dim, float* state);
     void (*finish_partial)(const float* state, int64_t head_dim, float* out);
 };

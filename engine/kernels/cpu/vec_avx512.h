@@ -24,6 +24,8 @@ struct Avx512 {
     // 16 accumulators and 8 weights of the dense kernels.
     static constexpr int kDenseGroups = 4;
     static constexpr int kDenseTokens = 4;
+    // Sums that reduce_each folds side by side.
+    static constexpr int kScoreSums = 16;
     // Whether dot() already subtracts the offset of the stored integers.
     static constexpr bool kSubtractsOffset = false;
     using F = __m512;
@@ -57,6 +59,33 @@ struct Avx512 {
         __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
         four = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    }
+    // Holds a value of several uses in a register: the compiler would load it again for each, and one
+    // load per cycle is all there is.
+    static void keep(F& value) { asm("" : "+v"(value)); }
+    // to[i] = reduce_add(values[i]), with the same additions.
+    template <int Count>
+    static void reduce_each(const F (&values)[Count], float* to) {
+        if constexpr (Count == 16) {
+            F eights[8], fours[4], twos[2];
+            // The order that leaves the sums in theirs.
+            for (int i = 0; i < 8; ++i) {
+                const F &a = values[i % 2 * 8 + i / 2], &b = values[i % 2 * 8 + 4 + i / 2];
+                eights[i] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+            }
+            for (int i = 0; i < 4; ++i) {
+                const F &a = eights[2 * i], &b = eights[2 * i + 1];
+                fours[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+            }
+            for (int i = 0; i < 2; ++i) {
+                const F &a = fours[2 * i], &b = fours[2 * i + 1];
+                twos[i] = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+            }
+            store(to, add(_mm512_shuffle_ps(twos[0], twos[1], 0x88),
+                          _mm512_shuffle_ps(twos[0], twos[1], 0xdd)));
+        } else {
+            for (int i = 0; i < Count; ++i) to[i] = reduce_add(values[i]);
+        }
     }
     static float reduce_max(F value) { return _mm512_reduce_max_ps(value); }
     static F power_of_two(F biased) {
