@@ -54,10 +54,37 @@ class DeviceRoom:
         totals = {index: sum(each.total for each in ranks) for index, ranks in needs.items()}
         return cls(kind, needs, free, missing_bytes(totals, free))
 
+    @classmethod
+    def to_wake(
+        cls, wanted: Sequence[int], memory_bytes: int, devices: Sequence[DeviceReport]
+    ) -> DeviceRoom:
+        """Take the devices of a sleeping model's ranks, which together held so many bytes there."""
+        need = MemoryNeed(-(-memory_bytes // len(wanted)), 0, 0, 0)
+        needs: dict[int, list[MemoryNeed]] = {}
+        for index in wanted:
+            needs.setdefault(index, []).append(need)
+        free = {
+            device.index: device.memory_total_bytes - device.memory_used_bytes for device in devices
+        }
+        totals = {index: sum(each.total for each in ranks) for index, ranks in needs.items()}
+        return cls("cuda", needs, free, missing_bytes(totals, free))
+
     @property
     def needed_bytes(self) -> int:
         """All ranks together."""
         return sum(need.total for ranks in self.needs.values() for need in ranks)
+
+    def too_small_to_wake(self, options: LoadOptions) -> InsufficientMemory:
+        """Return the error: what a sleeping model needs, and what is free."""
+        index, lacking = next(iter(self.missing.items()))
+        needed = sum(need.total for need in self.needs[index])
+        return InsufficientMemory(
+            f'model "{options.model_id}" cannot wake: device {index} needs {needed >> 20} MiB and '
+            f"{(needed - lacking) >> 20} are free; unload a model",
+            retry_after_s=_RETRY_AFTER_S,
+            needed_bytes=self.needed_bytes,
+            available_bytes=self.needed_bytes - sum(self.missing.values()),
+        )
 
     def refusal(
         self, options: LoadOptions, resolved: ResolvedFiles, settings: Engine

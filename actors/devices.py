@@ -32,6 +32,11 @@ class DeviceProbe:
             return [self._gpu(index) for index in range(self._nvml.nvmlDeviceGetCount())]
         return [_cpu()]
 
+    @staticmethod
+    def host_free_bytes() -> int:
+        """Return the memory that processes may still take without swapping."""
+        return int(psutil.virtual_memory().available)
+
     def _gpu(self, index: int) -> DeviceReport:
         nvml = self._nvml
         handle = nvml.nvmlDeviceGetHandleByIndex(index)

@@ -7,8 +7,6 @@ tree. Nothing is restarted: the first failure is the finding.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import signal
 import tempfile
@@ -19,14 +17,14 @@ from typing import Final
 import msgspec
 
 from actors.actor import ActorContext, AsyncActor, handles
-from actors.root import run_root
+from actors.private_tree import NO_MODEL, run_private_tree
 from actors.spec import ChildSpec
 from cortexd.errors import Internal
 from cortexd.messages import GroupDown, GroupUp, LoadProgress, StartGroup
 from cortexd.messages.control import GroupStarting
 from cortexd.messages.envelope import Envelope
-from cortexd.models import LoadOptions, ModelFiles, ModelSpec, RankArgs, RopeSpec
-from cortexd.settings import Logging, Paths, Settings
+from cortexd.models import LoadOptions, ModelFiles, RankArgs
+from cortexd.settings import Settings
 
 GROUP: Final = "doctor"
 SHUTDOWN_STAGE: Final = "shutdown"
@@ -69,7 +67,7 @@ class Doctor(AsyncActor):
         order = StartGroup(
             GROUP,
             "actors.leader:Probe",
-            msgspec.msgpack.encode(RankArgs(options, _NO_FILES, _NO_MODEL)),
+            msgspec.msgpack.encode(RankArgs(options, _NO_FILES, NO_MODEL)),
             self._args.world_size,
             self.context.settings.supervision.start_timeout_s * 2,
             "actors.worker:Worker",
@@ -110,39 +108,17 @@ def examine(settings: Settings, world_size: int, devices: Sequence[int] | None) 
     """
     with tempfile.TemporaryDirectory(prefix="cortexd-doctor-") as folder:
         report = Path(folder) / _REPORT
-        private = msgspec.structs.replace(
-            settings,
-            paths=Paths(runtime_dir=f"{folder}/run", state_dir=f"{folder}/state"),
-            logging=Logging(level="error"),
-            default_models=[],
-        )
         chosen = None if devices is None else tuple(devices)
         args = DoctorArgs(os.getpid(), str(report), world_size, chosen)
         child = ChildSpec(
             name="doctor", target="actors.doctor:Doctor", args=msgspec.msgpack.encode(args)
         )
-        # The ranks end by themselves, which is an error in a daemon and here the aim.
-        with contextlib.redirect_stderr(io.StringIO()) as messages:
-            run_root(private, [child], {}, on_ready=lambda: None)
+        messages = run_private_tree(settings, child)
         if not report.exists():
-            raise Internal(f"the trial ended without a result: {messages.getvalue()[-2000:]}")
+            raise Internal(f"the trial ended without a result: {messages[-2000:]}")
         return msgspec.json.decode(report.read_bytes(), type=Report)
 
 
 _NO_FILES: Final = ModelFiles(
     model_id=GROUP, source="path", revision="", format="safetensors", weights=()
-)
-_NO_MODEL: Final = ModelSpec(
-    model_type="none",
-    architecture="none",
-    vocab_size=1,
-    hidden_size=1,
-    intermediate_size=1,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=1,
-    rope=RopeSpec(),
 )

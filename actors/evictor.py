@@ -1,7 +1,7 @@
 """Proposes which models to unload: for room, after idle time, and to start long-lived engines anew.
 
 The router decides. State: none but the configuration; every proposal is a pure function
-(`cortexd.eviction`) of the model list it is given.
+(`cortexd.eviction`, `cortexd.sleeping`) of the model list it is given.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from cortexd.eviction import choose_victims, fragmented_models, idle_models
 from cortexd.log import event
 from cortexd.messages import (
     EvictionProposal,
+    HostReport,
     ListModels,
     ModelList,
     ProposeEviction,
+    QueryHost,
     RecycleModel,
     UnloadIdle,
 )
 from cortexd.messages.envelope import Envelope
+from cortexd.models import ModelStatus
+from cortexd.sleeping import choose_sleepers, overslept
 
 _CHECK_PERIOD_S = 1.0
 
@@ -53,7 +57,13 @@ class Evictor(AsyncActor):
             strategy=strategy,
             priorities=priorities,
         )
-        return EvictionProposal(victims, strategy)
+        chosen = [model for name in victims for model in message.models if model.model_id == name]
+        sleepers = choose_sleepers(
+            chosen,
+            host_free_bytes=message.host_free_bytes,
+            ttl_s=self.context.settings.eviction.sleep_ttl_s,
+        )
+        return EvictionProposal(victims, strategy, sleepers)
 
     async def _watch_forever(self) -> None:
         ttl_s = self.context.settings.eviction.idle_ttl_s
@@ -68,10 +78,26 @@ class Evictor(AsyncActor):
         eviction = self.context.settings.eviction
         answer = await self.ask("router", ListModels(), deadline_s=1.0)
         assert isinstance(answer, ModelList), "ListModels is answered by ModelList"
-        idle_s = {model.model_id: model.last_used_s or 0.0 for model in answer.models}
+        by_id = {model.model_id: model for model in answer.models}
         idle = idle_models(answer.models, eviction.idle_ttl_s)
-        for model_id in idle:
-            self.tell("router", UnloadIdle(model_id, idle_s[model_id]))
+        free = await self._host_free_bytes(answer.models)
+        sleepers = choose_sleepers(
+            [by_id[model_id] for model_id in idle],
+            host_free_bytes=free,
+            ttl_s=eviction.sleep_ttl_s,
+        )
+        late = overslept(answer.models, host_free_bytes=free, ttl_s=eviction.sleep_ttl_s)
+        for model_id, reason in [*((name, "idle") for name in idle), *late]:
+            idle_s = by_id[model_id].last_used_s or 0.0
+            self.tell("router", UnloadIdle(model_id, idle_s, reason, model_id in sleepers))
         for model_id in fragmented_models(answer.models, eviction.defrag_after_cycles):
             if model_id not in idle:
                 self.tell("router", RecycleModel(model_id))
+
+    async def _host_free_bytes(self, models: list[ModelStatus]) -> int | None:
+        """Return the host's free memory; None where no model sleeps or could."""
+        if not any(model.sleep_bytes for model in models):
+            return None
+        answer = await self.ask("poller", QueryHost(), deadline_s=1.0)
+        assert isinstance(answer, HostReport), "QueryHost is answered by HostReport"
+        return answer.host_free_bytes

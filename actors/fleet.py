@@ -9,6 +9,7 @@ it again after one round of polls. The rules are pure (`cortexd.placement`, `cor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,15 +17,17 @@ from typing import TYPE_CHECKING, Final
 
 from actors.fleet_views import catalogue_cards, known_names, loading_of, node_statuses
 from actors.managed_model import Lease
+from actors.open_waits import OpenWaits
 from actors.remote_loads import RemoteLoads
 from actors.remote_node import RemoteNode, local_view
 from actors.seat_queue import SeatQueue
 from cortexd.affinity import PrefixMemory
 from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue, CatalogueModel
-from cortexd.errors import Cancelled, CortexError, DeadlineExceeded, ModelLoading, QueueTimeout
+from cortexd.errors import CortexError, DeadlineExceeded, ModelLoading, QueueTimeout
 from cortexd.log import event
 from cortexd.messages import (
+    HeldLease,
     Loading,
     NeuronReport,
     NodeFailed,
@@ -44,11 +47,14 @@ if TYPE_CHECKING:
     from actors.router import Router
 
 Answer = RoutedHere | RoutedRemote
-# A gateway that has just started knows nothing yet; the first round of polls takes this long.
-_FIRST_POLL_S: Final = 2.0
+# A gateway that has just started knows nothing yet. Each node's first poll ends within seconds,
+# answered or not; this bound is for a poller that a busy machine starts late.
+_FIRST_POLL_S: Final = 10.0
 _RECHECK_S: Final = 1.0
 _LOADING_RETRY_AFTER_S: Final = 2.0
 _MAX_RETRY_AFTER_S: Final = 60.0
+# Half of a poll: what the choice rests on is as old as that anyway.
+_OPEN_S: Final = 0.5
 _UNLOAD_DEADLINE_S: Final = 600.0
 
 
@@ -72,8 +78,7 @@ class Fleet:
             settings.gateway.max_queue_depth,
             settings.gateway.queue_wait_s,
         )
-        self._waiting: set[str] = set()
-        self._ended: set[str] = set()
+        self._waits = OpenWaits()
         self._started_at = time.monotonic()
         self._changed = asyncio.Event()
 
@@ -153,19 +158,56 @@ class Fleet:
         self, model_id: str, message: Place, front: str, name: str, was_cold: bool
     ) -> Answer:
         """Send a request to a node; a remote one counts there from now on."""
-        self._turns[name] = self._turns.total() + 1
         node = self._nodes.get(name)
         if node is None:
+            self._count_turn(name)
             self._local_prefixes.remember(model_id, message.prefix)
             return RoutedHere(model_id)
         report = node.report
         assert report is not None, "a node that serves has been heard of"
-        node.leases[message.request_id] = Lease(model_id, front, message.account)
-        node.breaker.sent(message.request_id, time.monotonic())
-        node.prefixes.remember(model_id, message.prefix)
+        lease = Lease(model_id, front, message.account)
+        self._count_in(node, message.request_id, lease, message.prefix)
+        is_open = self._is_open(model_id, node)
         return RoutedRemote(
-            name, node.entry.kind, report.base_url, model_id, report.sequence, was_cold
+            name,
+            node.entry.kind,
+            report.base_url,
+            model_id,
+            report.sequence,
+            was_cold,
+            time.monotonic() + _OPEN_S if is_open else 0.0,
         )
+
+    def _count_in(self, node: RemoteNode, request_id: str, lease: Lease, prefix: list[int]) -> None:
+        self._count_turn(node.entry.name)
+        node.leases[request_id] = lease
+        node.breaker.sent(request_id, time.monotonic())
+        node.prefixes.remember(lease.model_id, prefix)
+
+    def _count_turn(self, name: str) -> None:
+        self._turns[name] = self._turns.total() + 1
+
+    def _is_open(self, model_id: str, node: RemoteNode) -> bool:
+        """Tell whether requests for a model need not be asked for one by one: nothing is chosen.
+
+        That is so of an external server that alone has the model, whose seats nobody counts and
+        that has not failed of late. Our own neurons load and unload, so each request is asked for.
+        """
+        if node.entry.kind != "openai" or node.entry.max_in_flight:
+            return False
+        if node.breaker.state(time.monotonic()) != "closed":
+            return False
+        here = self._router.models.get(model_id)
+        return here is None and not any(
+            other is not node and other.has_model(model_id) for other in self._nodes.values()
+        )
+
+    def begun(self, held: HeldLease, front: str) -> None:
+        """Count a request that a front has sent to a node that was open to it."""
+        node = self._nodes.get(held.node)
+        if node is not None:
+            lease = Lease(held.model_id, front, held.account)
+            self._count_in(node, held.request_id, lease, held.prefix)
 
     async def _wait_for_seat(
         self, model_id: str, message: Place, front: str, envelope: Envelope
@@ -201,18 +243,11 @@ class Fleet:
         left_s = (envelope.deadline_ns - time.monotonic_ns()) / 1e9
         if left_s <= 0:
             raise DeadlineExceeded(what)
-        self._waiting.add(message.request_id)
         changed = self._changed
-        try:
+        # Ages and cool-downs end without a message: then look again.
+        with self._waits.of(message.request_id), contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(left_s, _RECHECK_S)):
                 await changed.wait()
-        except TimeoutError:
-            pass  # ages and cool-downs end without a message: look again
-        finally:
-            self._waiting.discard(message.request_id)
-        if message.request_id in self._ended:
-            self._ended.discard(message.request_id)
-            raise Cancelled(f"request {message.request_id} ended while it waited")
 
     def take_over(self, name: str, request_id: str, lease: Lease) -> None:
         """Hold a lease that was granted before this router was started."""
@@ -222,8 +257,7 @@ class Fleet:
 
     def end_request(self, request_id: str, *, is_answered: bool = False) -> None:
         """Close a lease, or the wait for one; the next in the queue gets its seat."""
-        if request_id in self._waiting:
-            self._ended.add(request_id)
+        self._waits.end(request_id)
         self._seats.cancel(request_id)
         for node in self._nodes.values():
             lease = node.leases.pop(request_id, None)
@@ -326,7 +360,8 @@ class Fleet:
         holders = [
             node.entry.name
             for node in self._nodes.values()
-            if node.entry.kind == "cortex" and node.view().states.get(model_id) == "loaded"
+            if node.entry.kind == "cortex"
+            and node.view().states.get(model_id) in {"loaded", "sleeping"}
         ]
         for name in holders:
             await self._router.ask(

@@ -26,6 +26,7 @@ from actors.logs import LogPipe
 from actors.member import Member
 from actors.process import UNKNOWN_EXIT, ChildProcess
 from actors.spec import Exit
+from actors.stack_dump import stack_dump
 from actors.transport.sockets import inbox_endpoint
 from actors.watch import ROOT_LAG_S, Watch
 from cortexd.errors import CortexError, ErrorInfo
@@ -44,8 +45,8 @@ from cortexd.messages.control import (
 )
 from cortexd.messages.envelope import Address, Envelope
 
-# Time for a stack dump to be written before the kill.
-_DUMP_S: Final = 0.1
+# Longest time for a stack dump to be written before the kill; one that is there ends it.
+_DUMP_S: Final = 2.0
 _SIGTERM_GRACE_S: Final = 1.0
 
 
@@ -321,9 +322,16 @@ class Incarnation:
         self._spawn(self._dump_and_kill(reason))
 
     async def _dump_and_kill(self, reason: str) -> None:
-        self.signal(signal.SIGUSR1)
-        self.signal(signal.SIGCONT)  # a stopped process could not write its dump
-        await self._exits_within(_DUMP_S)
+        def tell() -> None:
+            self.signal(signal.SIGUSR1)
+            self.signal(signal.SIGCONT)  # a stopped process could not write its dump
+
+        dump = asyncio.create_task(
+            stack_dump(self._host.logs, self.address.name, tell, deadline_s=_DUMP_S)
+        )
+        ends: set[asyncio.Future[Any]] = {dump, self.exited}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        dump.cancel()
         self.kill(reason)
 
     def _finish(self, code: int, text: str) -> None:

@@ -154,6 +154,8 @@ class Leader(SyncActor):
             self.engine.dtype_name,
             self.engine.backend_name,
             self._load_s,
+            self.engine.sleep_bytes,
+            self.engine.is_asleep,
         )
 
     @handles(SleepModel)

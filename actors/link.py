@@ -16,7 +16,7 @@ from actors.registry import Registry, RegistryEvent
 from actors.transport.codec import encode_message
 from actors.transport.sockets import ControlLink, Frames, Inbox, Outbox, Transport, inbox_endpoint
 from cortexd.errors import ActorDown as ActorDownError
-from cortexd.errors import CortexError, ErrorInfo, InvalidRequest
+from cortexd.errors import CortexError, ErrorInfo, Internal
 from cortexd.messages.control import ActorDown, Beat, Hello, Message
 from cortexd.messages.envelope import ROOT, Address, Envelope, Header
 
@@ -150,7 +150,7 @@ class Link:
 
     def _refuse_undecodable(self, header: Header) -> None:
         """Answer a request that is none of ours: its sender would wait until its deadline."""
-        error = InvalidRequest(f'actor "{self.own.name}" cannot read this message; unknown kind')
+        error = Internal(f'actor "{self.own.name}" cannot read this message; unknown kind')
         with contextlib.suppress(CortexError):  # a full outbox: the deadline must do
             self.send(header.src, error.to_info(), re=header.id)
 

@@ -17,8 +17,8 @@ from cortexd.desired import DesiredModel, group_name, read_desired, write_desire
 from cortexd.errors import ConfigError, ModelNotFound
 from cortexd.models import LoadOptions, ModelPolicy, ModelState
 
-_RUNNING: Final = ("loading", "loaded", "recovering")
-_AT_REST: Final = ("unloaded", "failed")
+_RUNNING: Final = ("loading", "loaded", "sleeping", "recovering")
+AT_REST: Final = ("unloaded", "failed")
 
 
 class LocalModels:
@@ -45,9 +45,9 @@ class LocalModels:
         """Return the model that an engine group runs."""
         return next((model for model in self.by_id.values() if model.group == group), None)
 
-    def ids_in(self, state: ModelState) -> list[str]:
-        """Return the ids of the models in one state."""
-        return [model_id for model_id, model in self.by_id.items() if model.state == state]
+    def ids_in(self, *states: ModelState) -> list[str]:
+        """Return the ids of the models in these states."""
+        return [model_id for model_id, model in self.by_id.items() if model.is_in(*states)]
 
     def not_found(self, name: str) -> ModelNotFound:
         """Return the error for a name that means no model here."""
@@ -87,7 +87,7 @@ class LocalModels:
             elif entry.id not in kept:
                 model = self.by_id[entry.id]
                 model.is_known = True
-                if model.is_in(*_AT_REST):
+                if model.is_in(*AT_REST):
                     model.options = _options(entry)
 
     def add(self, options: LoadOptions, *, is_known: bool) -> ManagedModel:
@@ -104,7 +104,7 @@ class LocalModels:
 
     def forget(self, model: ManagedModel) -> None:
         """Drop a model that does not run and that only an explicit load had brought here."""
-        if not model.is_known and model.is_in(*_AT_REST):
+        if not model.is_known and model.is_in(*AT_REST):
             self.by_id.pop(model.options.model_id, None)
             model.wake()
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 from actors.load_errors import load_failed, loading_error, may_retry
 from actors.managed_model import Lease, ManagedModel
+from actors.open_waits import OpenWaits
 from actors.seat_queue import SeatQueue
-from cortexd.errors import Cancelled, DeadlineExceeded, NodeDraining, QueueTimeout
+from cortexd.errors import DeadlineExceeded, NodeDraining, QueueTimeout
 from cortexd.messages import Route, Routed
 from cortexd.messages.envelope import Envelope
 
@@ -37,8 +38,7 @@ class LocalRequests:
         self._seats: SeatQueue[Route, Routed] = SeatQueue(
             "engine.max_queue_depth", settings.engine.max_queue_depth, settings.gateway.queue_wait_s
         )
-        self._waiting: set[str] = set()  # requests that wait for a load
-        self._ended: set[str] = set()  # those of them that ended meanwhile
+        self._waits = OpenWaits()  # for a load
 
     async def route(self, message: Route, envelope: Envelope) -> Routed:
         """Lease a loaded model, loading it first when it is cold.
@@ -68,8 +68,7 @@ class LocalRequests:
         """Begin a load when none runs, and return at the model's next change."""
         if model.state == "failed" and (model.cooldown_left_s > 0 or not may_retry(model.error)):
             raise load_failed(model)
-        if model.state in {"unloaded", "failed"}:
-            self._router.loader.begin_load(model)
+        self._router.loader.bring_up(model)
         if not message.wait:
             raise loading_error(model)
         await self._wait(model, message, envelope)
@@ -83,18 +82,13 @@ class LocalRequests:
         would be opened that nobody closes.
         """
         left_s = (envelope.deadline_ns - time.monotonic_ns()) / 1e9
-        self._waiting.add(message.request_id)
-        try:
-            await asyncio.wait_for(model.wait_changed(), left_s)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f'model "{model.options.model_id}" is still {model.state}'
-            ) from None
-        finally:
-            self._waiting.discard(message.request_id)
-        if message.request_id in self._ended:
-            self._ended.discard(message.request_id)
-            raise Cancelled(f"request {message.request_id} ended while it waited")
+        with self._waits.of(message.request_id):
+            try:
+                await asyncio.wait_for(model.wait_changed(), left_s)
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f'model "{model.options.model_id}" is still {model.state}'
+                ) from None
 
     def _lease(self, model: ManagedModel, message: Route, front: str, *, was_cold: bool) -> Routed:
         model_id = model.options.model_id
@@ -123,8 +117,7 @@ class LocalRequests:
 
     def end(self, request_id: str) -> None:
         """Close a lease, or the wait for one; the next in the queue gets its seat."""
-        if request_id in self._waiting:
-            self._ended.add(request_id)
+        self._waits.end(request_id)
         self._seats.cancel(request_id)
         for model in self._router.models.values():
             if model.leases.pop(request_id, None) is not None:

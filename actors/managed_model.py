@@ -62,18 +62,26 @@ class ManagedModel:
     state_since: float = field(default_factory=time.monotonic)
     failures: int = 0
     last_load_s: float | None = None
+    expected_s: float | None = None  # what the present state takes, where that is known
+    sleep_bytes: int = 0
     policy: ModelPolicy = field(default_factory=ModelPolicy)
     num_cycles: int = 0  # unloads of other models since this one's engine was started
     load_task: asyncio.Task[None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def become(
-        self, state: ModelState, *, stage: str | None = None, error: CortexError | None = None
+        self,
+        state: ModelState,
+        *,
+        stage: str | None = None,
+        error: CortexError | None = None,
+        expected_s: float | None = None,
     ) -> None:
         """Enter a state and wake everyone who waits for a change."""
         self.state = state
         self.stage = stage
         self.error = error
+        self.expected_s = expected_s
         self.progress = 0.0 if state in {"loading", "recovering"} else None
         self.state_since = time.monotonic()
         if state in {"unloaded", "failed"}:
@@ -87,13 +95,13 @@ class ManagedModel:
         """Take over what the leader said of itself."""
         self.options, self.files, self.spec = loaded.options, loaded.files, loaded.spec
         self.limits, self.memory_bytes = loaded.limits, loaded.memory_bytes
-        self.device = loaded.device
+        self.device, self.sleep_bytes = loaded.device, loaded.sleep_bytes
         self.leader, self.leader_incarnation, self.epoch = leader, incarnation, epoch
         self.loaded_at = time.time()
         self.last_used = time.monotonic()
         self.failures = self.num_cycles = 0
         self.last_load_s = loaded.load_s
-        self.become("loaded")
+        self.become("sleeping" if loaded.is_asleep else "loaded")
 
     def offer(self, context: int) -> None:
         """Take over the context that the engine offers at its present speed; 0: as loaded."""
@@ -139,6 +147,8 @@ class ManagedModel:
         elapsed_s = time.monotonic() - self.state_since
         if self.progress:
             return elapsed_s * (1 - self.progress) / self.progress
+        if self.expected_s is not None:
+            return max(0.0, self.expected_s - elapsed_s)
         if self.last_load_s is not None:
             return max(0.0, self.last_load_s - elapsed_s)
         return None
@@ -169,6 +179,9 @@ class ManagedModel:
             idle_ttl_s=self.policy.idle_ttl_s,
             num_cycles=self.num_cycles,
             loaded_at=self.loaded_at,
+            sleep_bytes=self.sleep_bytes,
+            device=self.device,
+            state_s=time.monotonic() - self.state_since,
         )
 
 

@@ -40,6 +40,18 @@ class MetricRegistry:
             else:
                 series.inc(sample.value)
 
+    def counter(self, family: Family, **labels: str) -> Counter:
+        """Return one series of a counter, to count in it again and again."""
+        found = self._families[family.name]
+        assert isinstance(found, Counter), f"{family.name} is no counter"
+        return found.labels(**labels)
+
+    def histogram(self, family: Family, **labels: str) -> Histogram:
+        """Return one series of a histogram, to observe in it again and again."""
+        found = self._families[family.name]
+        assert isinstance(found, Histogram), f"{family.name} is no histogram"
+        return found.labels(**labels)
+
     def show(self, actor: str, samples: Iterable[Sample]) -> None:
         """Set an actor's gauges; those it told before and does not now disappear."""
         shown: set[_Series] = set()

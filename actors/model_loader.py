@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from actors.local_models import AT_REST
 from actors.managed_model import ManagedModel
+from actors.model_sleep import ModelSleep
 from actors.room_maker import RoomMaker
+from actors.text_notice import tell_fronts
 from cortexd.errors import (
     ActorDown,
     CortexError,
@@ -52,14 +55,18 @@ class ModelLoader:
 
     def __init__(self, router: Router) -> None:
         self._router = router
-        self._rooms = RoomMaker(router)
+        self.rooms = RoomMaker(router)
+        self.sleep = ModelSleep(router, self)
         self.unloaded_at = -math.inf  # when memory was freed last, by the loop's clock
+
+    def noticed_room(self) -> None:
+        """Note that memory was freed now: devices show it only at the poller's next look."""
+        self.unloaded_at = asyncio.get_running_loop().time()
 
     async def ensure_loaded(self, model: ManagedModel) -> None:
         """Return when loaded; raise what made the load fail."""
         while not model.is_in("loaded"):
-            if model.is_in("unloaded", "failed"):
-                self.begin_load(model)
+            self.bring_up(model)
             await model.wait_changed()
             if model.is_in("failed"):
                 assert model.error is not None, "a failed model has an error"
@@ -69,20 +76,24 @@ class ModelLoader:
                     f'model "{model.options.model_id}" was unloaded while it was loading'
                 )
 
-    def begin_load(self, model: ManagedModel) -> None:
-        """Start loading unless it already runs."""
-        model.become("loading", stage="resolving")
-        self._router.local.remember_with(model)
-        model.load_task = self._router.spawn(self._load(model))
+    def bring_up(self, model: ManagedModel) -> None:
+        """Begin to load or to wake a model that does not run and is not about to."""
+        if model.is_in("unloaded", "failed"):
+            model.become("loading", stage="resolving")
+            self._router.local.remember_with(model)
+            model.load_task = self._router.spawn(self.load(model))
+        elif model.is_in("sleeping"):
+            self.sleep.begin_wake(model)
 
-    async def _load(self, model: ManagedModel) -> None:
+    async def load(self, model: ManagedModel) -> None:
+        """Bring up a model that is "loading" already; its state tells how it ends."""
         event(self._router.log, "model.loading", model=model.options.model_id, group=model.group)
         try:
             with self._measured(model, "resolve"):
                 resolved = await self._resolve(model)
                 await self._check_split(model.options, resolved)
             with self._measured(model, "room"):
-                await self._rooms.make_room(model, resolved)
+                await self.rooms.make_room(model, resolved)
             await self._start_group(model, resolved)
         except CortexError as error:
             self._fail(model, error)
@@ -113,20 +124,21 @@ class ModelLoader:
             self._router.local.forget(model)
 
     async def _resolve(self, model: ManagedModel) -> ResolvedFiles:
-        settings = self._router.context.settings.store
+        settings = self._router.context.settings
         request = ResolveFiles(model.options.model_id, model.options.quant)
-        # The store may be restarting; resolving again is harmless, a completed file is found.
+        # The store may be starting, which a busy machine takes long for, or restarting; resolving
+        # again is harmless, a completed file is found.
         for attempt in range(3):
+            await self._router.wait_for("store", deadline_s=settings.supervision.start_timeout_s)
             try:
                 answer = await self._router.ask(
-                    "store", request, deadline_s=settings.download_timeout_s
+                    "store", request, deadline_s=settings.store.download_timeout_s
                 )
                 assert isinstance(answer, ResolvedFiles), "ResolveFiles is answered by its files"
                 return answer
             except ActorDown:
                 if attempt == 2:
                     raise
-                await asyncio.sleep(0.2 * (attempt + 1))
         raise AssertionError("the loop returns or raises")
 
     async def _check_split(self, options: LoadOptions, resolved: ResolvedFiles) -> None:
@@ -142,16 +154,16 @@ class ModelLoader:
 
     async def _check_devices(self, options: LoadOptions) -> None:
         """Check that there is a device for each rank; on a CPU all ranks share it."""
-        report = await self._rooms.host_report()
+        report = await self.rooms.host_report()
         settings = self._router.context.settings.engine
         if report is None or settings.device == "cpu":
             return
         present = [device.index for device in report.devices if device.kind == "cuda"]
-        missing = [index for index in wanted_devices(options) if index not in present]
+        missing = [index for index in options.devices_of_ranks if index not in present]
         if present and missing:
             raise InvalidValue(
                 f'model "{options.model_id}": tensor_parallel = {options.tensor_parallel} needs '
-                f"devices {list(wanted_devices(options))}; here are {present}",
+                f"devices {list(options.devices_of_ranks)}; here are {present}",
                 param="devices",
             )
 
@@ -160,6 +172,7 @@ class ModelLoader:
             return  # unloaded meanwhile
         model.files, model.spec = resolved.files, resolved.spec
         model.stage, model.progress = "starting", 0.0
+        tell_fronts(self._router, resolved.files)
         settings = self._router.context.settings.supervision
         timeout_s = (
             settings.start_timeout_s
@@ -195,10 +208,10 @@ class ModelLoader:
 
         `reason` is what metrics count it under.
         """
-        if model.is_in("draining"):
-            while model.is_in("draining"):
-                await model.wait_changed()
-            return
+        while model.is_in("draining"):  # unless it only fell asleep, somebody unloads it already
+            await model.wait_changed()
+            if model.is_in(*AT_REST):
+                return
         if model.load_task is not None:
             model.load_task.cancel()
             model.load_task = None
@@ -215,15 +228,11 @@ class ModelLoader:
                 retry_after_s=5,
             )
         try:
-            await self._router.ask(
-                "root",
-                StopGroup(model.group, 0.0),
-                deadline_s=self._router.context.settings.supervision.stop_timeout_s + 10,
-            )
+            await self.stop_group(model)
         except DeadlineExceeded as error:
             model.become("failed", error=error)
             raise
-        self.unloaded_at = asyncio.get_running_loop().time()
+        self.noticed_room()
         if model.is_in("draining"):
             model.become("unloaded")
         self._router.local.forget(model)
@@ -237,28 +246,37 @@ class ModelLoader:
         if reason != "defrag":  # or recycling one would make all others old
             for other in self._router.models.values():
                 other.num_cycles += 1
-        self._router.measure(EVICTIONS.sample(1, reason=reason, **self._labels(model)))
+        self._router.measure(EVICTIONS.sample(1, reason=reason, **self.labels(model)))
+
+    async def stop_group(self, model: ManagedModel) -> None:
+        """End a model's processes. Raises: DeadlineExceeded."""
+        await self._router.ask(
+            "root",
+            StopGroup(model.group, 0.0),
+            deadline_s=self._router.context.settings.supervision.stop_timeout_s + 10,
+        )
 
     # For metrics
 
     def measure_loaded(self, model: ManagedModel, load_s: float) -> None:
         """Count a load that succeeded; `load_s` is what its engine took."""
-        labels = self._labels(model)
+        labels = self.labels(model)
         self._router.measure(LOADS.sample(1, result="loaded", **labels))
         self._router.measure(LOAD_SECONDS.sample(load_s, stage="start", **labels))
 
     def measure_failed(self, model: ManagedModel) -> None:
         """Count a load that failed."""
-        self._router.measure(LOADS.sample(1, result="failed", **self._labels(model)))
+        self._router.measure(LOADS.sample(1, result="failed", **self.labels(model)))
 
     @contextlib.contextmanager
     def _measured(self, model: ManagedModel, stage: str) -> Iterator[None]:
         started = time.monotonic()
         yield
         seconds = time.monotonic() - started
-        self._router.measure(LOAD_SECONDS.sample(seconds, stage=stage, **self._labels(model)))
+        self._router.measure(LOAD_SECONDS.sample(seconds, stage=stage, **self.labels(model)))
 
-    def _labels(self, model: ManagedModel) -> dict[str, str]:
+    def labels(self, model: ManagedModel) -> dict[str, str]:
+        """Return a model's name and this node's."""
         # An id that nobody configured and that has no files may be anybody's invention.
         exists = model.is_known or model.files is not None
         model_id = model.options.model_id if exists else UNKNOWN_MODEL
@@ -276,8 +294,3 @@ class ModelLoader:
             except TimeoutError:
                 return not model.leases
         return True
-
-
-def wanted_devices(options: LoadOptions) -> tuple[int, ...]:
-    """Return the device index of every rank."""
-    return tuple(options.device_of(rank) for rank in range(options.tensor_parallel))

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from actors.root import run_root
-from actors.router import RouterArgs
+from actors.router_args import RouterArgs
 from actors.runtime_dir import RuntimeDir
+from actors.server_launch import launch_early
 from actors.spec import GROUP_STOP_ORDER, ChildSpec
 from cortexd.address import parse_host_port
 from cortexd.catalogue import Catalogue
@@ -53,6 +53,9 @@ def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> in
             listener.close()
         locked.close()
         raise
+    early = launch_early(settings, (spec.target for spec in specs), locked.path)
+    from actors.root import run_root  # takes a while, and the servers import meanwhile
+
     try:
         return run_root(
             settings,
@@ -61,6 +64,7 @@ def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> in
             addresses=addresses,
             on_ready=lambda: on_ready(addresses),
             locked=locked,
+            early=early,
         )
     finally:
         for listener in listeners.values():

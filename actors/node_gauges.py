@@ -86,12 +86,19 @@ class NodeGauges:
 
 
 def _of_engine(load: LoadReport, engine: Engine) -> Iterator[_Series]:
-    yield "cortex_model_in_flight", load.model_id, load.num_running
-    yield "cortex_model_queue_depth", load.model_id, load.num_waiting
-    yield "cortex_model_max_in_flight", load.model_id, engine.max_num_seqs
-    yield "cortex_model_max_queue_depth", load.model_id, engine.max_queue_depth
-    yield "cortex_model_tok_s_prefill", load.model_id, load.tok_s_prefill
-    yield "cortex_model_tok_s_decode", load.model_id, load.tok_s_decode
+    """Say the same of a local model as of a remote one, and what only its engine knows."""
+    yield from _of_model(
+        NodeModel(
+            load.model_id,
+            "loaded",
+            in_flight=load.num_running,
+            queue_depth=load.num_waiting,
+            max_in_flight=engine.max_num_seqs,
+            max_queue_depth=engine.max_queue_depth,
+            tok_s_prefill=load.tok_s_prefill,
+            tok_s_decode=load.tok_s_decode,
+        )
+    )
     yield "cortex_model_kv_blocks_used", load.model_id, load.kv_blocks_used
     yield "cortex_model_kv_blocks_cached", load.model_id, load.kv_blocks_cached
     yield "cortex_model_kv_blocks", load.model_id, load.kv_blocks_total

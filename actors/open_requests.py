@@ -34,6 +34,7 @@ class OpenRequest(msgspec.Struct, frozen=True, array_like=True):
     node: str
 
 
+_encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(OpenRequest)
 
 
@@ -64,8 +65,8 @@ class OpenRequests:
         return slot
 
     def update(self, slot: int, request: OpenRequest) -> None:
-        """Replace an entry. One that is cut off in the middle is none: its length comes last."""
-        data = msgspec.json.encode(request)
+        """Replace an entry. One that is cut off in the middle is no JSON, and so it is none."""
+        data = _encode(request)
         if len(data) > _MAX_BYTES:
             data = msgspec.json.encode(
                 msgspec.structs.replace(
@@ -73,10 +74,8 @@ class OpenRequests:
                 )
             )[:_MAX_BYTES]
         start = slot * _SLOT_BYTES
-        body = start + _LENGTH_BYTES
-        self._map[start:body] = bytes(_LENGTH_BYTES)
-        self._map[body : body + len(data)] = data
-        self._map[start:body] = len(data).to_bytes(_LENGTH_BYTES, "little")
+        end = start + _LENGTH_BYTES + len(data)
+        self._map[start:end] = len(data).to_bytes(_LENGTH_BYTES, "little") + data
 
     def end(self, slot: int) -> None:
         """Remove an entry: the request is on record."""

@@ -58,6 +58,7 @@ class Poller(AsyncActor):
             driver_version=self._probe.driver_version,
             devices=await asyncio.to_thread(self._probe.read),
             loads=[],
+            host_free_bytes=self._probe.host_free_bytes(),
         )
         self._seen_at = time.monotonic()
         self._neurons = NeuronClient(remote_neurons(self.context.settings), self._publish_neuron)
@@ -110,15 +111,10 @@ class Poller(AsyncActor):
         }
 
     def _current(self) -> HostReport:
-        report = self._report
-        return HostReport(
-            report.hostname,
-            report.os,
-            report.kernel,
-            report.driver_version,
-            report.devices,
-            [load for _, load in self._loads.values()],
-            time.monotonic() - self._seen_at,
+        return msgspec.structs.replace(
+            self._report,
+            loads=[load for _, load in self._loads.values()],
+            age_s=time.monotonic() - self._seen_at,
         )
 
     async def _poll_forever(self) -> None:
@@ -140,9 +136,9 @@ class Poller(AsyncActor):
         devices = await reading
         alive = {name for name, _ in leaders}
         self._loads = {name: load for name, load in self._loads.items() if name in alive}
-        report = self._report
-        self._report = HostReport(
-            report.hostname, report.os, report.kernel, report.driver_version, devices, []
+        free_bytes = self._probe.host_free_bytes()
+        self._report = msgspec.structs.replace(
+            self._report, devices=devices, host_free_bytes=free_bytes
         )
         self._seen_at = time.monotonic()
         for receiver in _RECEIVERS:

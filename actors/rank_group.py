@@ -158,32 +158,9 @@ class RankGroup:
             if ack.step != self.step:
                 raise Internal(f"rank {rank} acknowledged step {ack.step} instead of {self.step}")
 
-    def snapshot(self, snapshot_id: int, blocks: Sequence[int], state_slot: int) -> int:
-        """Let all workers keep a copy of blocks and a state; return its bytes. Raises: CortexError.
-
-        Only between two steps, and for what the leader keeps of its own cache at the same time.
-        """
-        body = rpc.SnapshotKvCache(self._model_id, snapshot_id, _packed(blocks), state_slot)
-        replies = self._ask(body, rpc.KvSnapshotStored, self._deadlines.step_s)
-        return sum(reply.num_bytes for reply in replies)
-
-    def restore(self, snapshot_id: int, blocks: Sequence[int], state_slot: int) -> None:
-        """Let all workers put a kept copy into blocks and a slot. Raises: CortexError."""
-        body = rpc.RestoreKvCache(self._model_id, snapshot_id, _packed(blocks), state_slot)
-        self._ask(body, rpc.KvCacheRestored, self._deadlines.step_s)
-
-    def drop_snapshot(self, snapshot_id: int) -> None:
-        """Let all workers forget a kept copy. Raises: CortexError."""
-        body = rpc.DropKvSnapshot(self._model_id, snapshot_id)
-        self._ask(body, rpc.KvSnapshotDropped, self._deadlines.step_s)
-
     def vram(self) -> list[rpc.VramInfo]:
         """Return the workers' memory. Raises: CortexError."""
         return self._ask(rpc.QueryVram(), rpc.VramInfo, self._deadlines.start_s)
-
-    def unload(self) -> None:
-        """Let all workers drop the model. Raises: CortexError."""
-        self._ask(rpc.UnloadModel(self._model_id), rpc.Unloaded, self._deadlines.start_s)
 
     def shutdown(self) -> None:
         """End all workers. Raises: CortexError."""
@@ -213,12 +190,6 @@ class RankGroup:
         if error is not None:
             raise error
         return replies
-
-
-def _packed(numbers: Sequence[int]) -> bytes:
-    from engine.token_ids import pack_token_ids
-
-    return pack_token_ids(list(numbers))
 
 
 def _failure(rank: int, outcome: Outcome, expected: type[rpc.RpcMessage]) -> CortexError:

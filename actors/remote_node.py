@@ -49,6 +49,11 @@ class RemoteNode:
             return False
         return self.breaker.allows(time.monotonic())
 
+    def has_model(self, model_id: str) -> bool:
+        """Tell whether it was last seen with a model, in whatever state."""
+        report = self.report
+        return report is not None and any(one.model_id == model_id for one in report.models)
+
     def num_own(self, model_id: str) -> int:
         """Return how many of our requests run there for a model."""
         return sum(lease.model_id == model_id for lease in self.leases.values())

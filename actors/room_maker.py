@@ -1,4 +1,4 @@
-"""Makes room for a model before its engine is started: unloads what the evictor proposes, or waits.
+"""Makes room for a model that starts or wakes: others are unloaded, or sleep, as the evictor says.
 
 Part of the router actor (same loop). A model in use is never unloaded: when only such ones are in
 the way, or another load is, the newcomer waits for them, within a deadline.
@@ -24,12 +24,14 @@ from cortexd.messages import (
     QueryHost,
     ResolvedFiles,
 )
+from cortexd.messages.fleet import DeviceReport
 from cortexd.models import LoadOptions
 
 if TYPE_CHECKING:
     from actors.router import Router
 
 _CONTROL_DEADLINE_S: Final = 10.0
+_HOST_DEADLINE_S: Final = 5.0  # the poller answers from what it saw last
 # Longer than most answers take: whoever asked waits for the load anyway.
 _MAX_WAIT_S: Final = 120.0
 _RECHECK_S: Final = 0.25
@@ -70,6 +72,19 @@ class RoomMaker:
                 model.wake()
             await asyncio.sleep(_RECHECK_S)
 
+    async def make_room_to_wake(self, model: ManagedModel) -> None:
+        """Return when a sleeping model fits again, as large as it was; nobody busy is waited for.
+
+        Raises: InsufficientMemory.
+        """
+        async with self._turn:
+            room = await self._room_to_wake(model)
+            if room is not None and room.missing:
+                await self._evict(model, room)
+                room = await self._room_to_wake(model)
+            if room is not None and room.missing:
+                raise room.too_small_to_wake(model.options)
+
     def _reserve(self, model: ManagedModel, room: DeviceRoom | None) -> None:
         if room is not None and model.is_in("loading"):
             model.memory_bytes = sum(
@@ -88,13 +103,14 @@ class RoomMaker:
                 for other in others
             ],
             model.priority,
+            None if self._router.host is None else self._router.host.host_free_bytes,
         )
         answer = await self._router.ask("evictor", question, deadline_s=_CONTROL_DEADLINE_S)
         assert isinstance(answer, EvictionProposal), "ProposeEviction is answered by a proposal"
         has_unloaded = False
         for victim_id in answer.victims:
             victim = self._router.models.get(victim_id)
-            if victim and victim.state == "loaded" and not victim.leases:
+            if victim and victim.is_in("loaded", "sleeping") and not victim.leases:
                 event(
                     self._router.log,
                     "model.evicted",
@@ -102,7 +118,10 @@ class RoomMaker:
                     reason=answer.reason,
                     incoming=model.options.model_id,
                 )
-                await self._router.loader.unload(victim, force=False, reason=answer.reason)
+                if victim_id in answer.sleepers:
+                    await self._router.loader.sleep.sleep_or_unload(victim, reason=answer.reason)
+                else:
+                    await self._router.loader.unload(victim, force=False, reason=answer.reason)
                 has_unloaded = True
         return has_unloaded
 
@@ -117,24 +136,42 @@ class RoomMaker:
 
     async def _room(self, options: LoadOptions, resolved: ResolvedFiles) -> DeviceRoom | None:
         """Return what the devices have and lack by the last look, None while it is unknown."""
+        devices = await self._devices_without(options.model_id)
+        if devices is None:
+            return None
+        settings = self._router.context.settings.engine
+        return DeviceRoom.of(options.devices_of_ranks, resolved, settings, devices)
+
+    async def _room_to_wake(self, model: ManagedModel) -> DeviceRoom | None:
+        """Return the same for a model that sleeps there."""
+        options = model.options
+        devices = await self._devices_without(options.model_id)
+        if devices is None:
+            return None
+        return DeviceRoom.to_wake(options.devices_of_ranks, model.memory_bytes, devices)
+
+    async def _devices_without(self, model_id: str) -> list[DeviceReport] | None:
+        """Return the devices as far as models may use them, without one model's claims."""
         report = await self.host_report()
         if report is None:
             return None
-        settings = self._router.context.settings.engine
         others = [
             model.status()
             for model in self._router.models.values()
-            if model.options.model_id != options.model_id
+            if model.options.model_id != model_id
         ]
-        devices = within_limit(report.devices, others, settings.memory_limit_mib)
-        wanted = tuple(options.device_of(rank) for rank in range(options.tensor_parallel))
-        return DeviceRoom.of(wanted, resolved, settings, devices)
+        limit_mib = self._router.context.settings.engine.memory_limit_mib
+        return within_limit(report.devices, others, limit_mib)
 
     async def host_report(self) -> HostReport | None:
         """Return what the poller saw last, or None when it does not answer."""
+        router = self._router
         try:
-            answer = await self._router.ask("poller", QueryHost(), deadline_s=1.0)
+            if router.host is None:  # this host starts, which a busy machine takes long for
+                patience_s = router.context.settings.supervision.start_timeout_s
+                await router.wait_for("poller", deadline_s=patience_s)
+            answer = await router.ask("poller", QueryHost(), deadline_s=_HOST_DEADLINE_S)
         except CortexError:
-            return self._router.host
+            return router.host
         assert isinstance(answer, HostReport), "QueryHost is answered by HostReport"
         return answer

@@ -22,13 +22,13 @@ from actors.admin import Admin
 from actors.bootstrap import event_loop_factory, set_title
 from actors.control_bus import ControlBus
 from actors.events import EventLog
-from actors.forkserver import ENGINE_PRELOAD, LIGHT_PRELOAD, ForkServer
+from actors.forkserver import ForkServer
 from actors.group import Groups
 from actors.host import Host
-from actors.lifeline import Lifeline
 from actors.logs import HubStream, LogHub
 from actors.process import Launcher, become_subreaper
 from actors.runtime_dir import RuntimeDir
+from actors.server_launch import EarlyServers, early_kinds, launch_early, plan_server
 from actors.spec import GROUP_STOP_ORDER, ChildSpec
 from actors.status import DaemonInfo
 from actors.supervisor import Supervisor
@@ -58,16 +58,19 @@ def run_root(
     on_ready: Callable[[], None],
     addresses: dict[str, str] | None = None,
     locked: RuntimeDir | None = None,
+    early: EarlyServers | None = None,
 ) -> int:
     """Run the daemon in this process; return its exit code: 0, 1 (an actor failed), 130 (killed).
 
-    `locked` is the runtime folder when the caller took it already; it is closed here. `addresses`
+    `locked` is the runtime folder when the caller took it already, `early` are the fork servers
+    when they run already; both are closed here. `addresses`
     ("api", "metrics", "neuron" → "host:port") is what `status` shows. `on_ready` is called once,
     when all children are ready. Raises: AlreadyRunning, ConfigError; then nothing was started.
     """
     if sys.platform != "linux":
         raise ConfigError(f"cortexd needs Linux 5.4 or later (pidfd, lifeline), not {sys.platform}")
     locked = locked or RuntimeDir(runtime_dir(settings))
+    early = early or launch_early(settings, (child.target for child in children), locked.path)
     try:
         with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
             root = Root(
@@ -76,6 +79,7 @@ def run_root(
                 listeners,
                 addresses=addresses or {},
                 folder=locked.path,
+                early=early,
                 on_ready=on_ready,
             )
             return runner.run(root.run())
@@ -94,6 +98,7 @@ class Root:
         *,
         addresses: dict[str, str],
         folder: Path,
+        early: EarlyServers,
         on_ready: Callable[[], None],
     ) -> None:
         self._settings = settings
@@ -101,6 +106,8 @@ class Root:
         self._listeners = listeners
         self._addresses = addresses
         self._folder = folder
+        self._early = early
+        self._lifeline = early.lifeline
         self._on_ready = on_ready
         self._stop_reason: asyncio.Future[str] | None = None
         self._killed: asyncio.Event | None = None
@@ -134,7 +141,6 @@ class Root:
         errors.setLevel(logging.ERROR)
         errors.setFormatter(JsonFormatter("root"))
         self._log.addHandler(errors)
-        self._lifeline = Lifeline()
         self._transport = Transport()
         self._bus = ControlBus(self._transport, self._folder)
         self._launcher = self._make_launcher()
@@ -164,20 +170,11 @@ class Root:
         self._install_signals()
 
     def _make_launcher(self) -> Launcher:
-        targets = tuple(spec.target.partition(":")[0] for spec in self._specs)
-        preloads = {
-            "light": tuple(dict.fromkeys((*LIGHT_PRELOAD, *targets))),
-            "engine": ENGINE_PRELOAD,
-        }
+        targets = [spec.target for spec in self._specs]
 
-        def make_server(preload: str) -> ForkServer:
-            return ForkServer(
-                f"forkserver.{preload}",
-                preloads[preload],
-                self._folder,
-                lifeline_fd=self._lifeline.read_fd,
-                capture=self._capture,
-            )
+        def make_server(kind: str) -> ForkServer:
+            plan = plan_server(kind, targets, self._folder, self._lifeline.read_fd)
+            return ForkServer(plan, self._capture, self._early.launched.pop(kind, None))
 
         return Launcher(
             self._settings.supervision.start_method, make_server, self._on_server_given_up
@@ -186,7 +183,8 @@ class Root:
     async def _serve(self) -> int:
         assert self._stop_reason is not None
         self._events.add("root.started", pid=os.getpid(), runtime_dir=str(self._folder))
-        self._launcher.start_early("light")
+        for kind in early_kinds(self._settings):
+            self._launcher.start_early(kind)
         starting = asyncio.create_task(self._start())
         reason = await self._stop_reason
         starting.cancel()
@@ -207,9 +205,6 @@ class Root:
             self._admin.started()
             self._events.add("root.ready")
             self._on_ready()
-            # Not before: its imports take seconds of processor time that the start needs.
-            if self._settings.role != "gateway":
-                self._launcher.start_early("engine")
         while self._supervisor.failed is None:
             await self._supervisor.changed()
         failed = self._supervisor.failed

@@ -27,8 +27,9 @@ from actors.managed_model import Lease, ManagedModel, anonymous_by_place
 from actors.model_loader import ModelLoader
 from actors.open_requests import OpenRequest, take_left
 from actors.router_admin import RouterAdmin
+from actors.router_args import RouterArgs
+from actors.text_notice import tell_front
 from cortexd.breaker import BreakerState
-from cortexd.catalogue import Catalogue
 from cortexd.desired import is_draining, remember_draining
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import (
@@ -53,6 +54,7 @@ from cortexd.messages import (
     GroupUp,
     HeldLeases,
     HostReport,
+    LeaseReport,
     ListModels,
     Loading,
     LoadModel,
@@ -74,8 +76,10 @@ from cortexd.messages import (
     RoutedHere,
     RoutedRemote,
     Sample,
+    SleepModel,
     UnloadIdle,
     UnloadModelNow,
+    WakeModel,
 )
 from cortexd.messages.envelope import Envelope
 from cortexd.metrics import ANONYMOUS, BREAKER_STATE, QUEUE_DEPTH, REQUEST_ERRORS, REQUESTS
@@ -85,13 +89,6 @@ from cortexd.neuron_list import local_node_name, remote_neurons
 _DESCRIBE_DEADLINE_S = 10.0
 _GAUGE_PERIOD_S = 2.0
 _BREAKER_VALUES: Final[dict[BreakerState, int]] = {"closed": 0, "half_open": 1, "open": 2}
-
-
-class RouterArgs(msgspec.Struct, frozen=True):
-    """What the daemon hands to its router."""
-
-    default_models: list[LoadOptions]
-    catalogue: Catalogue
 
 
 class Router(AsyncActor):
@@ -226,6 +223,15 @@ class Router(AsyncActor):
         self.fleet.end_request(message.request_id, is_answered=message.is_answered)
         self.requests.end(message.request_id)
 
+    @handles(LeaseReport)
+    def on_lease_report(self, message: LeaseReport, envelope: Envelope) -> None:
+        """Count what a front has begun at a node that was open to it, and what has ended."""
+        front = f"{envelope.src.name}.{envelope.src.incarnation}"
+        for held in message.begun:
+            self.fleet.begun(held, front)
+        for ended in message.ended:
+            self.fleet.end_request(ended.request_id, is_answered=ended.is_answered)
+
     @handles(HeldLeases)
     def on_held_leases(self, message: HeldLeases, envelope: Envelope) -> None:
         """Take over what a front was granted by the router before this one."""
@@ -276,11 +282,33 @@ class Router(AsyncActor):
 
     @handles(UnloadIdle)
     async def on_unload_idle(self, message: UnloadIdle, envelope: Envelope) -> None:
-        """Unload an idle model unless it is in use again."""
+        """Unload an idle model, or put it to sleep, unless it is in use again."""
         model = self.models.get(message.model_id)
-        if model and model.state == "loaded" and not model.leases:
-            event(self.log, "model.idle", model=message.model_id, idle_s=message.idle_s)
-            await self.loader.unload(model, force=False, reason="idle")
+        if model is None or model.leases or not model.is_in("loaded", "sleeping"):
+            return
+        event(
+            self.log,
+            "model.idle",
+            model=message.model_id,
+            idle_s=message.idle_s,
+            reason=message.reason,
+        )
+        if message.may_sleep:
+            await self.loader.sleep.sleep_or_unload(model, reason=message.reason)
+        else:
+            await self.loader.unload(model, force=False, reason=message.reason)
+
+    @handles(SleepModel)
+    async def on_sleep(self, message: SleepModel, envelope: Envelope) -> Ok:
+        """Put a model to sleep; answer when its device is free."""
+        await self.loader.sleep.sleep(self._running_model(message.model_id))
+        return Ok()
+
+    @handles(WakeModel)
+    async def on_wake(self, message: WakeModel, envelope: Envelope) -> Ok:
+        """Wake a model; answer when it can run."""
+        await self.loader.ensure_loaded(self._running_model(message.model_id))
+        return Ok()
 
     @handles(RecycleModel)
     async def on_recycle(self, message: RecycleModel, envelope: Envelope) -> None:
@@ -348,7 +376,8 @@ class Router(AsyncActor):
         self._record_left(down.name, before=down.incarnation + 1)
 
     def on_actor_up(self, up: ActorUp) -> None:
-        """Record what an earlier front left when no router was there."""
+        """Record what an earlier front left when no router was there; prepare a new one."""
+        tell_front(self, up.actor.name)
         self._record_left(up.actor.name, before=up.actor.incarnation)
 
     def _record_left(self, name: str, *, before: int) -> None:
@@ -423,7 +452,7 @@ class Router(AsyncActor):
             await self.fleet.load(options)
             return
         model = self.models.get(options.model_id)
-        if model and model.state in {"loading", "loaded", "recovering", "draining"}:
+        if model and model.is_in("loading", "loaded", "recovering", "draining", "sleeping"):
             if options != model.options:
                 raise ModelAlreadyLoaded(
                     f'model "{options.model_id}" is {model.state} with other options '
@@ -446,9 +475,12 @@ class Router(AsyncActor):
             self.local.resolve(model_id), force=force
         ):
             return
-        model = self.models.get(self.local.resolve(model_id))
-        if model is None or model.state in {"unloaded", "failed"}:
-            raise ModelNotFound(
-                f'model "{model_id}" is not loaded; loaded: {quoted(self.local.ids_in("loaded"))}'
-            )
-        await self.loader.unload(model, force=force, reason="operator")
+        await self.loader.unload(self._running_model(model_id), force=force, reason="operator")
+
+    def _running_model(self, name: str) -> ManagedModel:
+        """Return a model that has a group, by id or alias. Raises: ModelNotFound."""
+        model = self.models.get(self.local.resolve(name))
+        if model is None or model.is_in("unloaded", "failed"):
+            loaded = quoted(self.local.ids_in("loaded", "sleeping"))
+            raise ModelNotFound(f'model "{name}" is not loaded; loaded: {loaded}', param="model_id")
+        return model

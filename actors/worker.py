@@ -8,9 +8,9 @@ failure is an `Error` and nothing more.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -19,6 +19,7 @@ from actors.sync_actor import SyncActor
 from cortexd.errors import CortexError, InvalidValue, UnsupportedArchitecture
 from cortexd.log import event
 from cortexd.messages import rpc
+from cortexd.messages.control import Message
 from cortexd.messages.envelope import Envelope
 from cortexd.models import ModelSpec, RankArgs
 
@@ -38,6 +39,34 @@ class RpcFailure(Exception):
         self.reply = rpc.Error(kind, message)
 
 
+_Message = TypeVar("_Message", bound=Message)
+_Handler = Callable[["Worker", _Message, Envelope], rpc.RpcMessage]
+
+
+def _answers(kind: rpc.ErrorKind) -> Callable[[_Handler[_Message]], _Handler[_Message]]:
+    """Refuse what another epoch asks for; turn a failure into an `Error` reply of `kind`."""
+
+    def decorate(handle: _Handler[_Message]) -> _Handler[_Message]:
+        @functools.wraps(handle)
+        def answer(worker: Worker, message: _Message, envelope: Envelope) -> rpc.RpcMessage:
+            try:
+                worker.check_epoch(envelope)
+                return handle(worker, message, envelope)
+            except RpcFailure as failure:
+                return failure.reply
+            except UnsupportedArchitecture as error:
+                return rpc.Error("unsupported_arch", error.message)
+            except CortexError as error:
+                return rpc.Error(kind, error.message)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                event(worker.log, "shard.request_failed", 40, exc_info=True, kind=kind)
+                return rpc.Error(kind, f"{type(error).__name__}: {error}")
+
+        return answer
+
+    return decorate
+
+
 class Worker(SyncActor):
     """See the module's text."""
 
@@ -53,89 +82,80 @@ class Worker(SyncActor):
         self.serve_until(lambda: self._is_serving)
 
     @handles(rpc.Ping)
+    @_answers("cuda_unavailable")
     def on_ping(self, message: rpc.Ping, envelope: Envelope) -> rpc.RpcMessage:
         """Say who this is."""
-        with self._answers("cuda_unavailable") as answer:
-            self._check_epoch(envelope)
-            answer.reply = rpc.Pong(self.context.rank, self.context.world_size, str(self._device()))
-        return answer.reply
+        return rpc.Pong(self.context.rank, self.context.world_size, str(self._device()))
 
     @handles(rpc.Init)
+    @_answers("nccl_init_failed")
     def on_init(self, message: rpc.Init, envelope: Envelope) -> rpc.RpcMessage:
         """Join the collectives."""
         from engine.tp.comm import Comm
         from engine.tp.sharding import Shard
 
-        with self._answers("nccl_init_failed") as answer:
-            self._check_epoch(envelope)
-            if self._comm is not None:
-                raise RpcFailure("bad_request", "this rank has joined its group already")
-            self._comm = Comm.join(
-                message.comm_id,
-                Shard(self.context.rank, self.context.world_size),
-                self._device(),
-                timeout_s=self.context.settings.supervision.step_timeout_s,
-            )
-            answer.reply = rpc.InitOk()
-        return answer.reply
+        if self._comm is not None:
+            raise RpcFailure("bad_request", "this rank has joined its group already")
+        self._comm = Comm.join(
+            message.comm_id,
+            Shard(self.context.rank, self.context.world_size),
+            self._device(),
+            timeout_s=self.context.settings.supervision.step_timeout_s,
+        )
+        return rpc.InitOk()
 
     @handles(rpc.NcclSanityCheck)
+    @_answers("nccl_sanity_failed")
     def on_sanity(self, message: rpc.NcclSanityCheck, envelope: Envelope) -> rpc.RpcMessage:
         """Take part in adding up a one from every rank."""
-        with self._answers("nccl_sanity_failed") as answer:
-            self._check_epoch(envelope)
-            answer.reply = rpc.NcclSanityResult(self._joined().sanity_sum(self._device()))
-        return answer.reply
+        return rpc.NcclSanityResult(self._joined().sanity_sum(self._device()))
 
     @handles(rpc.LoadDenseShard)
+    @_answers("load_failed")
     def on_load(self, message: rpc.LoadDenseShard, envelope: Envelope) -> rpc.RpcMessage:
         """Load this rank's part of the model."""
         from engine.tp.shard_runner import ShardRunner
 
-        with self._answers("load_failed") as answer:
-            self._check_epoch(envelope)
-            if self._runner is not None:
-                raise RpcFailure("already_loaded", f'"{self.args.options.model_id}" is loaded')
-            self._check_model(message.model_id)
-            self._runner = ShardRunner.load(
-                msgspec.structs.replace(
-                    self.args.files, weights=message.weight_paths, quant=message.quant
-                ),
-                msgspec.json.decode(message.config_json, type=ModelSpec),
-                self.context.settings.engine,
-                self._joined(),
-                device=self._device(),
-                progress=self.report_progress,
-            )
-            loaded = self._runner.loaded
-            event(
-                self.log,
-                "shard.loaded",
-                model=message.model_id,
-                rank=self.context.rank,
-                read_bytes=loaded.read_bytes,
-                memory_bytes=loaded.weight_bytes,
-            )
-            answer.reply = rpc.LoadDenseShardOk(loaded.read_bytes, self._runner.free_bytes)
-        return answer.reply
+        if self._runner is not None:
+            raise RpcFailure("already_loaded", f'"{self.args.options.model_id}" is loaded')
+        self._check_model(message.model_id)
+        self._runner = ShardRunner.load(
+            msgspec.structs.replace(
+                self.args.files, weights=message.weight_paths, quant=message.quant
+            ),
+            msgspec.json.decode(message.config_json, type=ModelSpec),
+            self.context.settings.engine,
+            self._joined(),
+            device=self._device(),
+            progress=self.report_progress,
+        )
+        loaded = self._runner.loaded
+        event(
+            self.log,
+            "shard.loaded",
+            model=message.model_id,
+            rank=self.context.rank,
+            read_bytes=loaded.read_bytes,
+            memory_bytes=loaded.weight_bytes,
+        )
+        return rpc.LoadDenseShardOk(loaded.read_bytes, self._runner.free_bytes)
 
     @handles(rpc.ClearKvCache)
+    @_answers("load_failed")
     def on_clear(self, message: rpc.ClearKvCache, envelope: Envelope) -> rpc.RpcMessage:
         """Make the KV cache anew."""
-        with self._answers("load_failed") as answer:
-            self._check_epoch(envelope)
-            if message.num_blocks < 2:
-                raise RpcFailure("bad_request", f"{message.num_blocks} blocks; at least 2")
-            runner = self._loaded(message.model_id)
-            if (message.num_state_slots > 0) != bool(runner.loaded.spec.linear_layers):
-                text = f"{message.num_state_slots} state slots; a hybrid has some, others none"
-                raise RpcFailure("bad_request", text)
-            runner.make_cache(message.num_blocks, message.num_state_slots)
-            self._is_serving = True
-            answer.reply = rpc.KvCacheCleared(runner.memory_bytes)
-        return answer.reply
+        if message.num_blocks < 2:
+            raise RpcFailure("bad_request", f"{message.num_blocks} blocks; at least 2")
+        runner = self._loaded(message.model_id)
+        if (message.num_state_slots > 0) != bool(runner.loaded.spec.linear_layers):
+            text = f"{message.num_state_slots} state slots; a hybrid has some, others none"
+            raise RpcFailure("bad_request", text)
+        runner.make_cache(message.num_blocks, message.num_state_slots)
+        self._is_serving = True
+        return rpc.KvCacheCleared(runner.memory_bytes)
 
     @handles(rpc.GenerateStep)
+    @_answers("bad_request")
     def on_step(self, message: rpc.GenerateStep, envelope: Envelope) -> rpc.RpcMessage:
         """Run the leader's step, whose collectives complete only with this rank.
 
@@ -144,79 +164,64 @@ class Worker(SyncActor):
         """
         from engine.device import is_device_poisoned
 
-        with self._answers("bad_request") as answer:
-            self._check_epoch(envelope)
-            runner = self._loaded(message.model_id)
-            if runner.cache is None:
-                raise RpcFailure("model_not_loaded", "there is no KV cache yet")
-            try:
-                runner.step(message)
-            except Exception as error:
-                event(self.log, "shard.step_failed", 40, exc_info=True, error=repr(error))
-                text = f"step {message.step} failed: {error!r}"
-                kind: rpc.ErrorKind = "forward_failed"
-                if isinstance(error, InvalidValue):
-                    kind = "bad_request"
-                self.reply(envelope, rpc.Error(kind, text))
-                self.exit_poisoned(text, is_device_lost=is_device_poisoned(error))
-            self.count_progress()
-            answer.reply = rpc.GenerateStepOk(message.step)
-        return answer.reply
+        runner = self._loaded(message.model_id)
+        if runner.cache is None:
+            raise RpcFailure("model_not_loaded", "there is no KV cache yet")
+        try:
+            runner.step(message)
+        except Exception as error:
+            event(self.log, "shard.step_failed", 40, exc_info=True, error=repr(error))
+            text = f"step {message.step} failed: {error!r}"
+            kind: rpc.ErrorKind = "forward_failed"
+            if isinstance(error, InvalidValue):
+                kind = "bad_request"
+            self.reply(envelope, rpc.Error(kind, text))
+            self.exit_poisoned(text, is_device_lost=is_device_poisoned(error))
+        self.count_progress()
+        return rpc.GenerateStepOk(message.step)
 
     @handles(rpc.SnapshotKvCache)
+    @_answers("snapshot_failed")
     def on_snapshot(self, message: rpc.SnapshotKvCache, envelope: Envelope) -> rpc.RpcMessage:
         """Keep a copy of a sequence's blocks and state."""
-        with self._answers("snapshot_failed") as answer:
-            self._check_epoch(envelope)
-            kept = self._loaded(message.model_id).kept
-            num_bytes = kept.keep(message.snapshot_id, message.blocks, message.state_slot)
-            answer.reply = rpc.KvSnapshotStored(num_bytes)
-        return answer.reply
+        kept = self._loaded(message.model_id).kept
+        num_bytes = kept.keep(message.snapshot_id, message.blocks, message.state_slot)
+        return rpc.KvSnapshotStored(num_bytes)
 
     @handles(rpc.RestoreKvCache)
+    @_answers("restore_failed")
     def on_restore(self, message: rpc.RestoreKvCache, envelope: Envelope) -> rpc.RpcMessage:
         """Put a kept copy into blocks and a state slot."""
-        with self._answers("restore_failed") as answer:
-            self._check_epoch(envelope)
-            kept = self._loaded(message.model_id).kept
-            if message.snapshot_id not in kept:
-                text = f"there is no snapshot {message.snapshot_id}"
-                raise RpcFailure("snapshot_not_found", text)
-            kept.restore(message.snapshot_id, message.blocks, message.state_slot)
-            answer.reply = rpc.KvCacheRestored()
-        return answer.reply
+        kept = self._loaded(message.model_id).kept
+        if message.snapshot_id not in kept:
+            text = f"there is no snapshot {message.snapshot_id}"
+            raise RpcFailure("snapshot_not_found", text)
+        kept.restore(message.snapshot_id, message.blocks, message.state_slot)
+        return rpc.KvCacheRestored()
 
     @handles(rpc.DropKvSnapshot)
+    @_answers("bad_request")
     def on_drop(self, message: rpc.DropKvSnapshot, envelope: Envelope) -> rpc.RpcMessage:
         """Forget a kept copy; an unknown one is dropped already."""
-        with self._answers("bad_request") as answer:
-            self._check_epoch(envelope)
-            self._loaded(message.model_id).kept.drop(message.snapshot_id)
-            answer.reply = rpc.KvSnapshotDropped()
-        return answer.reply
+        self._loaded(message.model_id).kept.drop(message.snapshot_id)
+        return rpc.KvSnapshotDropped()
 
     @handles(rpc.QueryVram)
+    @_answers("vram_query_failed")
     def on_query_vram(self, message: rpc.QueryVram, envelope: Envelope) -> rpc.RpcMessage:
         """Tell the device's memory."""
         from engine.device import free_memory_bytes, total_memory_bytes
 
-        with self._answers("vram_query_failed") as answer:
-            self._check_epoch(envelope)
-            device = self._device()
-            answer.reply = rpc.VramInfo(
-                free_memory_bytes(device) // _MIB, total_memory_bytes(device) // _MIB
-            )
-        return answer.reply
+        device = self._device()
+        return rpc.VramInfo(free_memory_bytes(device) // _MIB, total_memory_bytes(device) // _MIB)
 
     @handles(rpc.UnloadModel)
+    @_answers("model_not_loaded")
     def on_unload(self, message: rpc.UnloadModel, envelope: Envelope) -> rpc.RpcMessage:
         """Drop the model."""
-        with self._answers("model_not_loaded") as answer:
-            self._check_epoch(envelope)
-            self._loaded(message.model_id)
-            self._runner = None
-            answer.reply = rpc.Unloaded()
-        return answer.reply
+        self._loaded(message.model_id)
+        self._runner = None
+        return rpc.Unloaded()
 
     @handles(rpc.Shutdown)
     def on_shutdown(self, message: rpc.Shutdown, envelope: Envelope) -> rpc.RpcMessage:
@@ -225,23 +230,8 @@ class Worker(SyncActor):
         self.request_stop()
         return rpc.Bye()
 
-    @contextlib.contextmanager
-    def _answers(self, kind: rpc.ErrorKind) -> Iterator[_Answer]:
-        """Turn a failure into an `Error` reply of `kind`."""
-        answer = _Answer()
-        try:
-            yield answer
-        except RpcFailure as failure:
-            answer.reply = failure.reply
-        except UnsupportedArchitecture as error:
-            answer.reply = rpc.Error("unsupported_arch", error.message)
-        except CortexError as error:
-            answer.reply = rpc.Error(kind, error.message)
-        except (RuntimeError, ValueError, MemoryError) as error:
-            event(self.log, "shard.request_failed", 40, exc_info=True, kind=kind)
-            answer.reply = rpc.Error(kind, f"{type(error).__name__}: {error}")
-
-    def _check_epoch(self, envelope: Envelope) -> None:
+    def check_epoch(self, envelope: Envelope) -> None:
+        """Raise RpcFailure when the request is one of another epoch."""
         if envelope.epoch != self.context.epoch:
             raise RpcFailure(
                 "bad_request",
@@ -269,9 +259,3 @@ class Worker(SyncActor):
 
         index = self.args.options.device_of(self.context.rank)
         return choose_device(self.context.settings.engine, index)
-
-
-class _Answer:
-    """The reply of one request, filled in by its handler."""
-
-    reply: rpc.RpcMessage

@@ -16,6 +16,7 @@ BENCHMARKS: Final = {
     "gateway": "what the gateway adds, beside nginx and LiteLLM on the same mock upstream",
     "exactness": "logits against transformers, architectures x formats x ways (needs [test])",
     "gpu": "the goals on one GPU, over random weights of real models' shapes",
+    "load": "loading warm files, and opening a GGUF file with a vocabulary of 150,000 tokens",
     "cpu": "the engine against llama.cpp and transformers on this CPU, file by file",
 }
 

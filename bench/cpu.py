@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from bench import llama_cpp
+from bench.machine import commit, cpu_name, default_cache_dir
 from bench.model_files import FORMATS, QWEN3_0_6B, model_file
 from bench.runner import Load, Runner, Sample
 
@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
     setup = Setup(
         driver, options.cache_dir, options.threads, options.rounds, options.transformers, bandwidth
     )
-    print(f"{time.strftime('%Y-%m-%d %H:%M')}, commit {_commit()}")
-    print(f"{_cpu_name()}, {os.cpu_count()} CPUs, {options.threads} threads")
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}, commit {commit()}")
+    print(f"{cpu_name()}, {os.cpu_count()} CPUs, {options.threads} threads")
     print(f"{llama_cpp.SOURCE_PACKAGE}, native build; memory reads {bandwidth / 1e9:.1f} GB/s")
     print("tok/s; share: weight bytes per step times steps per second, of the memory bandwidth\n")
     print("| format | load | ours | llama.cpp | ratio (CPU time) | our share | transformers bf16 |")
@@ -132,19 +132,6 @@ def _bandwidth(driver: Path, threads: int) -> float:
     return float(json.loads(out)["bytes_per_s"])
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench cpu", description=__doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -158,11 +145,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help=f'of {", ".join(FORMATS)}, or "{DEMO}" for the demo model\'s own file',
     )
     parser.add_argument("--transformers", action="store_true", help="measure transformers too")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument(
         "--cache-dir",
         type=Path,
-        default=base / "cortexd" / "bench",
+        default=default_cache_dir(),
         help="where llama.cpp and the model files are, or are made (4 GB)",
     )
     return parser.parse_args(arguments)

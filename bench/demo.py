@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,8 +17,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from bench.servers import free_port, wait_until
 
 MODEL = "smollm2-135m-instruct"
 NUM_TOKENS = 128
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _start(directory: Path) -> tuple[str, subprocess.Popen[bytes]]:
-    ports = [_free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     environment = {
         **os.environ,
         "CORTEXD_GATEWAY__LISTEN": f"127.0.0.1:{ports[0]}",
@@ -61,7 +62,7 @@ def _start(directory: Path) -> tuple[str, subprocess.Popen[bytes]]:
         env=environment,
         stdout=subprocess.DEVNULL,
     )
-    _wait(lambda: _get(f"{base}/livez") == 200)
+    wait_until(lambda: _get(f"{base}/livez") == 200, "the front", timeout_s=60.0, period_s=0.005)
     print(f"start -> front answers:      {time.perf_counter() - started:6.2f} s")
     _complete(base, "Hello", 1)
     print(f"start -> first token:        {time.perf_counter() - started:6.2f} s")
@@ -128,18 +129,3 @@ def _get(url: str) -> int:
             return int(response.status)
     except urllib.error.URLError:
         return 0
-
-
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if condition():
-            return
-        time.sleep(0.005)
-    raise TimeoutError("the front did not answer in 60 s")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

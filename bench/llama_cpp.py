@@ -1,7 +1,8 @@
 """llama.cpp as the yardstick: built once from the source package of llama-cpp-python.
 
-Used by `bench.cpu`. State: the build, in a folder the caller names, outside of the checkout. Only
-the library is built, with the CPU's own instruction sets, and `llama_driver.cpp` linked to it.
+Used by `bench.cpu` and `bench.load`. State: the build, in a folder the caller names, outside of the
+checkout. Only the library is built, with the CPU's own instruction sets, and `llama_driver.cpp`
+linked to it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ def find_or_build(folder: Path) -> Path:
     system = ["-fopenmp", "-ldl", "-lpthread"]
     _run([*compiler, str(DRIVER_SOURCE), *includes, *libraries, *system, "-o", str(driver)])
     return driver
+
+
+def vocabulary(folder: Path) -> Path:
+    """Return a GGUF file without tensors: Qwen2's 151,936 tokens and 151,387 merges."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _source(folder) / "models" / "ggml-vocab-qwen2.gguf"
 
 
 def _source(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Makes the benchmark's model files: random weights of a real model's shape, in any GGUF format.
 
-Used by `bench.cpu`. The bfloat16 file is written here, the quantised ones by llama.cpp from it, so
-that they have its usual mix of types. Speed does not depend on the numbers.
+Used by `bench.cpu` and `bench.load`. The bfloat16 file is written here, the quantised ones by
+llama.cpp from it, so that they have its usual mix of types. Speed does not depend on the numbers.
 """
 
 from __future__ import annotations

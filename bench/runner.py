@@ -100,12 +100,13 @@ def serve(side: Side) -> int:
 
 
 def _timed(run: Callable[[], object]) -> None:
-    cpu, wall = _cpu_seconds(), time.perf_counter()
+    cpu, wall = cpu_seconds(), time.perf_counter()
     run()
     wall = time.perf_counter() - wall
-    print(json.dumps({"wall_s": wall, "cpu_s": _cpu_seconds() - cpu}), flush=True)
+    print(json.dumps({"wall_s": wall, "cpu_s": cpu_seconds() - cpu}), flush=True)
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
+    """Return the CPU time of this process, all threads."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime

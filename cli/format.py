@@ -28,6 +28,7 @@ _STATE_COLOURS: Final[Mapping[str, str]] = {
         "yellow",
     ),
     **dict.fromkeys(("degraded", "failed", "exited", "down"), "red"),
+    "sleeping": "dim",
 }
 # Everything that could move the cursor or retitle the terminal: C0 and C1, but tab and newline.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,10 +61,11 @@ def load(args: argparse.Namespace) -> int:
             shown = text
             print(f"{model_id}: {text}", file=sys.stderr, flush=True)
 
+    started = time.monotonic()
     with connected(settings_of(args).settings) as channel:
         accepted = channel.request("model.load", options)
-        wait_for_operation(channel, accepted, on_progress)
-    print(f"loaded {model_id}")
+        model = wait_for_operation(channel, accepted, on_progress)
+    print(f"loaded {model_id} in {time.monotonic() - started:.1f} s{_where(model)}")
     return OK
 
 
@@ -115,6 +117,23 @@ def models_table(models: list[Document], *, colour: bool) -> str:
     return fmt.table(headers, rows)
 
 
+def _where(model: Mapping[str, object]) -> str:
+    """Return ` on cpu (tp 2)`; empty for a model of another node, which tells nothing of itself."""
+    device = model.get("device")
+    if not device:
+        return ""
+    placing = _placing(model)
+    return f" on {fmt.printable(str(device))}" + (f" ({', '.join(placing)})" if placing else "")
+
+
+def _placing(model: Mapping[str, object]) -> list[str]:
+    ranks, devices = model.get("tensor_parallel"), model.get("devices")
+    found = [f"tp {ranks}"] if isinstance(ranks, int) and ranks > 1 else []
+    if isinstance(devices, list) and devices:
+        found.append("devices " + ",".join(str(device) for device in devices))
+    return found
+
+
 def _detail(model: Mapping[str, object]) -> str:
     if model.get("error"):
         return str(model["error"])
@@ -123,13 +142,7 @@ def _detail(model: Mapping[str, object]) -> str:
         return " ".join(filter(None, (node, progress_text(model))))
     details = [node] if node else []
     details += [str(model["quant"])] if model.get("quant") else []
-    ranks = model.get("tensor_parallel")
-    if isinstance(ranks, int) and ranks > 1:
-        details.append(f"tp {ranks}")
-    devices = model.get("devices")
-    if isinstance(devices, list) and devices:
-        details.append("devices " + ",".join(str(device) for device in devices))
-    return ", ".join(details)
+    return ", ".join(details + _placing(model))
 
 
 def progress_text(progress: Mapping[str, object]) -> str:

@@ -10,7 +10,7 @@ from typing import Final
 from msgspec import inspect
 
 from cortexd.problem import Problem, dotted, nearest
-from cortexd.schema import describe_type, option_paths, option_type
+from cortexd.schema import option_paths, option_type
 from cortexd.settings import Settings
 from cortexd.toml_lines import Path
 
@@ -96,8 +96,3 @@ def _parse(text: str, path: Path) -> object:
         return text
     # "1\nx = 2" is TOML too; only a document of this one value is a value.
     return text if "\n" in text.strip() and not isinstance(value, list) else value
-
-
-def describe_variables() -> list[tuple[str, str]]:
-    """Return every variable with what it accepts, for help texts."""
-    return [(_variable(path), describe_type(_type(path))) for path in _variable_paths()]

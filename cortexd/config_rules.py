@@ -137,6 +137,16 @@ def _engine(settings: Settings) -> Iterator[Problem]:
     yield from _order(settings, ("engine", "max_prefill_chunk"), tokens)
     # Decode rows come first in each step; with more rows than tokens some would never run.
     yield from _order(settings, ("engine", "max_num_seqs"), tokens)
+    engine = settings.engine
+    if engine.activations == "rounded":
+        for key, value in (("backend", engine.backend), ("device", engine.device)):
+            if value not in {"auto", "cpu"}:
+                path: Path = ("engine", "activations")
+                message = (
+                    f'{dotted(path)} = "rounded" is for the CPU\'s kernels, but engine.{key} = '
+                    f'"{value}"; use "auto"'
+                )
+                yield Problem(path, message, (("engine", key),))
 
 
 def _supervision(settings: Settings) -> Iterator[Problem]:

@@ -27,10 +27,10 @@ def choose_victims(
 ) -> list[str]:
     """Return the models to unload so that `needed_bytes` are free, first victim first.
 
-    Candidates are loaded, not in flight, and of a class that `incoming` may displace (without
-    `incoming`: the default class and below). "lru" takes the longest unused first; "priority" takes
-    the lowest class first, the longest unused within it. No victim is superfluous. The list is
-    empty when there is room already, or when even all candidates would not make enough.
+    Candidates are loaded or asleep, not in flight, and of a class that `incoming` may displace
+    (without `incoming`: the default class and below). "lru" takes the longest unused first;
+    "priority" takes the lowest class first, the longest unused within it. No victim is superfluous.
+    The list is empty when there is room already, or when even all candidates would not make enough.
     """
     missing = needed_bytes - free_bytes
     if missing <= 0:
@@ -39,7 +39,7 @@ def choose_victims(
     candidates = [
         model
         for model in models
-        if model.state == "loaded"
+        if model.state in {"loaded", "sleeping"}
         and model.in_flight == 0
         and model.memory_bytes > 0
         and model.model_id != incoming

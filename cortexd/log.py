@@ -9,11 +9,36 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from typing import TextIO
+from typing import Any, Final, TextIO
 
 import msgspec
 
-_FIELDS = "cortexd_fields"
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+# What formatters of others may ask for, and a record of ours does not know.
+_UNKNOWN: Final[dict[str, Any]] = {
+    **dict.fromkeys(("pathname", "filename", "module", "funcName"), ""),
+    **dict.fromkeys(("lineno", "process", "thread", "relativeCreated"), 0),
+    **dict.fromkeys(("args", "exc_text", "stack_info", "processName", "threadName", "taskName")),
+}
+
+
+class EventRecord(logging.LogRecord):
+    """A record of one event: what our lines show, without what takes long to find out."""
+
+    def __init__(
+        self, log: logging.Logger, level: int, name: str, fields: dict[str, object], *, cause: Any
+    ) -> None:
+        # Without the base class's part, which asks for thread, process and file.
+        self.__dict__.update(_UNKNOWN)
+        self.name = log.name
+        self.levelno = level
+        self.levelname = logging.getLevelName(level)
+        self.msg = name
+        self.cortexd_fields = fields
+        self.exc_info = cause
+        self.created = time.time()
+        self.msecs = self.created % 1 * 1000
 
 
 class JsonFormatter(logging.Formatter):
@@ -22,20 +47,29 @@ class JsonFormatter(logging.Formatter):
     def __init__(self, actor: str) -> None:
         super().__init__()
         self._actor = actor
+        self._second = -1
+        self._second_text = ""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line of JSON; control characters are escaped, so a line stays a line."""
-        document = {
+        document: dict[str, object] = {
             "event": record.getMessage(),
             "level": record.levelname.lower(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
+            "time": f"{self._time_to_second(record.created)}.{int(record.msecs):03d}Z",
             "actor": self._actor,
         }
-        document.update(getattr(record, _FIELDS, {}))
+        if isinstance(record, EventRecord):
+            document |= record.cortexd_fields
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(document, enc_hook=str).decode()
+        return _encode(document).decode()
+
+    def _time_to_second(self, created: float) -> str:
+        second = int(created)
+        if second != self._second:
+            self._second = second
+            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return self._second_text
 
 
 def configure_logging(actor: str, level: str, stream: TextIO | None = None) -> None:
@@ -56,4 +90,5 @@ def event(
 ) -> None:
     """Log one event with its fields."""
     if log.isEnabledFor(level):
-        log.log(level, name, exc_info=exc_info, extra={_FIELDS: fields})
+        cause = sys.exc_info() if exc_info else None
+        log.callHandlers(EventRecord(log, level, name, fields, cause=cause))  # we set no filters

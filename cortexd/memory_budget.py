@@ -19,6 +19,8 @@ _HOLDING = frozenset({"loading", "loaded", "draining", "recovering"})
 
 def held_bytes(model: ModelStatus, kind: str) -> int:
     """Return what a model's processes take on all its devices of this kind ("cpu" or "cuda")."""
+    if model.state == "sleeping":
+        return model.tensor_parallel * SCRATCH_BYTES[kind]  # its processes' own stays
     if model.state not in _HOLDING or not model.memory_bytes:
         return 0
     return model.memory_bytes + model.tensor_parallel * SCRATCH_BYTES[kind]

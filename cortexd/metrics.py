@@ -110,18 +110,20 @@ CANCEL_LATENCY: Final = _histogram(
 # Of models; told by the router.
 LOAD_SECONDS: Final = _histogram(
     "cortex_model_load_seconds",
-    "Seconds of each stage of a load: resolve (files), room (unloading others), start (engine)",
+    "Seconds of each stage of a load: resolve (files), room (unloading others), start (engine); "
+    "wake (of a model that slept)",
     _LOAD_S,
     (*_BY_MODEL, "stage"),
 )
 LOADS: Final = _counter(
     "cortex_model_loads_total",
-    "Loads that ended, by result: loaded or failed",
+    "Loads that ended, by result: loaded, woken or failed",
     (*_BY_MODEL, "result"),
 )
 EVICTIONS: Final = _counter(
     "cortex_evictions_total",
-    "Models unloaded, by reason: lru, priority, idle, defrag, operator",
+    "Models put to sleep (reason sleep) or unloaded: lru, priority, idle, asleep for too long, "
+    "host_memory is short, defrag, operator",
     (*_BY_MODEL, "reason"),
 )
 QUEUE_DEPTH: Final = _gauge(

@@ -10,7 +10,10 @@ from typing import Literal
 
 import msgspec
 
-ModelState = Literal["unloaded", "loading", "loaded", "draining", "recovering", "failed"]
+# "sleeping": its processes run, its weights wait in host memory; a request wakes it.
+ModelState = Literal[
+    "unloaded", "loading", "loaded", "draining", "sleeping", "recovering", "failed"
+]
 
 
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +174,11 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
         """Return the index of a rank's device; without a choice, ranks take them in order."""
         return rank if self.devices is None else self.devices[rank]
 
+    @property
+    def devices_of_ranks(self) -> tuple[int, ...]:
+        """The device index of every rank."""
+        return tuple(self.device_of(rank) for rank in range(self.tensor_parallel))
+
 
 class ModelPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a catalogue entry says of a model once it is loaded.
@@ -227,3 +235,6 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     idle_ttl_s: float | None = None  # its own; None: that of the host
     num_cycles: int = 0  # unloads of other models since its engine was started
     loaded_at: float | None = None  # unix seconds
+    sleep_bytes: int = 0  # of host memory that its weights take asleep; 0: it cannot sleep
+    state_s: float | None = None  # seconds in this state
+    device: str = ""  # the leader's, by its name

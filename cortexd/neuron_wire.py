@@ -20,6 +20,7 @@ _STATES: Final[dict[str, ModelState]] = {
     "loaded": "loaded",
     "reloading": "loaded",
     "draining": "draining",
+    "sleeping": "sleeping",
     "recovering": "recovering",
     "poisoned": "recovering",
     "failed": "failed",

@@ -45,11 +45,6 @@ def cache_dir(store: Store, environ: Mapping[str, str] = os.environ) -> Path:
     return (_xdg(environ, "XDG_CACHE_HOME") or home_dir(environ) / ".cache") / "cortexd"
 
 
-def prepare_runtime_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
-    """Create and verify the folder of the sockets, and return it. Raises: ConfigError."""
-    return prepare_private_dir(runtime_dir(settings, environ))
-
-
 def prepare_private_dir(folder: Path) -> Path:
     """Create `folder` for this user alone (mode 0700) where missing, and verify it.
 

@@ -1,10 +1,10 @@
 """Where a request for a model goes, given what is known of every node. Pure; called by the router.
 
-Order of rules: a node that has the model loaded and a free seat, one that knows the conversation's
-beginning before the least busy one unless it is clearly busier; a place in the queue when all seats
-are taken; a node that is bringing the model up; a node that knows it; a node that could hold it by
-the catalogue. Nothing is placed on a node that may not be used, and a model is never brought up
-twice at the same time.
+Order of rules: a node that has the model loaded (else one where it sleeps) and a free seat, one
+that knows the conversation's beginning before the least busy one unless it is clearly busier; a
+place in the queue when all seats are taken; a node that is bringing the model up; a node that knows
+it; a node that could hold it by the catalogue. Nothing is placed on a node that may not be used,
+and a model is never brought up twice at the same time.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ def place(
     much of the conversation it has seen. Raises: ModelNotFound, ModelNotFeasible, NoHealthyNode.
     """
     healthy = [node for node in nodes if node.is_healthy]
-    loaded = [node for node in healthy if node.states.get(model_id) == "loaded"]
+    # A sleeping one wakes for its next request, sooner than any load ends.
+    loaded = [node for node in healthy if node.states.get(model_id) == "loaded"] or [
+        node for node in healthy if node.states.get(model_id) == "sleeping"
+    ]
     if loaded:
         free = [node for node in loaded if node.has_seat(model_id)]
         best = _replica(model_id, free or loaded, prefix_depths or {})

@@ -48,6 +48,7 @@ class Eviction(Section, frozen=True):
     strategy: Literal["lru", "priority"] = "lru"
     defrag_after_cycles: NonNegativeInt = 0
     idle_ttl_s: NonNegativeFloat = 0.0
+    sleep_ttl_s: NonNegativeFloat = 1800.0
 
 
 class Entitlements(Section, frozen=True):
@@ -102,8 +103,10 @@ class Engine(Section, frozen=True):
     target_prefill_s: NonNegativeFloat = 120.0
     bootstrap_prefill_tok_s: PositiveFloat = 800.0
     max_queue_depth: PositiveInt = 256
+    kv_wait_s: PositiveFloat = 240.0
     prefix_cache: bool = True
-    backend: Literal["auto", "triton", "exact", "reference"] = "auto"
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    activations: Literal["auto", "rounded", "exact"] = "auto"
 
 
 class Store(Section, frozen=True):

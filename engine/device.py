@@ -20,8 +20,8 @@ from engine.kernels import cpu as native
 from engine.kernels import triton as triton_kernels
 from engine.layers.linear import Backend
 
-# Below it activations keep 16 bits: rounding to 8 costs a small model most (SmolLM2-135M, 576 wide,
-# forgets the capital of France) and saves it least.
+# Below it "auto" activations keep 16 bits: rounding to 8 costs a small model most (SmolLM2-135M,
+# 576 wide, forgets the capital of France) and saves it least.
 _MIN_ROUNDED_HIDDEN_SIZE: Final = 1024
 _log = logging.getLogger("cortexd.engine")
 
@@ -82,16 +82,23 @@ def choose_backend(
 ) -> Backend:
     """Return what computes on the device; "auto" and "exact" stand for the native CPU kernels.
 
-    A small model's "auto" is "exact". Raises: ConfigError when the settings demand Triton and it
-    cannot run here.
+    Raises: ConfigError when the settings demand Triton, or rounded activations, and the kernels for
+    that cannot run here.
     """
-    is_native = settings.backend in ("auto", "exact") and device.type == "cpu"
-    if is_native and not native.available():
-        event(_log, "backend.reference", logging.WARNING, device="cpu", reason=native.status())
-    if is_native and spec is not None and spec.hidden_size < _MIN_ROUNDED_HIDDEN_SIZE:
-        return "exact"
-    if settings.backend == "reference" or is_native:
-        return settings.backend
+    is_cpu = device.type == "cpu"
+    if settings.activations == "rounded" and not (is_cpu and native.available()):
+        reason = native.status() if is_cpu else f"the model runs on {device}"
+        raise errors.ConfigError(
+            f'engine.activations = "rounded" is for the CPU\'s kernels, but {reason}; use "auto"'
+        )
+    if settings.backend == "auto" and is_cpu:
+        if not native.available():
+            event(_log, "backend.reference", logging.WARNING, device="cpu", reason=native.status())
+        is_small = spec is not None and spec.hidden_size < _MIN_ROUNDED_HIDDEN_SIZE
+        is_exact = settings.activations == "exact" or (settings.activations == "auto" and is_small)
+        return "exact" if is_exact else "auto"
+    if settings.backend == "reference":
+        return "reference"
     reason = triton_kernels.why_unusable(device)
     if not reason:
         return "triton"

@@ -9,6 +9,7 @@ recurs, and with several ranks any error while they are inside a step.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from engine.constraints import Constraints, compiler_for
 from engine.decode_steps import CapturableModel, DecodeSteps
 from engine.grammar.compiler import GrammarCompiler
 from engine.kv_cache import KVCache, choose_size
+from engine.kv_room import KVRoom
 from engine.largest_step import activation_bytes
 from engine.load_figures import LoadFigures
 from engine.model_load import Model, load_model
@@ -38,8 +40,9 @@ from engine.run_ahead import RunAhead
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
-from engine.sleep import Asleep, check_can_sleep, tensors_of
+from engine.sleep import Asleep, check_can_sleep, may_sleep, tensors_of
 from engine.slot_pool import SlotPool
+from engine.snapshots import StateCopy
 from engine.step_faults import StepFaults
 from engine.step_plan import PlannedRow, StepPlan
 from engine.submission import make_sequence
@@ -79,13 +82,14 @@ class Engine:
         self.model = model
         self.spec = spec
         self.cache = KVCache(spec, size, settings.block_size, dtype, device)
-        self.scheduler = Scheduler(
-            settings,
+        room = KVRoom(
             BlockPool(size.num_blocks),
             settings.block_size,
-            size.context,
+            self.cache.block_bytes,
             SlotPool(size.num_state_slots) if size.num_state_slots else None,
+            self.cache.slot_bytes,
         )
+        self.scheduler = Scheduler(settings, room, size.context)
         self._ahead: RunAhead | None = None
         if capturable is not None:
             max_blocks = -(-size.context // settings.block_size)
@@ -105,7 +109,9 @@ class Engine:
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox = Outbox()
         self._faults = StepFaults(device)
-        self.figures = LoadFigures(settings, self.limits, self.scheduler, self.cache)
+        # Of a split model's step that failed before the workers heard of it: the next one's to do.
+        self._owed_copies: list[StateCopy] = []
+        self.figures = LoadFigures(settings, self.limits, self.scheduler)
 
     @classmethod
     @torch.inference_mode()
@@ -197,7 +203,7 @@ class Engine:
         self._begin_constrained()
         if self.scheduler.has_work:
             started = time.perf_counter()
-            plan = (self._ahead and self._ahead.resume()) or self.scheduler.plan()
+            plan = self._plan()
             assert plan.rows, f"{self.scheduler} has work and planned none of it"
             results = self._execute(plan)
             if results is not None:
@@ -207,6 +213,11 @@ class Engine:
                     self._deliver(row, result)
                 self.figures.count_step(plan, time.perf_counter() - started)
         return self._outbox.take()
+
+    @property
+    def sleep_bytes(self) -> int:
+        """Host memory that the weights take while the model sleeps; 0: it cannot sleep."""
+        return self._weight_bytes if may_sleep(self._device, self._is_split) else 0
 
     @property
     def is_asleep(self) -> bool:
@@ -222,7 +233,7 @@ class Engine:
         """
         if self._asleep is not None:
             return
-        check_can_sleep(self._device, 2 if self._is_split else 1, self._weight_bytes)
+        check_can_sleep(self._device, self._weight_bytes, is_split=self._is_split)
         if self.has_work or self._sequences:
             raise errors.ServiceUnavailable(
                 f"the model answers {len(self._sequences)} sequences; let them end before it sleeps"
@@ -279,19 +290,37 @@ class Engine:
             self.scheduler.submit(sequence)
             self.sampler.constrain(sequence, self._constraints.mask)
 
+    def _plan(self) -> StepPlan:
+        """Return the next step, which may run already; end who could not begin in time."""
+        plan = self._ahead.resume() if self._ahead is not None else None
+        if plan is None:
+            plan = self.scheduler.plan()
+            # After the plan: who can begin now is not late.
+            for sequence, error in self.scheduler.overdue():
+                self._fail(sequence, error)
+        return plan
+
     def _execute(self, plan: StepPlan) -> list[RowResult] | None:
         """Return each row's result; None when the step failed, which has been dealt with.
 
         Raises: what cannot be survived.
         """
-        # States are moved before anything can go wrong: what they are needed for lies ahead.
-        self.cache.copy_states(plan.state_copies)
-        is_in_lockstep = not self._is_split
+        if self._owed_copies:
+            copies = [*self._owed_copies, *plan.state_copies]
+            plan = dataclasses.replace(plan, state_copies=copies)
+        self._owed_copies = plan.state_copies
+        if not self._is_split:
+            # Before anything can go wrong: what the states are needed for lies ahead.
+            self._copy_states(plan)
+        is_in_lockstep = True
         try:
             if self._ahead is not None and self._ahead.takes(plan):
                 return self._ahead.run(plan)
             batch = build_batch(plan.rows, self.cache.block_size, self._device)
+            is_in_lockstep = not self._is_split
             self._lockstep.begin_step(plan)
+            if self._is_split:
+                self._copy_states(plan)  # with the workers, who have them from the plan
             logits = self.model.forward(batch, self.cache)
             self._lockstep.end_step()
             is_in_lockstep = True
@@ -307,6 +336,10 @@ class Engine:
         if verdict == "shrink":
             self._shrink(plan)
         return None
+
+    def _copy_states(self, plan: StepPlan) -> None:
+        self.cache.copy_states(plan.state_copies)
+        self._owed_copies = []
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         """End all requests of a step that raised; nothing that it computed is kept."""

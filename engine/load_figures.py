@@ -9,7 +9,6 @@ from cortexd.messages.fleet import LoadReport
 from cortexd.models import ModelLimits
 from cortexd.settings import Engine as EngineSettings
 from engine.context_limit import offered_context
-from engine.kv_cache import KVCache
 from engine.scheduler import Scheduler
 from engine.step_plan import StepPlan
 from engine.throughput import MovingRate
@@ -18,15 +17,12 @@ from engine.throughput import MovingRate
 class LoadFigures:
     """Counters and moving averages of one engine, and the report made of them."""
 
-    def __init__(
-        self, settings: EngineSettings, limits: ModelLimits, scheduler: Scheduler, cache: KVCache
-    ) -> None:
+    def __init__(self, settings: EngineSettings, limits: ModelLimits, scheduler: Scheduler) -> None:
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self._settings = settings
         self._limits = limits
         self._scheduler = scheduler
-        self._cache = cache
         self._steps = 0
         self._prefill_rate = MovingRate()
         self._decode_rate = MovingRate()
@@ -51,10 +47,8 @@ class LoadFigures:
 
     def report(self, model_id: str) -> LoadReport:
         """Return the figures. A state slot counts as used while its sequence runs."""
-        scheduler, pool, slots = self._scheduler, self._scheduler.pool, self._scheduler.slots
-        block_bytes, slot_bytes = self._cache.block_bytes, self._cache.slot_bytes
+        scheduler, pool, room = self._scheduler, self._scheduler.pool, self._scheduler.room
         num_running, num_waiting = len(scheduler.running), len(scheduler.waiting)
-        num_slots = 0 if slots is None else slots.num_slots
         return LoadReport(
             model_id=model_id,
             num_running=num_running,
@@ -69,8 +63,8 @@ class LoadFigures:
             steps=self._steps,
             num_cached_tokens=scheduler.prefix_cache.num_hit_tokens,
             kv_blocks_cached=pool.num_cached,
-            kv_bytes_total=pool.num_usable * block_bytes + num_slots * slot_bytes,
-            kv_bytes_used=pool.num_used * block_bytes + num_running * slot_bytes,
-            kv_bytes_waiting=scheduler.num_waiting_blocks * block_bytes + num_waiting * slot_bytes,
+            kv_bytes_total=room.limit_bytes,
+            kv_bytes_used=room.sum_bytes(pool.num_used, num_running),
+            kv_bytes_waiting=scheduler.admission.waiting_bytes,
             context=self.offered.context,
         )

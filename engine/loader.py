@@ -30,7 +30,7 @@ from engine.memory_check import check_weights_fit
 from engine.quant.tensor import QuantizedTensor
 from engine.stored_tensors import ProgressCallback, RowSelection, StoredRows, StoredTensors
 from engine.tensor_plan import HEAD
-from engine.tensor_views import dense_view, stack_rows
+from engine.tensor_views import stack_rows
 from engine.tp.comm import Comm
 from engine.tp.layers import (
     GatheredHead,
@@ -195,7 +195,7 @@ class Weights:
         return VocabParallelEmbedding(local, self._comm, rows)
 
     def _embedding(self, name: str, rows: int, columns: int) -> Embedding:
-        mapped = self._stored.matrix(StoredRows(name, rows, is_exact=True), columns)
+        mapped = stack_rows(self._stored.matrix(StoredRows(name, rows, is_exact=True), columns))
         embedding = None
         is_tied = self._spec.tie_word_embeddings
         # Rows that are only looked up take no time, so they stay as exact as they are stored.
@@ -235,9 +235,8 @@ class Weights:
 
     def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the vector `name` (size,) on the device, in `dtype` (default: compute dtype)."""
-        tensor = self._stored.take(name)
-        assert tensor.num_elements == size, f"{name}: planned {tensor.shape}, asked for ({size},)"
-        values = self._stored.unpermuted(name, dense_view(tensor)).view(size)
+        values = self._stored.numbers(name)
+        assert len(values) == size, f"{name}: planned {len(values)} numbers, asked for {size}"
         owned = torch.empty(size, dtype=dtype or self.dtype, device=self.device).copy_(values)
         self.memory_bytes += owned.numel() * owned.element_size()
         return owned
@@ -267,18 +266,18 @@ class Weights:
         self._stored.close()
 
     def _linear(self, rows: Sequence[StoredRows], in_features: int) -> Linear:
-        matrices = [self._stored.matrix(part, in_features) for part in rows]
+        pieces = [piece for part in rows for piece in self._stored.matrix(part, in_features)]
         biases = [self._bias(part) for part in rows if part.bias_name is not None]
         bias = torch.cat(biases) if biases else None
-        weight = stack_rows(matrices)
         packed = None
         if self.device.type == "cpu":
-            packed = pack_native(weight, bias, self.dtype, self.backend)
+            packed = pack_native(pieces, bias, self.dtype, self.backend)
         if packed is not None:
             return Linear.from_products([packed], in_features)
+        weight = stack_rows(pieces)
         owned = (
             weight
-            if len(matrices) > 1 and self._is_in_place(weight)
+            if len(pieces) > 1 and self._is_in_place(weight)
             else self._stored.own(weight, self.dtype)
         )
         return self._unpacked_linear(owned, bias)

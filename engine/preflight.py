@@ -41,8 +41,7 @@ def inspect(files: ModelFiles) -> ModelSpec:
 
 def inspect_and_weigh(files: ModelFiles) -> tuple[ModelSpec, WeightBytes]:
     """Return what the model is, as `inspect` does, and what its weights will take."""
-    spec = read_spec(files)
-    checkpoint = Checkpoint.open(files)
+    spec, checkpoint = _open(files)
     try:
         spec = with_stored_layout(spec, checkpoint)
         plan = REGISTRY[spec.model_type].plan(spec)
@@ -100,14 +99,22 @@ def _cuts_between_blocks(
     return all(end % block == 0 for end in ends)
 
 
-def read_spec(files: ModelFiles) -> ModelSpec:
-    """Return the spec from the model's own description, without looking at its tensors."""
-    if files.format == "gguf":
-        gguf = GGUFModel.open(files.weights)
-        try:
-            return spec_from_gguf(gguf)
-        finally:
-            gguf.close()
+def _open(files: ModelFiles) -> tuple[ModelSpec, Checkpoint]:
+    """Return what the model says it is, and its open files.
+
+    A GGUF file is opened once, since walking over a large vocabulary takes most of the time.
+    """
+    if files.format != "gguf":
+        return _spec_of_config(files), Checkpoint.open(files)
+    model = GGUFModel.open(files.weights)
+    try:
+        return spec_from_gguf(model), Checkpoint.of_gguf(model)
+    except BaseException:
+        model.close()
+        raise
+
+
+def _spec_of_config(files: ModelFiles) -> ModelSpec:
     if files.config is None:
         raise BadModelFile(
             f'model "{files.model_id}" has no config.json beside its safetensors files'

@@ -1,15 +1,15 @@
 """Continuous batching: which tokens of which sequences the next step computes.
 
 Called by the engine: `submit`, then `plan` / `complete` once per step, `finish` when a sequence
-ends. Owns the waiting queue, the running list and, through the block pool, all block tables. Pure
-Python and deterministic: a tensor-parallel leader can send a plan to its workers as it is.
+ends. Owns the running list and, through the block pool, all block tables; who waits is
+`Admission`'s. Pure Python and deterministic: a tensor-parallel leader can send a plan to its
+workers as it is.
 
-Waiting sequences are admitted first in, first out. A step holds one token of every decoding
-sequence, then prefill chunks within the token budget: those of the prompt that needs the fewest
-first, so that a long one does not hold up all that come after it. A prompt that a newer one
-overtakes moves up by one chunk, so it is overtaken at most as often as it has chunks. When blocks
-run out, the newest running sequence that is not in the step gives its blocks back, keeps its
-tokens, and waits at the head of the queue to be computed again.
+A step holds one token of every decoding sequence, then prefill chunks within the token budget:
+those of the prompt that needs the fewest first, so that a long one does not hold up all that come
+after it. A prompt that a newer one overtakes moves up by one chunk, so it is overtaken at most as
+often as it has chunks. When blocks run out, the newest running sequence that is not in the step
+gives its blocks back, keeps its tokens, and waits at the head of the queue to be computed again.
 
 Equal prefixes are computed once. A sequence takes over what the prefix cache holds when it is
 admitted, and also while it prefills; and when a row of the plan is about to compute the very block
@@ -17,27 +17,25 @@ that it needs next, it sits this step out and takes the block in the next one. S
 one prompt, or of equal prompts sent together, one computes and the others follow a step behind.
 A sequence that wants its prompt's log-probabilities takes over only what it has scored before: the
 rest has to yield logits. These are large, so a step scores a bounded number of tokens.
-
-Blocks are bytes: all are `KVCache.block_bytes` long and all state slots `slot_bytes`, taken from
-the device when the cache is sized, so to count them is to count bytes (`LoadReport` says them).
-None is reserved for answers, as an answer that finds no block preempts instead of failing;
-and what could never have its blocks is refused by its length, since a full context always fits.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from cortexd import errors
+from cortexd.errors import QueueTimeout
 from cortexd.settings import Engine as EngineSettings
-from engine.block_pool import NULL_BLOCK, BlockPool
+from engine.admission import Admission
+from engine.block_pool import NULL_BLOCK
+from engine.kv_room import KVRoom
 from engine.prefill_chunks import PrefillChunks, num_scored
 from engine.prefix_cache import PrefixCache
 from engine.prefix_tree import PrefixNode
 from engine.sequence import Sequence, SequenceState
-from engine.slot_pool import NULL_SLOT, SlotPool
+from engine.slot_pool import NULL_SLOT
 from engine.snapshots import Snapshots
 from engine.step_plan import PlanInMaking, PlannedRow, StepPlan
 
@@ -51,29 +49,29 @@ class Scheduler:
     def __init__(
         self,
         settings: EngineSettings,
-        pool: BlockPool,
-        block_size: int,
+        room: KVRoom,
         context: int,
-        slots: SlotPool | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the pools; `slots` only for a hybrid, whose sequences hold one each."""
-        assert pool.num_usable * block_size >= context, "one full-length sequence must fit"
+        """Take the pools; `clock` says how long somebody waits, seconds."""
+        pool, slots = room.pool, room.slots
+        assert pool.num_usable * room.block_size >= context, "one full-length sequence must fit"
+        self.room = room
         self.pool = pool
         self.slots = slots
         self.snapshots = None if slots is None else Snapshots(slots)
         self.prefix_cache = PrefixCache(
-            pool, block_size, is_enabled=settings.prefix_cache, snapshots=self.snapshots
+            pool, room.block_size, is_enabled=settings.prefix_cache, snapshots=self.snapshots
         )
-        self.block_size = block_size
         self.context = context
         self.token_budget = settings.max_num_batched_tokens
         # Every decoding sequence must fit into one step, so seats never outnumber the budget.
         self.max_running = min(settings.max_num_seqs, self.token_budget)
         if slots is not None:
             self.max_running = min(self.max_running, slots.num_slots)
-        self.max_queue_depth = settings.max_queue_depth
         self.max_prefill_chunk = min(settings.max_prefill_chunk, self.token_budget)
-        self.waiting: deque[Sequence] = deque()
+        self.admission = Admission(settings, room, self.prefix_cache, self.max_running, clock)
+        self.waiting = self.admission.waiting
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self.chunks = PrefillChunks(
@@ -90,34 +88,28 @@ class Scheduler:
         """Whether any sequence runs or waits."""
         return bool(self.running or self.waiting)
 
-    @property
-    def num_waiting_blocks(self) -> int:
-        """Blocks that the waiting sequences will take when they are admitted."""
-        return sum(self._blocks_for(len(sequence.token_ids) + 1) for sequence in self.waiting)
-
     def check_queue(self) -> None:
         """Raise `Overloaded` when one more sequence would stand beyond the queue's bound."""
-        num_queued = len(self.waiting) - (self.max_running - len(self.running))
-        if num_queued >= self.max_queue_depth:
-            raise errors.Overloaded(
-                f"the engine's queue holds {num_queued} requests, the most it may "
-                f"(engine.max_queue_depth = {self.max_queue_depth}), and waits for "
-                f"{self.num_waiting_blocks} KV blocks of which {self.pool.num_free} of "
-                f"{self.pool.num_usable} are free; retry later",
-                retry_after_s=1.0,
-            )
+        self.admission.check(self.running)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence whose prompt fits the context. Raises: Overloaded."""
         assert len(sequence.token_ids) <= self.context, "the engine checks the prompt's length"
         self.check_queue()
-        self.waiting.append(sequence)
+        self.admission.add(sequence)
+
+    def overdue(self) -> list[tuple[Sequence, QueueTimeout]]:
+        """Return who has waited as long as it may, with the error; the caller finishes them."""
+        return self.admission.overdue(self.running)
 
     def plan(self) -> StepPlan:
         """Choose the next step's rows and give them their blocks."""
         for sequence in self.running:
             self.prefix_cache.take(sequence, self.prefix_cache.find(sequence))
-        while (found := self._admissible()) is not None:
+        while len(self.running) < self._seat_limit:
+            found = self.admission.find(self.running)
+            if found is None:
+                break
             self._admit(self.waiting.popleft(), found)
         num_decodes = sum(sequence.num_uncomputed == 1 for sequence in self.running)
         budget = self.token_budget - num_decodes
@@ -146,7 +138,7 @@ class Scheduler:
                 return None
             if sequence.num_output_tokens + 1 >= sequence.max_tokens:
                 return None
-            missing.append(self._blocks_for(row.start + 2) - len(sequence.block_table))
+            missing.append(self.room.num_blocks(row.start + 2) - len(sequence.block_table))
         if sum(missing) > self.pool.num_free:
             return None
         for row, count in zip(plan.rows, missing, strict=True):
@@ -258,7 +250,7 @@ class Scheduler:
         Newer sequences that the step does not compute are preempted as far as needed.
         """
         held = len(sequence.block_table)
-        missing = self._blocks_for(sequence.num_computed + num_tokens) - held
+        missing = self.room.num_blocks(sequence.num_computed + num_tokens) - held
         while missing > self.pool.num_free:
             victim = self._newest_victim(making, sequence)
             if victim is None:
@@ -268,7 +260,7 @@ class Scheduler:
         if missing > 0:
             last = sequence.block_table[-1] if held else NULL_BLOCK
             sequence.block_table += self.pool.allocate(missing, after=last)
-        room = len(sequence.block_table) * self.block_size - sequence.num_computed
+        room = len(sequence.block_table) * self.room.block_size - sequence.num_computed
         return min(num_tokens, room)
 
     def _newest_victim(self, making: PlanInMaking, sequence: Sequence) -> Sequence | None:
@@ -286,18 +278,6 @@ class Scheduler:
             sequence.state_slot = self.snapshots.allocate()
         sequence.state = SequenceState.RUNNING
         self.running.append(sequence)
-
-    def _admissible(self) -> list[PrefixNode] | None:
-        """Return the cached prefix of the first waiting sequence, or None when it must wait."""
-        if not self.waiting or len(self.running) >= self._seat_limit:
-            return None
-        if self.snapshots is not None and not self.snapshots.has_room:
-            return None
-        sequence = self.waiting[0]
-        found = self.prefix_cache.find(sequence)
-        # Without room for all its tokens it would only be preempted again.
-        needed = self._blocks_for(len(sequence.token_ids) + 1) - self.prefix_cache.num_held(found)
-        return found if not self.running or self._unclaimed_blocks() >= needed else None
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -319,14 +299,3 @@ class Scheduler:
         if self.slots is not None and sequence.state_slot != NULL_SLOT:
             self.slots.release(sequence.state_slot)
             sequence.state_slot = NULL_SLOT
-
-    def _unclaimed_blocks(self) -> int:
-        """Free blocks less those that running prompts still need."""
-        claimed = sum(
-            max(0, self._blocks_for(len(sequence.token_ids) + 1) - len(sequence.block_table))
-            for sequence in self.running
-        )
-        return self.pool.num_free - claimed
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)

@@ -43,6 +43,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     prefix_node: PrefixNode | None = None  # the blocks before this and its own are shareable
     state_slot: int = NULL_SLOT  # of a hybrid model's recurrent state, while it runs
+    waiting_since: float = 0.0  # when the scheduler queued it, by its clock, seconds
     num_preemptions: int = 0
     num_overtaken: int = 0  # steps in which a newer sequence prefilled and this one could not
     stable_length: int = 0  # so many tokens will begin the conversation's next prompt, too

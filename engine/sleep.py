@@ -88,16 +88,21 @@ def _parts(value: object) -> Iterator[object]:
                 yield getattr(value, name, None)
 
 
-def check_can_sleep(device: torch.device, num_ranks: int, weight_bytes: int) -> None:
+def may_sleep(device: torch.device, is_split: bool) -> bool:
+    """Return whether a model there can sleep, given host memory for its weights."""
+    return device.type != "cpu" and not is_split
+
+
+def check_can_sleep(device: torch.device, weight_bytes: int, *, is_split: bool) -> None:
     """Raise InvalidRequest where a model cannot sleep, InsufficientMemory without room for it."""
     if device.type == "cpu":
         raise errors.InvalidRequest(
             "the model cannot sleep: it runs on the cpu, its weights are in host memory already; "
             "unload it to free that"
         )
-    if num_ranks > 1:
+    if is_split:
         raise errors.InvalidRequest(
-            f"the model cannot sleep: it is split over {num_ranks} ranks; unload it instead"
+            "the model cannot sleep: it is split over several ranks; unload it instead"
         )
     free = devices.free_memory_bytes(torch.device("cpu"))
     if free < weight_bytes:

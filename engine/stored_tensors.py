@@ -106,35 +106,47 @@ class StoredTensors:
         part = self._shard.part(name, tensor.shape, self._spec)
         return tensor if part is None else tensor.part(part)
 
-    def matrix(self, part: StoredRows, columns: int) -> Weight:
-        """Return the matrix as stored: a view of the mapping, except for rows in a new order."""
+    def matrix(self, part: StoredRows, columns: int) -> list[Weight]:
+        """Return the matrix as stored, as pieces that belong on top of each other.
+
+        They are views of the mapping, except for rows that are selected or quantised here.
+        """
         tensor = self.take(part.name)
         assert tensor.shape[-1] == columns, f"{part.name}: planned {tensor.shape}, not {columns}"
         view = dense_view if tensor.ggml_type in TORCH_DTYPES else bytes_view
         if isinstance(part.selection, int):
-            rows = view(tensor, part.selection)
+            pieces = [view(tensor, part.selection)]
         else:
             # GGUF files drop the first dimension of a single row.
-            rows = torch.atleast_2d(self.unpermuted(part.name, view(tensor)))
+            rows = torch.atleast_2d(view(tensor))
+            pieces = self._unpermuted(part.name, rows)
             if part.selection is not None:
-                rows = rows[part.selection]
-        assert len(rows) == part.num_rows, f"{part.name}: {len(rows)} rows, not {part.num_rows}"
+                pieces = [_joined(pieces)[part.selection]]
+        num_rows = sum(len(piece) for piece in pieces)
+        assert num_rows == part.num_rows, f"{part.name}: {num_rows} rows, not {part.num_rows}"
         if tensor.ggml_type in TORCH_DTYPES:
-            return rows if part.is_exact else self.quantized(part.name, rows)
-        assert tensor.ggml_type is not None, f"{part.name}: {tensor.type_name} passed the plan"
-        return QuantizedTensor(tensor.ggml_type, (part.num_rows, columns), rows)
+            return [
+                piece if part.is_exact else self.quantized(part.name, piece) for piece in pieces
+            ]
+        ggml_type = tensor.ggml_type
+        assert ggml_type is not None, f"{part.name}: {tensor.type_name} passed the plan"
+        return [QuantizedTensor(ggml_type, (len(piece), columns), piece) for piece in pieces]
 
-    def unpermuted(self, name: str, rows: Tensor) -> Tensor:
+    def numbers(self, name: str) -> Tensor:
+        """Return a vector's stored numbers (size,), in the order of the layers' rows."""
+        return _joined(self._unpermuted(name, dense_view(self.take(name)))).view(-1)
+
+    def _unpermuted(self, name: str, rows: Tensor) -> list[Tensor]:
         """Undo the GGUF converter's reordering of query and key rows (llama only).
 
         It stores row (half s, index j) of each head at 2j + s; whole rows move, so packed rows
-        are as good as numbers.
+        are as good as numbers. The pieces are the halves of all heads, where they are.
         """
         num_heads = self._permuted_heads.get(name.split(".")[-2])
         if num_heads is None:
-            return rows
+            return [rows]
         pairs = rows.view(num_heads, self._spec.head_dim // 2, 2, -1)
-        return pairs.transpose(1, 2).reshape(rows.shape)
+        return [half for head in pairs.transpose(1, 2) for half in head]
 
     def quantized(self, name: str, weight: Weight) -> Weight:
         """Return a dense matrix quantised on the device, if the model is to be and its rows fit."""
@@ -193,3 +205,7 @@ class StoredTensors:
         """Let go of the files; mapped pages leave this process."""
         self._checkpoint.release_pages()
         self._checkpoint.close()
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -1,12 +1,12 @@
-"""Routes and the one middleware: request ids in and out, every error in the client's envelope."""
+"""What a listener answers: its routes, request ids in and out, errors in the client's envelope."""
 
 from __future__ import annotations
 
+import os
 import re
-import uuid
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 
 from actors.front import health, models, neuron_api, sleeping
 from actors.front.auth import HEARS_GATEWAYS, KeyRing, with_gateway_key, with_key
@@ -27,24 +27,76 @@ from cortexd.errors import CortexError, Internal
 from cortexd.log import event
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_ID_BYTES = 16
 
 
-def build_app(services: Services, listener: str) -> web.Application:
-    """Return the application of one listener: "api" or "neuron"."""
-    # Bodies are read by `read_body`, which has its own limit; the library's must not be lower.
-    app = web.Application(
-        middlewares=[_envelope_middleware],
-        client_max_size=services.settings.gateway.max_body_mib * 2**20,
-    )
-    app[SERVICES] = services
-    app[HEARS_GATEWAYS] = listener == "neuron"
-    app[FORWARDS] = listener == "api" and services.has_neurons
-    app.router.add_post("/v1/chat/completions", InferenceHandler(ChatDialect()).handle)
-    app.router.add_post("/v1/completions", InferenceHandler(CompletionDialect()).handle)
-    app.router.add_post("/v1/messages", InferenceHandler(MessagesDialect()).handle)
-    app.router.add_post("/v1/messages/count_tokens", count_tokens)
-    _add_routes(app, services.keys, is_neuron=listener == "neuron")
-    return app
+class Listener:
+    """The routes of one listener: "api" or "neuron"."""
+
+    def __init__(self, services: Services, name: str) -> None:
+        self._services = services
+        self._is_neuron = name == "neuron"
+        self._forwards = name == "api" and services.has_neurons
+        # Bodies are read by `read_body`, which has its own limit; the library's must not be lower.
+        self.app = web.Application(
+            middlewares=[self._middleware()],
+            client_max_size=services.settings.gateway.max_body_mib * 2**20,
+        )
+        self._direct: dict[str, Handler] = {
+            "/v1/chat/completions": InferenceHandler(ChatDialect()).handle,
+            "/v1/completions": InferenceHandler(CompletionDialect()).handle,
+            "/v1/messages": InferenceHandler(MessagesDialect()).handle,
+        }
+        for path, handler in self._direct.items():
+            self.app.router.add_post(path, handler)
+        self.app.router.add_post("/v1/messages/count_tokens", count_tokens)
+        _add_routes(self.app, services.keys, is_neuron=self._is_neuron)
+
+    def shorten(self, server: web.Server) -> None:
+        """Let requests for inference past the application: its routing costs as much as ours."""
+        through_app = server.request_handler
+        answered, direct = self._answered, self._direct
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            handler = direct.get(request.path) if request.method == "POST" else None
+            if handler is None or "Expect" in request.headers:
+                return await through_app(request)
+            assert isinstance(request, web.Request), "as the application makes it"
+            return await answered(request, handler)
+
+        server.request_handler = handle
+
+    def _middleware(self) -> Middleware:
+        @web.middleware
+        async def answered(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return await self._answered(request, handler)
+
+        return answered
+
+    async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        services = self._services
+        request[SERVICES] = services
+        request[FORWARDS] = self._forwards
+        request[HEARS_GATEWAYS] = self._is_neuron
+        offered = request.headers.get("x-request-id", "")
+        is_usable = offered and _REQUEST_ID.fullmatch(offered)
+        request[REQUEST_ID] = offered if is_usable else os.urandom(_ID_BYTES).hex()
+        try:
+            response = await handler(request)
+        except CortexError as error:
+            response = _answer_error(request, error)
+        except web.HTTPException as exception:
+            response = _answer_error(request, from_http_exception(exception, request))
+        except ConnectionError:
+            raise  # the client is gone; there is nobody to answer
+        except Exception as error:
+            _log_failure(services, request, error)
+            response = _answer_error(request, Internal("the server failed; see its log"))
+        if not response.prepared:
+            set_request_id(response, request[REQUEST_ID])
+            if services.is_draining:
+                response.force_close()
+        return response
 
 
 def _add_routes(app: web.Application, keys: KeyRing, *, is_neuron: bool) -> None:
@@ -67,29 +119,6 @@ def _add_routes(app: web.Application, keys: KeyRing, *, is_neuron: bool) -> None
     else:
         get("/health", health.health)
         get("/", health.health)  # HEAD too: some clients probe it
-
-
-@web.middleware
-async def _envelope_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    services = request.app[SERVICES]
-    offered = request.headers.get("x-request-id", "")
-    request[REQUEST_ID] = offered if _REQUEST_ID.fullmatch(offered) else uuid.uuid4().hex
-    try:
-        response = await handler(request)
-    except CortexError as error:
-        response = _answer_error(request, error)
-    except web.HTTPException as exception:
-        response = _answer_error(request, from_http_exception(exception, request))
-    except ConnectionError:
-        raise  # the client is gone; there is nobody to answer
-    except Exception as error:
-        _log_failure(services, request, error)
-        response = _answer_error(request, Internal("the server failed; see its log"))
-    if not response.prepared:
-        set_request_id(response, request[REQUEST_ID])
-        if services.is_draining:
-            response.force_close()
-    return response
 
 
 def _answer_error(request: web.Request, error: CortexError) -> web.Response:

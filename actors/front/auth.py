@@ -62,7 +62,7 @@ class Principal:
 
 ANONYMOUS: Final = Principal()
 PRINCIPAL: web.RequestKey[Principal] = web.RequestKey("principal", Principal)
-HEARS_GATEWAYS: web.AppKey[bool] = web.AppKey("hears_gateways", bool)
+HEARS_GATEWAYS: web.RequestKey[bool] = web.RequestKey("hears_gateways", bool)
 
 
 class KeyRing:
@@ -114,7 +114,7 @@ class KeyRing:
 
 async def authenticate(request: web.Request, keys: KeyRing) -> Principal:
     """Note in the request who sends it, and return it. Raises: as `KeyRing.identify`."""
-    principal = await keys.identify(request, hears_gateways=request.app[HEARS_GATEWAYS])
+    principal = await keys.identify(request, hears_gateways=request[HEARS_GATEWAYS])
     request[PRINCIPAL] = principal
     return principal
 

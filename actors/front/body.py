@@ -24,6 +24,12 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
     declared = request.content_length
     if declared is not None and declared > max_bytes:
         raise _too_large(max_bytes)
+    content = request.content
+    if content.is_eof() and content.exception() is None:
+        whole = content.read_nowait()  # it came along with the head, as most do
+        if len(whole) > max_bytes:
+            raise _too_large(max_bytes)
+        return whole
     chunks = bytearray()
     clock = asyncio.get_running_loop().time
     started = clock()
@@ -31,7 +37,7 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
         async with asyncio.timeout_at(started + _GRACE_S) as limit:
             while True:
                 async with asyncio.timeout(_IDLE_TIMEOUT_S):
-                    chunk = await request.content.readany()
+                    chunk = await content.readany()
                 if not chunk:
                     return bytes(chunks)
                 chunks += chunk

@@ -29,9 +29,9 @@ async def count_tokens(request: web.Request) -> web.StreamResponse:
 
 
 async def _answer(request: web.Request, record: RequestRecord) -> web.StreamResponse:
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     body = await read_body(request, services.settings.gateway.max_body_mib * _MIB)
-    if request.app[FORWARDS]:
+    if request[FORWARDS]:
         forwarded = await forward(request, record, MessagesDialect(), body)
         if forwarded is not None:
             return forwarded

@@ -6,15 +6,14 @@ import asyncio
 import time
 from typing import Final
 
-import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict
 
 from actors.front.auth import ANONYMOUS
 from actors.front.decode import decode_body
 from actors.front.entitlement import hold
 from actors.front.model_value import with_model
-from actors.front.node_watch import check_serving, watched
+from actors.front.node_connection import NodeAnswer
+from actors.front.node_watch import await_head, check_serving
 from actors.front.record import RequestRecord
 from actors.front.routing import place
 from actors.front.services import REQUEST_ID, SERVICES
@@ -46,16 +45,17 @@ class Dispatch:
         is_stream: bool,
     ) -> None:
         self._request = request
-        self._services = request.app[SERVICES]
+        self._services = request[SERVICES]
         self._record = record
         self._body = body
         self._model = model
         self._is_stream = is_stream
-        self._prefix = prefix_chain(body)
+        # With one node there is nothing to choose by it.
+        self._prefix = prefix_chain(body) if self._services.has_choice else []
         self._since = time.monotonic()
         self._routed: RoutedRemote | None = None
         self._is_answered = False
-        self._upstream: aiohttp.ClientResponse | None = None
+        self._upstream: NodeAnswer | None = None
         self.lease_id = self._services.new_lease_id()
         gateway = self._services.settings.gateway
         patience_s = gateway.request_timeout_s if is_stream else gateway.unary_load_wait_s
@@ -73,17 +73,22 @@ class Dispatch:
 
     def release(self) -> None:
         """Close the node's socket at once and end the lease; nothing here waits."""
+        self._close()
+        self._services.leases.end(self.lease_id, is_answered=self._is_answered)
+
+    def _close(self) -> None:
         if self._upstream is not None:
             self._upstream.close()
-        self._services.leases.end(self.lease_id, is_answered=self._is_answered)
+            self._upstream = None
 
     def failed(self, reason: str, *, is_refusing: bool = False) -> None:
         """Tell the router that the node failed at this request."""
         self._is_answered = False
+        self._services.leases.close_node(self.node)
         failure = NodeFailed(self.node, reason, self.lease_id, is_refusing)
         self._services.tell_quietly("router", failure)
 
-    async def open(self) -> aiohttp.ClientResponse | None:
+    async def open(self) -> NodeAnswer | None:
         """Return the head of a node's answer, None when this host is to serve the request.
 
         Raises: what the router refuses with, UpstreamUnavailable, InvalidRequest.
@@ -99,6 +104,20 @@ class Dispatch:
         return await self._post(retry)
 
     async def _place(self, exclude: list[str]) -> RoutedHere | RoutedRemote:
+        leases = self._services.leases
+        routed = None if exclude else leases.open_node(self._model)
+        if routed is not None:
+            leases.begin(self._enter(routed))
+            return routed
+        answer = await self._ask(exclude)
+        if isinstance(answer, RoutedRemote):
+            self._record.cold_start = self._record.cold_start or answer.cold_start
+            lease = self._enter(answer)
+            leases.hold(lease)
+            leases.note_open(self._model, lease, answer)
+        return answer
+
+    async def _ask(self, exclude: list[str]) -> RoutedHere | RoutedRemote:
         wanted = Place(
             self._model,
             self.lease_id,
@@ -108,17 +127,16 @@ class Dispatch:
             since=self._since,
         )
         wait_s = max(self._patience_until - asyncio.get_running_loop().time(), 0.0)
-        routed = await place(self._services.bus, wanted, wait_s=wait_s)
-        if isinstance(routed, RoutedRemote):
-            self._routed = routed
-            record = self._record
-            account = record.principal.account
-            lease = HeldLease(self.lease_id, routed.model_id, routed.node, account)
-            self._services.leases.hold(lease)
-            record.place(self._services, routed.model_id, routed.node)
-            record.cold_start = record.cold_start or routed.cold_start
-            record.is_stream = self._is_stream
-        return routed
+        return await place(self._services.bus, wanted, wait_s=wait_s)
+
+    def _enter(self, routed: RoutedRemote) -> HeldLease:
+        """Note where the request goes; return the lease that it holds there."""
+        self._routed = routed
+        record = self._record
+        record.place(self._services, routed.model_id, routed.node)
+        record.is_stream = self._is_stream
+        account = record.principal.account
+        return HeldLease(self.lease_id, routed.model_id, routed.node, account, self._prefix)
 
     async def _place_again(self, failed: RoutedRemote, error: UpstreamUnavailable) -> RoutedRemote:
         """Return another replica, or the same node when it had merely closed the connection."""
@@ -153,24 +171,26 @@ class Dispatch:
         is_alias = routed.model_id != self._model
         return path, with_model(self._body, routed.model_id) if is_alias else self._body
 
-    async def _post(self, routed: RoutedRemote) -> aiohttp.ClientResponse:
+    async def _post(self, routed: RoutedRemote) -> NodeAnswer:
+        self._close()
         path, body = self._addressed(routed)
         if self._record.estimate is not None:
             await hold(self._services, self._record, self._record.estimate.total)
         is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
         self._record.submitted = self._record.submitted or time.monotonic()
-        post = self._services.upstream.post(
-            routed.node,
-            routed.base_url + path,
-            self._headers(routed),
-            body,
-            HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
-        )
         try:
-            self._upstream = await (
-                post if is_prompt else watched(self._services.bus, post, routed)
+            self._upstream = await self._services.upstream.send(
+                routed.node, routed.base_url, path, self._headers(routed), body
+            )
+            await await_head(
+                self._services.bus,
+                self._upstream,
+                routed,
+                HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
+                is_watched=not is_prompt,
             )
         except UpstreamUnavailable as error:
+            self._close()
             self.failed(error.message, is_refusing=isinstance(error, ConnectFailed))
             raise
         await check_serving(self._upstream, routed)
@@ -185,7 +205,7 @@ class Dispatch:
             )
         return self._upstream
 
-    def _headers(self, routed: RoutedRemote) -> CIMultiDict[str]:
+    def _headers(self, routed: RoutedRemote) -> list[tuple[str, str]]:
         """Return what the node is sent; whose request it is is told to our own neurons only."""
         is_ours = routed.kind == "cortex" and routed.node in self._services.node_keys
         return request_headers(

@@ -10,7 +10,13 @@ from typing import Final
 
 import msgspec
 
-from actors.front.message_blocks import MessageBlocks, event_bytes, thinking_block
+from actors.front.message_blocks import (
+    MessageBlocks,
+    event_bytes,
+    stop_of,
+    thinking_block,
+    tool_id,
+)
 from actors.front.relayed import Counts
 from cortexd.anthropic import (
     ContentBlock,
@@ -27,7 +33,6 @@ from cortexd.chat_answer import CallPart, ChatDocument, Choice, Counted, usage_f
 from cortexd.errors import UpstreamError, UpstreamInterrupted, UpstreamProtocol
 from cortexd.foreign_error import foreign_error
 
-_STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _MAX_BAD_EVENTS: Final = 3
 _MAX_HELD_BYTES: Final = 1024 * 1024
 _decoder = msgspec.json.Decoder(ChatDocument)
@@ -69,13 +74,12 @@ def _blocks_of(choice: Choice) -> list[ContentBlock]:
 
 
 def _identity(call: CallPart, position: int) -> tuple[str, str]:
-    return call.id or f"toolu_{position}", call.function.name or ""
+    return call.id or tool_id(position), call.function.name or ""
 
 
 def _stop(choice: Choice) -> Stop:
-    if isinstance(choice.stop_reason, str) and choice.finish_reason == "stop":
-        return Stop("stop_sequence", choice.stop_reason)
-    return Stop(_STOP_REASONS.get(choice.finish_reason or "stop", "end_turn"), None)
+    found = choice.stop_reason if choice.finish_reason == "stop" else None
+    return stop_of(choice.finish_reason or "stop", found if isinstance(found, str) else None)
 
 
 class ForeignStream:
@@ -135,6 +139,8 @@ class ForeignStream:
         """Return the events that follow from the chunk. Raises: UpstreamInterrupted."""
         if self._failure is not None:
             raise self._failure
+        if not self._held and not self._data and _is_plain(chunk):
+            return b"".join([self._event(data[6:]) for data in chunk[:-2].split(b"\n\n")])
         data = self._held + chunk
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n")
@@ -160,9 +166,11 @@ class ForeignStream:
         if line or not self._data:
             return b""
         data, self._data = b"\n".join(self._data), []
-        return b"" if self._failure is not None or self._is_ended else self._event(data)
+        return self._event(data)
 
     def _event(self, data: bytes) -> bytes:
+        if self._failure is not None or self._is_ended:
+            return b""
         if data == b"[DONE]":
             return b"" if self._stop is None else self._end()
         try:
@@ -179,9 +187,7 @@ class ForeignStream:
         if document.usage is not None:
             self._counted = document.usage
         events = b"" if self._is_open else self._start()
-        for choice in document.choices[:1]:
-            events += self._choice(choice)
-        return events
+        return events + self._choice(document.choices[0]) if document.choices else events
 
     def _start(self) -> bytes:
         self._is_open = True
@@ -199,13 +205,15 @@ class ForeignStream:
         events = b""
         words = choice.delta
         if words is not None:
-            if words.thoughts:
-                events += self._blocks.thinking(words.thoughts)
+            thoughts = words.thoughts
+            if thoughts:
+                events += self._blocks.thinking(thoughts)
             if words.content:
                 events += self._blocks.text(words.content)
-            for call in words.tool_calls or []:
+            for call in words.tool_calls or ():
                 events += self._call(call)
-            self._num_chunks += bool(words.thoughts or words.content or words.tool_calls)
+            if thoughts or words.content or words.tool_calls:
+                self._num_chunks += 1
         if choice.finish_reason is not None:
             self._stop = _stop(choice)
         return events
@@ -240,3 +248,14 @@ class ForeignStream:
     ) -> None:
         text = what if is_told else f'node "{self._node}" {what}; try again'
         self._failure = self._failure or error_class(text, retry_after_s=2)
+
+
+def _is_plain(chunk: bytes) -> bool:
+    """Tell whether a chunk is nothing but whole events of one `data` line each, as most are."""
+    num_events = chunk.count(b"\n\ndata: ") + 1
+    return (
+        chunk.startswith(b"data: ")
+        and chunk.endswith(b"\n\n")
+        and chunk.count(b"\n") == 2 * num_events
+        and b"\r" not in chunk
+    )

@@ -14,7 +14,7 @@ from actors.open_requests import OpenRequests, open_requests_path
 from cortexd.errors import CortexError, EngineRestarting, ShuttingDown
 from cortexd.log import event
 from cortexd.log_batch import batch_log_lines
-from cortexd.messages import ActorDown, ActorUp, GroupDown, KeysChanged, TokenBatch
+from cortexd.messages import ActorDown, ActorUp, GroupDown, KeysChanged, ReadText, TokenBatch
 from cortexd.messages.envelope import Envelope
 
 # What is kept of the drain deadline for error events to reach their clients, and to spare.
@@ -65,6 +65,7 @@ class Front(AsyncActor):
         self._services.end_all(_shutting_down())
         await self._server.close()
         await self._services.spending.close(_LAST_WORDS_S)
+        self._services.leases.flush()
         self._services.reports.close()
 
     async def _wait_until_idle(self, timeout_s: float) -> None:
@@ -82,6 +83,11 @@ class Front(AsyncActor):
     def on_keys_changed(self, message: KeysChanged, envelope: Envelope) -> None:
         """Take over the API keys in force."""
         self._services.keys.set_keys(message.keys)
+
+    @handles(ReadText)
+    def on_read_text(self, message: ReadText, envelope: Envelope) -> None:
+        """Read the tokenizer while the engine still loads the weights."""
+        self._services.text_models.prepare(message.files)
 
     def on_actor_up(self, up: ActorUp) -> None:
         """Tell a router that was restarted what runs."""

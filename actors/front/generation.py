@@ -181,8 +181,15 @@ class Generation:
         """Wait for the route and the prompts, then submit; False when it is not time yet."""
         assert self._preparing is not None, "called while preparing"
         preparing = self._preparing
-        with self._services.told_of_end(lambda: _cancel(preparing)):
+
+        def end() -> None:
+            _cancel(preparing)
+
+        self._services.tell_of_end(end)
+        try:
             await asyncio.wait({preparing}, timeout=max(give_up - self._clock(), 0.0))
+        finally:
+            self._services.forget_end(end)
         if not preparing.done():
             return False
         if preparing.cancelled() and self._services.ending is not None:

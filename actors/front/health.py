@@ -34,7 +34,7 @@ async def livez(request: web.Request) -> web.Response:
 
 async def readyz(request: web.Request) -> web.Response:
     """Answer 200 when requests can be routed, 503 before that and while draining."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     if services.is_draining:
         raise ShuttingDown("this server is shutting down", retry_after_s=5)
     if services.bus.incarnation_of("router") is None:
@@ -46,7 +46,7 @@ async def readyz(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     """Answer the state of the fleet as this gateway sees it; always 200."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     try:
         known = await known_models(services)
     except CortexError as error:

@@ -19,9 +19,11 @@ from actors.front.record import RequestRecord
 from actors.front.request import InferenceRequest
 from actors.front.services import FORWARDS, REQUEST_ID, SERVICES
 from actors.front.stream import stream_answer
+from actors.front.written import write_whole
 from cortexd.errors import ShuttingDown
 
 _MIB = 2**20
+_JSON_FIELDS = (("Content-Type", "application/json"),)
 _DRAIN_RETRY_AFTER_S = 5.0
 
 
@@ -31,7 +33,7 @@ async def recorded(
     answer: Callable[[web.Request, RequestRecord], Awaitable[web.StreamResponse]],
 ) -> web.StreamResponse:
     """Answer a request whose key is known; exactly one record is closed, whatever the ending."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     record = RequestRecord(request[REQUEST_ID], route, client=request.remote or "")
     services.enter()
     record.begin(services)
@@ -64,11 +66,11 @@ class InferenceHandler:
         return await recorded(request, self._dialect.route, self._answer)
 
     async def _answer(self, request: web.Request, record: RequestRecord) -> web.StreamResponse:
-        services = request.app[SERVICES]
+        services = request[SERVICES]
         gateway = services.settings.gateway
         body = await read_body(request, gateway.max_body_mib * _MIB)
         await admit(services, record, body)
-        if request.app[FORWARDS]:
+        if request[FORWARDS]:
             forwarded = await forward(request, record, self._dialect, body)
             if forwarded is not None:
                 return forwarded
@@ -100,7 +102,7 @@ class InferenceHandler:
             answer.fingerprint = generation.fingerprint
             usage = generation.usage()
             body = await encoded(outputs, lambda: self._dialect.response(answer, outputs, usage))
-            return web.Response(body=body, content_type="application/json")
+            return await write_whole(request, 200, _JSON_FIELDS, body)
 
 
 async def _run_to_end(generation: Generation, wanted: InferenceRequest) -> list[ChoiceOutput]:

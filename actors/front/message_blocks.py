@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Final
 
 import msgspec
 
@@ -13,12 +14,16 @@ from cortexd.anthropic import (
     Event,
     InputJsonDelta,
     SignatureDelta,
+    Stop,
     TextBlock,
     TextDelta,
     ThinkingBlock,
     ThinkingDelta,
     ToolUseBlock,
 )
+
+_encode = msgspec.json.Encoder().encode
+_STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class MessageBlocks:
@@ -28,6 +33,7 @@ class MessageBlocks:
         self._index = -1
         self._open: type[TextBlock | ThinkingBlock | ToolUseBlock] | None = None
         self._signer = Signer()
+        self._text_event = (b"", b"")  # what stands before and after the words of a text block
 
     @property
     def is_call_open(self) -> bool:
@@ -36,8 +42,9 @@ class MessageBlocks:
 
     def text(self, text: str) -> bytes:
         """Add words for the reader."""
-        events = self._switch_to(TextBlock(""))
-        return events + event_bytes(BlockDelta(self._index, TextDelta(text)))
+        events = b"" if self._open is TextBlock else self._begin_text()
+        before, after = self._text_event
+        return events + before + _encode(text) + after
 
     def thinking(self, text: str) -> bytes:
         """Add reasoning."""
@@ -63,6 +70,12 @@ class MessageBlocks:
             events = event_bytes(BlockDelta(self._index, signature))
         self._open = None
         return events + event_bytes(BlockStop(self._index))
+
+    def _begin_text(self) -> bytes:
+        events = self._switch_to(TextBlock(""))
+        before, _, after = event_bytes(BlockDelta(self._index, TextDelta(""))).rpartition(b'""')
+        self._text_event = (before, after)
+        return events
 
     def _switch_to(self, block: TextBlock | ThinkingBlock) -> bytes:
         return b"" if self._open is type(block) else self.close() + self._begin(block)
@@ -96,7 +109,21 @@ def thinking_block(text: str) -> ThinkingBlock:
     return ThinkingBlock(text, signer.signature())
 
 
+def tool_id(key: str | int) -> str:
+    """Return the id of a tool call that is known by `key` in its answer."""
+    return f"toolu_{key}"
+
+
+def stop_of(finish_reason: str | None, stop_string: str | None) -> Stop:
+    """Return why a message ended, None in it while it has not; `stop_string`: at which one."""
+    if stop_string is not None:
+        return Stop("stop_sequence", stop_string)
+    if finish_reason is None:
+        return Stop(None, None)
+    return Stop(_STOP_REASONS.get(finish_reason, "end_turn"), None)
+
+
 def event_bytes(event: Event) -> bytes:
     """Return one server-sent event; its name stands on the event line and in the data."""
     name = event.__struct_config__.tag
-    return b"event: %s\ndata: %s\n\n" % (str(name).encode(), msgspec.json.encode(event))
+    return b"event: %s\ndata: %s\n\n" % (str(name).encode(), _encode(event))

@@ -14,7 +14,13 @@ import msgspec
 from actors.front.choice import ChoiceOutput
 from actors.front.decode import decode_body
 from actors.front.dialect import Answer, ChunkEncoder
-from actors.front.message_blocks import MessageBlocks, event_bytes, thinking_block
+from actors.front.message_blocks import (
+    MessageBlocks,
+    event_bytes,
+    stop_of,
+    thinking_block,
+    tool_id,
+)
 from actors.front.request import InferenceRequest
 from actors.front.structure import schema_rule
 from actors.front.validate import check_chat
@@ -39,8 +45,6 @@ from cortexd.openai import Usage
 from cortexd.translate import to_chat_request
 from engine.text.answer import Piece, Reasoning, Text, ToolCall
 
-_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-
 
 class MessagesDialect:
     """`/v1/messages`."""
@@ -59,7 +63,7 @@ class MessagesDialect:
     def response(self, answer: Answer, outputs: list[ChoiceOutput], usage: Usage) -> bytes:
         """Return the whole answer."""
         output = outputs[0]
-        stop = _stop(output)
+        stop = stop_of(output.finish_reason, output.stop_string)
         return msgspec.json.encode(
             Message(
                 id=answer.id,
@@ -100,7 +104,7 @@ class MessagesEncoder:
         for piece in output.pieces:
             events += self._add(piece)
         if output.finish_reason is not None:
-            self._stop = _stop(output)
+            self._stop = stop_of(output.finish_reason, output.stop_string)
         return events
 
     def comment(self) -> bytes:
@@ -140,7 +144,7 @@ class MessagesEncoder:
             return self._blocks.text(piece.text)
         if isinstance(piece, Reasoning):
             return self._blocks.thinking(piece.text)
-        begin = self._blocks.begin_call(_tool_id(piece), piece.name)
+        begin = self._blocks.begin_call(tool_id(piece.key), piece.name)
         return begin + self._blocks.arguments(piece.arguments) + self._blocks.close()
 
 
@@ -150,19 +154,8 @@ def _block(piece: Piece) -> ContentBlock:
     if isinstance(piece, Reasoning):
         return thinking_block(piece.text)
     if isinstance(piece, ToolCall):
-        return ToolUseBlock(_tool_id(piece), piece.name, msgspec.Raw(piece.arguments.encode()))
+        return ToolUseBlock(tool_id(piece.key), piece.name, msgspec.Raw(piece.arguments.encode()))
     assert_never(piece)
-
-
-def _tool_id(call: ToolCall) -> str:
-    return f"toolu_{call.key}"
-
-
-def _stop(output: ChoiceOutput) -> Stop:
-    if output.stop_string is not None:
-        return Stop("stop_sequence", output.stop_string)
-    reason = output.finish_reason
-    return Stop(None if reason is None else _STOP_REASONS.get(reason, "end_turn"), None)
 
 
 def _no_usage() -> MessageUsage:

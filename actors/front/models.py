@@ -6,6 +6,7 @@ import asyncio
 import difflib
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Final
 
 import msgspec
 from aiohttp import web
@@ -23,11 +24,13 @@ from cortexd.models import ModelStatus
 from cortexd.openai import ModelCard, ModelCards, ModelLocation
 
 _MIB = 2**20
+# States in which a request is answered without a load.
+RUNNING: Final = frozenset({"loaded", "sleeping"})
 
 
 async def list_models(request: web.Request) -> web.Response:
     """Answer all models and aliases."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     cards = _open_to(request, await _cards(services, await known_models(services)))
     if not speaks_anthropic(request):
         return json_response(ModelCards(data=cards))
@@ -38,7 +41,7 @@ async def list_models(request: web.Request) -> web.Response:
 
 async def get_model(request: web.Request) -> web.Response:
     """Answer one model; ids may hold slashes. Raises: ModelNotFound."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     wanted = request.match_info["model_id"]
     cards = _open_to(request, await _cards(services, await known_models(services)))
     for card in cards:
@@ -81,7 +84,7 @@ async def _cards(services: Services, known: ModelList) -> list[ModelCard]:
 
 async def abilities(services: Services, status: ModelStatus) -> Abilities:
     """Return a loaded model's abilities; of others nothing is read for a mere list."""
-    if status.state != "loaded" or status.files is None:
+    if status.state not in RUNNING or status.files is None:
         return Abilities()
     try:
         text_model = await services.text_models.get(status.files)
@@ -92,7 +95,6 @@ async def abilities(services: Services, status: ModelStatus) -> Abilities:
 
 def _card(services: Services, status: ModelStatus, can: Abilities) -> ModelCard:
     limit = model_limit(status.limits)
-    memory_mb = round(status.memory_bytes / _MIB) or None
     return ModelCard(
         id=status.model_id,
         object="model",
@@ -101,7 +103,9 @@ def _card(services: Services, status: ModelStatus, can: Abilities) -> ModelCard:
         loaded=status.state == "loaded",
         feasible_on=[services.node],
         locations=[
-            ModelLocation(node=services.node, status=status.state, vram_estimate_mb=memory_mb)
+            ModelLocation(
+                node=services.node, status=status.state, vram_estimate_mb=used_mib(status)
+            )
         ],
         capabilities=["text"],
         tool_call=can.can_call_tools,
@@ -115,6 +119,11 @@ def _card(services: Services, status: ModelStatus, can: Abilities) -> ModelCard:
         eta_s=status.eta_s,
         error=status.error,
     )
+
+
+def used_mib(status: ModelStatus) -> int | None:
+    """Return the device memory that a model holds, None when it holds none."""
+    return None if status.state == "sleeping" else round(status.memory_bytes / _MIB) or None
 
 
 def _info(card: ModelCard) -> ModelInfo:

@@ -17,7 +17,7 @@ from actors.front.body import read_body
 from actors.front.decode import decode_body
 from actors.front.health import json_response
 from actors.front.model_merge import model_limit
-from actors.front.models import Abilities, abilities
+from actors.front.models import RUNNING, Abilities, abilities, used_mib
 from actors.front.queries import host_report, known_models
 from actors.front.services import SERVICES, Services
 from cortexd.errors import InvalidValue, MissingParameter, ModelNotFound
@@ -60,7 +60,7 @@ class UnloadBody(msgspec.Struct, frozen=True, kw_only=True):
 
 async def discovery(request: web.Request) -> web.Response:
     """Answer what this host is made of."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     host, known = await asyncio.gather(host_report(services), known_models(services))
     devices = _devices(services, host, known)
     limits = [status.limits.context for status in known.models if status.limits is not None]
@@ -89,7 +89,7 @@ async def discovery(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     """Answer device load, model activation and each model's queue, from cached reports."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     host, known = await asyncio.gather(host_report(services), known_models(services))
     loads = {load.model_id: load for load in host.loads}
     return json_response(
@@ -101,7 +101,7 @@ async def health(request: web.Request) -> web.Response:
             "models": [
                 _model_load(services, status, loads.get(status.model_id))
                 for status in known.models
-                if status.state == "loaded"
+                if status.state in RUNNING
             ],
         }
     )
@@ -109,7 +109,7 @@ async def health(request: web.Request) -> web.Response:
 
 async def list_models(request: web.Request) -> web.Response:
     """Answer the models of this host, those included that it knows and would load on demand."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     known = await known_models(services)
     able = await asyncio.gather(*(abilities(services, status) for status in known.models))
     return json_response(
@@ -122,7 +122,7 @@ async def load(request: web.Request) -> web.Response:
     body = decode_body(await read_body(request, _MAX_BODY_BYTES), LoadBody)
     options = _load_options(body)
     message = LoadModel(options, _policy(body))
-    await request.app[SERVICES].bus.ask("router", message, deadline_s=_LOAD_DEADLINE_S)
+    await request[SERVICES].bus.ask("router", message, deadline_s=_LOAD_DEADLINE_S)
     return json_response({"status": "loaded"})
 
 
@@ -131,7 +131,7 @@ async def unload(request: web.Request) -> web.Response:
     body = decode_body(await read_body(request, _MAX_BODY_BYTES), UnloadBody)
     if body.model_id is None:
         raise MissingParameter("model_id is missing", param="model_id")
-    await request.app[SERVICES].bus.ask(
+    await request[SERVICES].bus.ask(
         "router",
         UnloadModelNow(body.model_id, force=body.force is True),
         deadline_s=_UNLOAD_DEADLINE_S,
@@ -141,11 +141,11 @@ async def unload(request: web.Request) -> web.Response:
 
 async def endpoint(request: web.Request) -> web.Response:
     """Answer the base URL that serves a loaded model. Raises: ModelNotFound."""
-    services = request.app[SERVICES]
+    services = request[SERVICES]
     model_id = unquote(request.match_info["model_id"])
     known = await known_models(services)
     target = known.aliases.get(model_id, model_id)
-    if not any(item.model_id == target and item.state == "loaded" for item in known.models):
+    if not any(item.model_id == target and item.state in RUNNING for item in known.models):
         raise ModelNotFound(f'model "{model_id}" is not loaded on this neuron', param="model_id")
     return json_response({"url": _own_url(request)})
 
@@ -222,7 +222,7 @@ def _activation(services: Services, known: ModelList) -> dict[str, object]:
         "state": "pre_warming" if loading or pending else "ready",
         "pending": pending,
         "in_progress": loading[0] if loading else None,
-        "completed": [name for name in wanted if state_of[name] == "loaded"],
+        "completed": [name for name in wanted if state_of[name] in RUNNING],
         "failed": [
             {"model_id": status.model_id, "error": status.error}
             for status in known.models
@@ -269,11 +269,11 @@ def _model_entry(status: ModelStatus, can: Abilities) -> dict[str, object]:
         "devices": status.devices,
         "quant": status.quant,
         "residency_priority": status.priority,
-        "vram_used_mb": status.memory_bytes // _MIB or None,
+        "vram_used_mb": used_mib(status),
         "capabilities": ["text"],
         "tool_call": can.can_call_tools,
         "reasoning": can.can_reason,
-        "servable": {"ok": status.state == "loaded", "detail": status.error or status.stage},
+        "servable": {"ok": status.state in RUNNING, "detail": status.error or status.stage},
     }
     if limit is not None:
         entry["limit"] = limit

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Final
 
-import aiohttp
 import msgspec
 
 from actors.front.bus import Bus
 from actors.front.error_response import CODE_HEADER
+from actors.front.node_connection import AnswerBroken, NodeAnswer
 from actors.front.upstream import HEAD_TIMEOUT_S
 from cortexd.errors import CortexError, ModelMismatch, ModelNotFound, UpstreamUnavailable
 from cortexd.messages import NodeView, QueryNode, RoutedRemote
@@ -26,26 +25,37 @@ _NOT_SERVING: Final = frozenset({404, 503, 529})
 _LEAVING_CODES: Final = frozenset({"node_draining", "server_shutting_down"})
 
 
-async def watched(
-    bus: Bus, post: Coroutine[Any, Any, aiohttp.ClientResponse], routed: RoutedRemote
-) -> aiohttp.ClientResponse:
-    """Return the head of an answer, however long it takes, as long as its node works on it.
+async def await_head(
+    bus: Bus, answer: NodeAnswer, routed: RoutedRemote, timeout_s: float, *, is_watched: bool
+) -> None:
+    """Return when the head of an answer is there.
 
-    Raises: UpstreamUnavailable when the node is gone, or knows of no request.
+    `is_watched`: it may take long, so see now and then that the node works on it. Raises:
+    UpstreamUnavailable when the node is gone, knows of no request, or is silent for too long.
     """
-    posting = asyncio.ensure_future(post)
     started = time.monotonic()
-    try:
-        while True:
-            await asyncio.wait({posting}, timeout=CHECK_PERIOD_S)
-            if posting.done():
-                return posting.result()
-            await _check(bus, routed, time.monotonic() - started)
-    finally:
-        posting.cancel()
+    while True:
+        waited_s = time.monotonic() - started
+        left_s = max(timeout_s - waited_s, 0.0)
+        try:
+            if await answer.has_head(min(left_s, CHECK_PERIOD_S) if is_watched else left_s):
+                return
+        except AnswerBroken as error:
+            raise UpstreamUnavailable(
+                f'node "{routed.node}" ended before it answered: {error}', retry_after_s=2
+            ) from None
+        waited_s = time.monotonic() - started
+        if waited_s >= timeout_s:
+            raise UpstreamUnavailable(
+                f'node "{routed.node}" accepted the request and did not answer it within '
+                f"{timeout_s:g} s",
+                retry_after_s=2,
+            )
+        if is_watched:
+            await _check(bus, routed, waited_s)
 
 
-async def check_serving(upstream: aiohttp.ClientResponse, routed: RoutedRemote) -> None:
+async def check_serving(upstream: NodeAnswer, routed: RoutedRemote) -> None:
     """Raise when a neuron does not take the request at all; else the body can still be read.
 
     Nothing of an answer was received then. Raises: UpstreamUnavailable (it is on its way out, since
@@ -64,11 +74,11 @@ async def check_serving(upstream: aiohttp.ClientResponse, routed: RoutedRemote) 
         )
 
 
-async def _told_code(upstream: aiohttp.ClientResponse) -> object:
+async def _told_code(upstream: NodeAnswer) -> object:
     try:
         async with asyncio.timeout(CHECK_PERIOD_S):
             document = msgspec.json.decode(await upstream.read(), type=dict[str, object])
-    except (TimeoutError, aiohttp.ClientError, OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (TimeoutError, AnswerBroken, msgspec.DecodeError, UnicodeDecodeError):
         return None
     error = document.get("error")
     return error.get("code") if isinstance(error, dict) else None

@@ -10,11 +10,10 @@ received.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
+from functools import partial
 from typing import Any, Final, TypeVar
 
-import aiohttp
 import msgspec
 from aiohttp import web
 
@@ -24,16 +23,19 @@ from actors.front.error_response import (
     CODE_HEADER,
     anthropic_error_response,
     error_response,
-    set_request_id,
     speaks_anthropic,
 )
 from actors.front.foreign_messages import ForeignStream, whole_message
 from actors.front.load_note import load_note
+from actors.front.node_connection import AnswerBroken, NodeAnswer
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
-from actors.front.relayed import Relay, RelayedStream, finish_reason, read_counts
+from actors.front.relayed import Relay, RelayedStream, read_whole
 from actors.front.services import REQUEST_ID, SERVICES
+from actors.front.splice import Splice
 from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection
-from actors.front.upstream import response_headers
+from actors.front.upstream import returned_fields
+from actors.front.whole_answer import WholeAnswer
+from actors.front.written import Fields, WrittenAnswer, write_head, write_whole
 from cortexd.errors import (
     Cancelled,
     CortexError,
@@ -41,6 +43,7 @@ from cortexd.errors import (
     NoHealthyNode,
     UpstreamError,
     UpstreamInterrupted,
+    UpstreamProtocol,
     UpstreamStalled,
 )
 from cortexd.foreign_error import foreign_error
@@ -49,7 +52,6 @@ from cortexd.token_estimate import estimate_answer
 
 # A neuron says something every second of a stream; another server may be silent for a long prompt.
 _MAX_SILENCE_S: Final = {"cortex": 60.0, "openai": 300.0}
-_READ_ERRORS: Final = (aiohttp.ClientError, OSError)
 _Result = TypeVar("_Result")
 
 
@@ -91,14 +93,14 @@ class _Forwarding:
         wanted: _Wanted,
     ) -> None:
         self._request = request
-        self._services = request.app[SERVICES]
+        self._services = request[SERVICES]
         self._gateway = self._services.settings.gateway
         self._record = record
         self._deadline = asyncio.get_running_loop().time() + self._gateway.request_timeout_s
         self._is_stream = wanted.stream is True
         self._model = wanted.model
         self._dispatch = Dispatch(request, record, body, wanted.model, is_stream=self._is_stream)
-        self._opening: asyncio.Task[aiohttp.ClientResponse | None] | None = None
+        self._opening: asyncio.Task[NodeAnswer | None] | None = None
         self._answer = Answer(
             id=dialect.id_prefix + self._dispatch.lease_id,
             created=self._services.created,
@@ -117,23 +119,23 @@ class _Forwarding:
 
     async def answer(self) -> web.StreamResponse | None:
         """Return the client's answer, None when this host is to serve the request."""
-        self._opening = asyncio.create_task(self._dispatch.open())
         if not self._is_stream:
-            return await self._limited(self._unary(self._opening))
-        await asyncio.wait({self._opening}, timeout=self._gateway.first_byte_hold_ms / 1000)
-        if not self._opening.done():
+            return await self._limited(self._unary())
+        self._opening = asyncio.create_task(self._dispatch.open())
+        if not await is_done_within(self._opening, self._gateway.first_byte_hold_ms / 1000):
             return await self._stream_from_now(self._opening)
         upstream = self._opening.result()
         if upstream is None:
             return None
-        if upstream.status != 200 or not _is_event_stream(upstream):
+        if upstream.status != 200:
             return await self._limited(self._whole(upstream))
-        return await self._stream(response_headers(upstream.headers), upstream)
+        fields = returned_fields(upstream.headers)
+        if not upstream.is_event_stream:
+            fields = [*_without_type(fields), *STREAM_HEADERS.items()]
+        return await self._stream(fields, upstream)
 
-    async def _unary(
-        self, opening: asyncio.Task[aiohttp.ClientResponse | None]
-    ) -> web.Response | None:
-        upstream = await opening
+    async def _unary(self) -> web.StreamResponse | None:
+        upstream = await self._dispatch.open()
         return None if upstream is None else await self._whole(upstream)
 
     async def _limited(self, work: Awaitable[_Result]) -> _Result:
@@ -141,33 +143,50 @@ class _Forwarding:
 
         Raises: DeadlineExceeded when the request has lived too long, ShuttingDown.
         """
-        limit = asyncio.timeout_at(self._deadline)
+        task = asyncio.current_task()
+        assert task is not None, "a request has its task"
+        is_over = False
 
         def end() -> None:
-            if not limit.expired():
-                limit.reschedule(0.0)
+            nonlocal is_over
+            if not is_over:
+                is_over = True
+                task.cancel()
 
+        timer = asyncio.get_running_loop().call_at(self._deadline, end)
         try:
-            async with limit:
-                with self._services.told_of_end(end):
-                    return await work
-        except TimeoutError:
-            if not limit.expired():
-                raise
+            self._services.tell_of_end(end)
+            return await work
+        except asyncio.CancelledError:
+            if not is_over or task.uncancel() > 0:
+                raise  # the client has left too
             if self._services.ending is not None:
                 raise self._services.ending from None
             raise DeadlineExceeded(
                 f"the request took longer than {self._gateway.request_timeout_s:g} s "
                 "(gateway.request_timeout_s)"
             ) from None
+        finally:
+            is_over = True
+            self._services.forget_end(end)
+            timer.cancel()
 
     # From the node: a whole answer
 
-    async def _whole(self, upstream: aiohttp.ClientResponse) -> web.Response:
-        """Return an answer that is no stream; errors that are no JSON get our envelope."""
+    async def _whole(self, upstream: NodeAnswer) -> web.StreamResponse:
+        """Return an answer that is no stream; errors that are no JSON get our envelope.
+
+        Raises: UpstreamProtocol when it is one: a client that asked for none cannot read it.
+        """
+        if upstream.status == 200 and upstream.is_event_stream:
+            raise UpstreamProtocol(
+                f'node "{self._dispatch.node}" answered a request without "stream" with an event '
+                'stream; ask it with "stream": true, or try another',
+                retry_after_s=2,
+            )
         body = await self._read(upstream)
         record, status = self._record, upstream.status
-        counts = read_counts(body)
+        counts, record.finish_reason = read_whole(body)
         if counts is not None:
             record.prompt_tokens = counts.prompt_tokens
             record.completion_tokens = counts.completion_tokens
@@ -175,8 +194,7 @@ class _Forwarding:
         elif status == 200:
             record.completion_tokens = estimate_answer(body)
             record.is_estimated = True
-        record.finish_reason = finish_reason(body)
-        headers = response_headers(upstream.headers)
+        fields = returned_fields(upstream.headers)
         if self._dispatch.is_translated:
             if status >= 400:
                 raise self._answered(upstream, body)
@@ -188,19 +206,19 @@ class _Forwarding:
             error = self._answered(upstream, body)
             record.fail(error, status=status)
             if not _is_error_object(body):
-                headers.popall("Content-Type", None)
-                headers["Content-Type"] = "application/json"
+                fields = _without_type(fields)
+                fields.append(("Content-Type", "application/json"))
                 body = self._envelope(error)
         record.status = status
-        return web.Response(status=status, body=body, headers=headers)
+        return await write_whole(self._request, status, fields, body)
 
-    async def _read(self, upstream: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, upstream: NodeAnswer) -> bytes:
         try:
             return await upstream.read()
-        except _READ_ERRORS as error:
+        except AnswerBroken as error:
             raise self._interrupted(error) from None
 
-    def _answered(self, upstream: aiohttp.ClientResponse, body: bytes) -> CortexError:
+    def _answered(self, upstream: NodeAnswer, body: bytes) -> CortexError:
         node, status = self._dispatch.node, upstream.status
         if self._dispatch.is_translated:
             return foreign_error(node, status, body, _retry_after_s(upstream))
@@ -225,10 +243,10 @@ class _Forwarding:
     # From the node: a stream
 
     async def _stream_from_now(
-        self, opening: asyncio.Task[aiohttp.ClientResponse | None]
+        self, opening: asyncio.Task[NodeAnswer | None]
     ) -> web.StreamResponse:
         """Begin the answer before the node has: the model loads, or a prompt is read."""
-        response, writer = await self._begin(STREAM_HEADERS)
+        response, writer = self._begin(STREAM_HEADERS.items())
 
         async def run() -> None:
             while not opening.done():
@@ -237,29 +255,19 @@ class _Forwarding:
             upstream = opening.result()
             if upstream is None:
                 raise NoHealthyNode("the node of this model went away; try again", retry_after_s=2)
-            if upstream.status != 200 or not _is_event_stream(upstream):
+            if upstream.status != 200:
                 raise self._answered(upstream, await self._read(upstream))
             await self._relay(upstream, writer)
 
         return await self._guarded(response, writer, run())
 
-    async def _stream(
-        self, headers: Mapping[str, str], upstream: aiohttp.ClientResponse
-    ) -> web.StreamResponse:
-        response, writer = await self._begin(headers)
+    async def _stream(self, fields: Fields, upstream: NodeAnswer) -> web.StreamResponse:
+        response, writer = self._begin(fields)
         return await self._guarded(response, writer, self._relay(upstream, writer))
 
-    async def _begin(self, headers: Mapping[str, str]) -> tuple[web.StreamResponse, EventWriter]:
-        response = web.StreamResponse(headers=headers)
-        set_request_id(response, self._request[REQUEST_ID])
-        await response.prepare(self._request)
-        self._record.status = response.status
-        if self._request.transport is None:
-            raise ConnectionResetError("the client went away")
-        writer = EventWriter(
-            response, self._request.transport, self._gateway, self._encoder, self._record
-        )
-        return response, writer
+    def _begin(self, fields: Fields) -> tuple[WrittenAnswer, EventWriter]:
+        response = write_head(self._request, 200, fields)
+        return response, EventWriter(self._request, response, self._encoder, self._record)
 
     async def _guarded(
         self, response: web.StreamResponse, writer: EventWriter, work: Awaitable[None]
@@ -275,15 +283,23 @@ class _Forwarding:
             await writer.write_error(error)
         return response
 
-    async def _relay(self, upstream: aiohttp.ClientResponse, writer: EventWriter) -> None:
+    async def _relay(self, upstream: NodeAnswer, writer: EventWriter) -> None:
         """Pass the bytes on as they arrive. Raises: UpstreamInterrupted, Cancelled."""
         stream = self._new_relay()
+        if not upstream.is_event_stream:
+            stream = WholeAnswer(stream, self._dispatch.node)
         self._record.progress = lambda: (0, stream.num_tokens)
+        splice = Splice(
+            upstream,
+            stream,
+            writer,
+            self._record,
+            period_s=self._gateway.keepalive_s,
+            on_silence=partial(self._on_silence, stream, writer),
+        )
         try:
-            await self._pass_on(upstream.content, stream, writer)
-        except _READ_ERRORS as error:
-            if isinstance(error, ConnectionError) and self._request.transport is None:
-                raise  # it is the client that went away
+            await splice.run()
+        except AnswerBroken as error:
             await self._end_event(stream, writer)
             raise self._interrupted(error) from None
         except UpstreamInterrupted:
@@ -298,39 +314,17 @@ class _Forwarding:
         answer = self._answer
         return ForeignStream(message_id=answer.id, model=answer.model, node=self._dispatch.node)
 
-    async def _pass_on(
-        self, content: aiohttp.StreamReader, stream: Relay, writer: EventWriter
-    ) -> None:
-        heard_at = time.monotonic()
+    async def _on_silence(self, stream: Relay, writer: EventWriter, silence_s: float) -> None:
+        """Fill a silence, or give up on the node. Raises: UpstreamStalled."""
         max_silence_s = _MAX_SILENCE_S[self._dispatch.kind]
-        record = self._record
-        while True:
-            try:
-                async with asyncio.timeout(self._gateway.keepalive_s):
-                    chunk = await content.readany()
-            except TimeoutError:
-                if time.monotonic() - heard_at > max_silence_s:
-                    self._dispatch.failed(f"silent for {max_silence_s:g} s")
-                    raise UpstreamStalled(
-                        f'node "{self._dispatch.node}" said nothing for {max_silence_s:g} s; '
-                        "try again",
-                        retry_after_s=2,
-                    ) from None
-                if stream.is_between_events:
-                    await writer.write_keepalive()
-                continue
-            if not chunk:
-                break
-            heard_at = time.monotonic()
-            lines = stream.push(chunk)
-            if stream.has_data:
-                record.last_token = heard_at
-                record.first_token = record.first_token or heard_at
-            if lines:
-                await writer.write_event(lines)
-        rest = stream.flush()
-        if rest:
-            await writer.write_event(rest)
+        if silence_s > max_silence_s:
+            self._dispatch.failed(f"silent for {max_silence_s:g} s")
+            raise UpstreamStalled(
+                f'node "{self._dispatch.node}" said nothing for {max_silence_s:g} s; try again',
+                retry_after_s=2,
+            )
+        if stream.is_between_events:
+            await writer.write_keepalive()
 
     async def _end_event(self, stream: Relay, writer: EventWriter) -> None:
         """Close an event that the node left open, so that ours is one of its own."""
@@ -357,11 +351,30 @@ class _Forwarding:
         )
 
 
-def _is_event_stream(upstream: aiohttp.ClientResponse) -> bool:
-    return upstream.content_type == "text/event-stream"
+async def is_done_within(task: asyncio.Task[_Result], timeout_s: float) -> bool:
+    """Wait for a task, but not for longer, and without ending it; a lighter `asyncio.wait`."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(timeout_s, wake)
+    task.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        task.remove_done_callback(wake)
+    return task.done()
 
 
-def _retry_after_s(upstream: aiohttp.ClientResponse) -> float | None:
+def _without_type(fields: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [field for field in fields if field[0].lower() != "content-type"]
+
+
+def _retry_after_s(upstream: NodeAnswer) -> float | None:
     """Return the node's own hint; its other form, a date, is left out."""
     value = upstream.headers.get("Retry-After", "")
     return float(value) if value.isdecimal() else None

@@ -15,7 +15,7 @@ from actors.open_requests import OpenRequest, OpenRequests
 from cortexd.log_batch import write_waiting_lines
 from cortexd.messages import RequestFinished, RequestsFinished
 
-_DELAY_S: Final = 0.02
+_DELAY_S: Final = 0.05
 
 
 class Reports:

@@ -12,7 +12,7 @@ from functools import partial
 
 from aiohttp import web
 
-from actors.front.app import build_app
+from actors.front.app import Listener
 from actors.front.connection import Connection
 from actors.front.services import Services
 
@@ -39,14 +39,16 @@ class Server:
 
     async def _serve(self, name: str, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
+        routes = Listener(self._services, name)
         runner = web.AppRunner(
-            build_app(self._services, name),
+            routes.app,
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=_CLEANUP_S,
         )
         await runner.setup()
         assert runner.server is not None, "set up above"
+        routes.shorten(runner.server)
         # Not SockSite: it would make the library's own connections, which have no head deadline.
         protocol = partial(
             Connection,
@@ -71,4 +73,4 @@ class Server:
         for runner in self._runners:
             await runner.cleanup()
         self._runners.clear()
-        await self._services.upstream.close()
+        self._services.upstream.close()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -80,6 +79,11 @@ class Services:
         """Tell whether requests may be handed on."""
         return self.num_neurons > 0
 
+    @property
+    def has_choice(self) -> bool:
+        """Tell whether a request may go to more than one place."""
+        return self.num_neurons + self.serves_here > 1
+
     def new_lease_id(self) -> str:
         """Return an id that no other request of any front has: a client may reuse its own."""
         self._num_leases += 1
@@ -97,14 +101,13 @@ class Services:
         sample = CANCEL_LATENCY.sample(seconds, model=model, node=self.node)
         self.tell_quietly("metrics", Measured([sample]))
 
-    @contextlib.contextmanager
-    def told_of_end(self, end: Callable[[], None]) -> Iterator[None]:
-        """Within the block, `end_all` calls `end`: for what no sequence stands for."""
+    def tell_of_end(self, end: Callable[[], None]) -> None:
+        """Let `end_all` call `end`, until `forget_end`: for what no sequence stands for."""
         self._to_end.add(end)
-        try:
-            yield
-        finally:
-            self._to_end.discard(end)
+
+    def forget_end(self, end: Callable[[], None]) -> None:
+        """Call it no more."""
+        self._to_end.discard(end)
 
     def end_all(self, error: CortexError) -> None:
         """End every request that still runs: their streams get this error as the last event."""
@@ -125,7 +128,7 @@ class Services:
             self.idle.set()
 
 
-SERVICES: web.AppKey[Services] = web.AppKey("services", Services)
+SERVICES: web.RequestKey[Services] = web.RequestKey("services", Services)
 # Only the API listener hands requests on: a neuron serves its own, so that nothing goes in circles.
-FORWARDS: web.AppKey[bool] = web.AppKey("forwards", bool)
+FORWARDS: web.RequestKey[bool] = web.RequestKey("forwards", bool)
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)

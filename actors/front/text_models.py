@@ -40,6 +40,14 @@ class TextModels:
 
     async def get(self, files: ModelFiles) -> TextModel:
         """Return the text model of these files. Raises: what its loader raises."""
+        # Shielded: one client that leaves does not end the load for the others.
+        return await asyncio.shield(self._begin(files))
+
+    def prepare(self, files: ModelFiles) -> None:
+        """Begin to load a text model that somebody will want soon; nobody waits for it."""
+        self._begin(files).add_done_callback(_retrieve)
+
+    def _begin(self, files: ModelFiles) -> asyncio.Task[TextModel]:
         task = self._loading.get(files)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             task = asyncio.create_task(asyncio.to_thread(self._loader, files))
@@ -47,5 +55,10 @@ class TextModels:
         self._loading.move_to_end(files)
         while len(self._loading) > self._max_models:
             self._loading.popitem(last=False)
-        # Shielded: one client that leaves does not end the load for the others.
-        return await asyncio.shield(task)
+        return task
+
+
+def _retrieve(task: asyncio.Task[TextModel]) -> None:
+    """Take a failure for seen: the first request that needs the model tries again, and tells it."""
+    if not task.cancelled():
+        task.exception()

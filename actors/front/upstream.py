@@ -1,13 +1,18 @@
-"""HTTP to the nodes that serve remote models: one client of one front, opened at its first use."""
+"""HTTP to the nodes that serve remote models: requests out, connections kept for the next ones.
+
+One pool of one front. The client is our own because a general one costs a relay more than all the
+rest of a request; what it does is HTTP/1.1 with keep-alive, one request a connection at a time.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import time
 from collections.abc import Mapping
-from typing import Final
-
-import aiohttp
-from multidict import CIMultiDict
+from functools import lru_cache
+from typing import Final, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from actors.front.auth import (
     ACCOUNT_HEADER,
@@ -16,6 +21,7 @@ from actors.front.auth import (
     KEY_ID_HEADER,
     Principal,
 )
+from actors.front.node_connection import NodeAnswer, NodeConnection
 from cortexd.errors import UpstreamUnavailable
 
 _CONNECT_TIMEOUT_S: Final = 2.0
@@ -64,64 +70,135 @@ class ConnectFailed(UpstreamUnavailable):
     code = "upstream_unavailable"
 
 
+class Origin(NamedTuple):
+    """Where a node listens, and how requests are addressed there."""
+
+    host: str
+    port: int
+    is_tls: bool
+    path: str  # what stands before every path
+    host_header: str
+    authorization: str  # from the endpoint's user and password, "" without them
+
+
+@lru_cache
+def origin_of(base_url: str) -> Origin:
+    """Return the origin of an endpoint that has been checked."""
+    url = urlsplit(base_url)
+    is_tls = url.scheme == "https"
+    assert url.hostname is not None, "an endpoint has a host"
+    authorization = ""
+    if url.username is not None:
+        user = f"{unquote(url.username)}:{unquote(url.password or '')}"
+        authorization = "Basic " + base64.b64encode(user.encode()).decode()
+    return Origin(
+        url.hostname,
+        url.port or (443 if is_tls else 80),
+        is_tls,
+        url.path,
+        url.netloc.rpartition("@")[2],
+        authorization,
+    )
+
+
 class Upstream:
     """Post requests to nodes."""
 
     def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
+        self._idle: dict[Origin, list[NodeConnection]] = {}
+        self._sweep_timer: asyncio.TimerHandle | None = None
 
-    async def post(
-        self, node: str, url: str, headers: Mapping[str, str], body: bytes, head_timeout_s: float
-    ) -> aiohttp.ClientResponse:
-        """Return the answer as soon as its head is there; the caller closes it.
+    def __repr__(self) -> str:
+        return f"Upstream({sum(map(len, self._idle.values()))} idle)"
 
-        Raises: ConnectFailed, UpstreamUnavailable. Not a byte was received then.
+    async def send(
+        self, node: str, base_url: str, path: str, fields: list[tuple[str, str]], body: bytes
+    ) -> NodeAnswer:
+        """Return the answer to come to a request that is on its way; the caller closes it.
+
+        Raises: ConnectFailed.
         """
+        origin = origin_of(base_url)
+        connection = self._take(origin) or await self._connect(node, origin)
+        return connection.send(request_bytes(origin, path, fields, body))
+
+    def close(self) -> None:
+        """Close the connections that are idle; the others end with their requests."""
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.abort()
+        self._idle.clear()
+
+    async def _connect(self, node: str, origin: Origin) -> NodeConnection:
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(head_timeout_s):
-                return await self._client().post(
-                    url,
-                    data=body,
-                    headers=headers,
-                    allow_redirects=False,
-                    skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                _, connection = await loop.create_connection(
+                    lambda: NodeConnection(lambda freed: self._keep(origin, freed)),
+                    origin.host,
+                    origin.port,
+                    ssl=origin.is_tls or None,
                 )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise ConnectFailed(
-                f'node "{node}" cannot be reached: {_reason(error)}', retry_after_s=2
-            ) from None
         except TimeoutError:
-            raise UpstreamUnavailable(
-                f'node "{node}" accepted the request and did not answer it within '
-                f"{head_timeout_s:g} s",
-                retry_after_s=2,
-            ) from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamUnavailable(
-                f'node "{node}" ended before it answered: {_reason(error)}', retry_after_s=2
-            ) from None
+            what = f"no connection within {_CONNECT_TIMEOUT_S:g} s"
+        except OSError as error:
+            what = str(error) or type(error).__name__
+        else:
+            return connection
+        raise ConnectFailed(f'node "{node}" cannot be reached: {what}', retry_after_s=2)
 
-    async def close(self) -> None:
-        """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+    def _take(self, origin: Origin) -> NodeConnection | None:
+        """Return the connection that was used last: the node has had the least time to close it."""
+        connections = self._idle.get(origin)
+        while connections:
+            connection = connections.pop()
+            if not connection.is_lost:
+                return connection
+        return None
 
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                # No total time: long answers are not failures.
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_CONNECTION_S),
-                auto_decompress=False,
-                cookie_jar=aiohttp.DummyCookieJar(),
+    def _keep(self, origin: Origin, connection: NodeConnection) -> None:
+        connection.idle_since = time.monotonic()
+        self._idle.setdefault(origin, []).append(connection)
+        if self._sweep_timer is None:
+            self._sweep_timer = asyncio.get_running_loop().call_later(
+                _IDLE_CONNECTION_S, self._sweep
             )
-        return self._session
+
+    def _sweep(self) -> None:
+        """Close what nobody has wanted for long."""
+        self._sweep_timer = None
+        now = time.monotonic()
+        for origin, connections in list(self._idle.items()):
+            del self._idle[origin]
+            for connection in connections:
+                if connection.is_lost:
+                    continue
+                if now - connection.idle_since >= _IDLE_CONNECTION_S:
+                    connection.abort()
+                else:
+                    self._idle.setdefault(origin, []).append(connection)
+        if self._idle:
+            self._sweep_timer = asyncio.get_running_loop().call_later(
+                _IDLE_CONNECTION_S / 3, self._sweep
+            )
+
+
+def request_bytes(origin: Origin, path: str, fields: list[tuple[str, str]], body: bytes) -> bytes:
+    """Return a whole request."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    if origin.authorization and "\nauthorization:" not in f"\n{lines.lower()}":
+        lines += f"Authorization: {origin.authorization}\r\n"
+    return (
+        f"POST {origin.path}{path} HTTP/1.1\r\nHost: {origin.host_header}\r\n"
+        f"{lines}Content-Length: {len(body)}\r\n\r\n"
+    ).encode("utf-8", "surrogateescape") + body
 
 
 def request_headers(
     headers: Mapping[str, str], request_id: str, principal: Principal, own_key: str | None
-) -> CIMultiDict[str]:
+) -> list[tuple[str, str]]:
     """Return the client's headers as they go to a node.
 
     `own_key` is what this gateway shows the node in place of the client's key; None leaves the
@@ -129,28 +206,20 @@ def request_headers(
     """
     sent = _without(headers, _NOT_SENT if own_key is None else _NOT_SENT | CREDENTIAL_HEADERS)
     if own_key:
-        sent["Authorization"] = f"Bearer {own_key}"
+        sent.append(("Authorization", f"Bearer {own_key}"))
     if principal.account:
-        sent[ACCOUNT_HEADER] = principal.account
-        sent[KEY_ID_HEADER] = principal.key_id
-    sent["Accept-Encoding"] = "identity"
-    sent["x-request-id"] = request_id
+        sent += [(ACCOUNT_HEADER, principal.account), (KEY_ID_HEADER, principal.key_id)]
+    sent += [("Accept-Encoding", "identity"), ("x-request-id", request_id)]
     return sent
 
 
-def response_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
+def returned_fields(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return a node's headers as they go to the client."""
     return _without(headers, _NOT_RETURNED)
 
 
-def _without(headers: Mapping[str, str], left_out: frozenset[str]) -> CIMultiDict[str]:
-    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
-    return CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in left_out and name.lower() not in named
-    )
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _without(headers: Mapping[str, str], left_out: frozenset[str]) -> list[tuple[str, str]]:
+    connection = headers.get("Connection")
+    if connection is not None:
+        left_out |= {name.strip().lower() for name in connection.split(",")}
+    return [pair for pair in headers.items() if pair[0].lower() not in left_out]

@@ -83,7 +83,7 @@ async def streams(
                 figures.chunk_delay_s.append((now_ns - int(stamp[1])) / 1e9)
                 end = stamp.end()
             rest = rest[end:]
-            if rest.endswith(b"0\r\n\r\n"):
+            if rest.endswith(b"\r\n0\r\n\r\n"):  # a head may end in a nought as well
                 break
         figures.num_broken += num_seen != num_chunks
         writer.close()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.gateway.mock import MODEL
+from bench.servers import free_port, wait_until
 
 _START_TIMEOUT_S: Final = 120.0
 _STOP_TIMEOUT_S: Final = 30.0
@@ -76,13 +75,6 @@ class Target:
     port: int
     pid: int
     speaks_anthropic: bool = False
-
-
-def free_port() -> int:
-    """Return a port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -146,14 +138,14 @@ def _running(command: list[str], port: int, ready_path: str = "/v1/models") -> I
     """Run a server, from when it answers until the block ends."""
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "0"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+
+    def is_ready() -> bool:
+        if process.poll() is not None:
+            raise RuntimeError(f"{command[0]} ended with {process.returncode}")
+        return _answers(f"http://127.0.0.1:{port}{ready_path}")
+
     try:
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while not _answers(f"http://127.0.0.1:{port}{ready_path}"):
-            if process.poll() is not None:
-                raise RuntimeError(f"{command[0]} ended with {process.returncode}")
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"{command[0]} did not answer within {_START_TIMEOUT_S} s")
-            time.sleep(0.1)
+        wait_until(is_ready, command[0], timeout_s=_START_TIMEOUT_S, period_s=0.1)
         yield process.pid
     finally:
         process.terminate()

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import signal
-import tempfile
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from actors.actor import ActorContext, AsyncActor
-from actors.root import run_root
+from actors.private_tree import NO_MODEL, run_private_tree
 from actors.spec import ChildSpec
 from bench.rpc.ranks import RpcCost, RpcTask, StepTask
 from cortexd.messages import GroupDown, GroupUp, StartGroup
-from cortexd.models import LoadOptions, ModelFiles, ModelSpec, RankArgs, RopeSpec
-from cortexd.settings import Engine, Logging, Paths, Settings
+from cortexd.models import LoadOptions, ModelFiles, RankArgs
+from cortexd.settings import Engine, Settings
 from engine.preflight import inspect
 
 _START_TIMEOUT_S = 60.0
 _ASK_DEADLINE_S = 10.0
-_NO_MODEL = ModelSpec(
-    model_type="none",
-    architecture="none",
-    vocab_size=1,
-    hidden_size=1,
-    intermediate_size=1,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=1,
-    rope=RopeSpec(),
-)
 Result = TypeVar("Result")
 
 
@@ -76,7 +59,7 @@ def measure_rpc(
     options = LoadOptions(model_id=task, tensor_parallel=world_size)
     files = ModelFiles(model_id=task, source="path", revision="", format="safetensors", weights=())
     targets = ("bench.rpc.ranks:RpcLeader", "bench.rpc.ranks:RpcWorker")
-    words = _run_group(RankArgs(options, files, _NO_MODEL), world_size, targets, Engine())
+    words = _run_group(RankArgs(options, files, NO_MODEL), world_size, targets, Engine())
     return _result(path, list[RpcCost], words)
 
 
@@ -105,19 +88,8 @@ def _run_group(args: RankArgs, world_size: int, targets: tuple[str, str], engine
     packed = msgspec.msgpack.encode(args)
     order = StartGroup("bench", leader, packed, world_size, _START_TIMEOUT_S, worker)
     starter = msgspec.msgpack.encode(StarterArgs(os.getpid(), order))
-    with tempfile.TemporaryDirectory(prefix="cx-") as folder:
-        settings = msgspec.structs.replace(
-            Settings(),
-            engine=engine,
-            paths=Paths(runtime_dir=f"{folder}/run", state_dir=f"{folder}/state"),
-            logging=Logging(level="error"),
-            default_models=[],
-        )
-        child = ChildSpec(name="starter", target="bench.rpc.tree:Starter", args=starter)
-        # The ranks end by themselves, which is an error in a daemon and here the aim.
-        with contextlib.redirect_stderr(io.StringIO()) as words:
-            run_root(settings, [child], {}, on_ready=lambda: None)
-        return words.getvalue()
+    child = ChildSpec(name="starter", target="bench.rpc.tree:Starter", args=starter)
+    return run_private_tree(Settings(engine=engine), child)
 
 
 def _result(path: Path, kind: type[Result], words: str) -> Result:

@@ -38,6 +38,7 @@ from cortexd.messages.fleet import (
     HeldLease,
     HeldLeases,
     HostReport,
+    LeaseReport,
     ListModels,
     LoadModel,
     LoadProgress,
@@ -47,6 +48,7 @@ from cortexd.messages.fleet import (
     ProposeEviction,
     QueryHost,
     QueryLoad,
+    ReadText,
     RecycleModel,
     RequestFinished,
     RequestsFinished,
@@ -124,6 +126,7 @@ Body = (
     | HeldLeases
     | EvictionProposal
     | HostReport
+    | LeaseReport
     | ListModels
     | LoadModel
     | LoadProgress
@@ -136,12 +139,15 @@ Body = (
     | ResolveFiles
     | ResolvedFiles
     | ResolveProgress
+    | ReadText
     | RecycleModel
     | RequestsFinished
     | Route
     | Routed
+    | SleepModel
     | UnloadIdle
     | UnloadModelNow
+    | WakeModel
     | CatalogueChanged
     | ReloadFiles
     | Cancel
@@ -177,6 +183,7 @@ __all__ = [
     "Hello",
     "HostReport",
     "KeysChanged",
+    "LeaseReport",
     "ListModels",
     "LoadModel",
     "LoadOnNode",
@@ -199,6 +206,7 @@ __all__ = [
     "QueryLoad",
     "QueryLoading",
     "QueryNode",
+    "ReadText",
     "Ready",
     "RecycleModel",
     "ReloadFiles",

@@ -58,18 +58,29 @@ class EndRequest(Message, frozen=True, tag="EndRequest"):
 
 
 class HeldLease(msgspec.Struct, frozen=True, array_like=True):
-    """One request that runs: on which model, at which node ("": this host), for whom."""
+    """One request that runs: on which model, at which node ("": this host), for whom.
+
+    `prefix`: as of `Place`, in a `LeaseReport`.
+    """
 
     request_id: str
     model_id: str
     node: str = ""
     account: str = ""
+    prefix: list[int] = []
 
 
 class HeldLeases(Message, frozen=True, tag="HeldLeases"):
     """Front → a router that was restarted: what this front has running."""
 
     leases: list[HeldLease]
+
+
+class LeaseReport(Message, frozen=True, tag="LeaseReport"):
+    """Front → router: what it has begun without asking, as it may, and what has ended since."""
+
+    begun: list[HeldLease]
+    ended: list[EndRequest]
 
 
 class ListModels(Message, frozen=True, tag="ListModels"):
@@ -112,11 +123,18 @@ class DescribeModel(Message, frozen=True, tag="DescribeModel"):
 
 
 class SleepModel(Message, frozen=True, tag="SleepModel"):
-    """Front → leader: move the weights to host memory. Answer `Ok` when the device is free."""
+    """Front → router → leader: move the weights to host memory. Answer `Ok`: the device is free.
+
+    A leader has one model; to it the id says nothing.
+    """
+
+    model_id: str
 
 
 class WakeModel(Message, frozen=True, tag="WakeModel"):
-    """Front → leader: move the weights back. Answer `Ok`."""
+    """Front → router → leader: move the weights back. Answer `Ok`."""
+
+    model_id: str
 
 
 class ModelLoaded(Message, frozen=True, tag="ModelLoaded"):
@@ -131,6 +149,8 @@ class ModelLoaded(Message, frozen=True, tag="ModelLoaded"):
     dtype: str
     backend: str
     load_s: float
+    sleep_bytes: int = 0  # of host memory that its weights take asleep; 0: it cannot sleep
+    is_asleep: bool = False
 
 
 class LoadProgress(Message, frozen=True, tag="LoadProgress"):
@@ -139,6 +159,12 @@ class LoadProgress(Message, frozen=True, tag="LoadProgress"):
     model_id: str
     fraction: float
     stage: str
+
+
+class ReadText(Message, frozen=True, tag="ReadText"):
+    """Router → fronts: a model of these files is loading; its tokenizer will be wanted soon."""
+
+    files: ModelFiles
 
 
 class ResolveFiles(Message, frozen=True, tag="ResolveFiles"):
@@ -223,6 +249,7 @@ class HostReport(Message, frozen=True, tag="HostReport"):
     devices: list[DeviceReport]
     loads: list[LoadReport]
     age_s: float = 0.0
+    host_free_bytes: int | None = None  # of memory that processes may still take
 
 
 class ProposeEviction(Message, frozen=True, tag="ProposeEviction"):
@@ -233,20 +260,30 @@ class ProposeEviction(Message, frozen=True, tag="ProposeEviction"):
     free_bytes: int
     models: list[ModelStatus]
     priority: int = 100  # the residency class of `incoming`
+    host_free_bytes: int | None = None
 
 
 class EvictionProposal(Message, frozen=True, tag="EvictionProposal"):
-    """Evictor → router: models to unload, first victim first. The router decides."""
+    """Evictor → router: models to unload, first victim first. The router decides.
+
+    Those of them that are in `sleepers` too are to sleep instead.
+    """
 
     victims: list[str]
     reason: str
+    sleepers: list[str] = []
 
 
 class UnloadIdle(Message, frozen=True, tag="UnloadIdle"):
-    """Evictor → router: this model has been idle past its time-to-live."""
+    """Evictor → router: this model has been idle past its time-to-live, or asleep for too long.
+
+    `may_sleep`: the host has room for its weights, so that it need not be unloaded.
+    """
 
     model_id: str
     idle_s: float
+    reason: str = "idle"
+    may_sleep: bool = False
 
 
 class RecycleModel(Message, frozen=True, tag="RecycleModel"):

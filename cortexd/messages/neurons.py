@@ -112,7 +112,11 @@ class RoutedHere(Message, frozen=True, tag="RoutedHere"):
 
 
 class RoutedRemote(Message, frozen=True, tag="RoutedRemote"):
-    """A remote neuron serves it; `sequence` is the poll that the choice rests on."""
+    """A remote neuron serves it; `sequence` is the poll that the choice rests on.
+
+    Until `open_until` (monotonic seconds, 0: not at all) the front that asked may send it more
+    requests for the model without asking, and tells of them in a `LeaseReport`.
+    """
 
     node: str
     kind: NeuronKind
@@ -120,6 +124,7 @@ class RoutedRemote(Message, frozen=True, tag="RoutedRemote"):
     model_id: str
     sequence: int
     cold_start: bool = False
+    open_until: float = 0.0
 
 
 class NodeFailed(Message, frozen=True, tag="NodeFailed"):

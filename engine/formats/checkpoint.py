@@ -112,6 +112,22 @@ class Checkpoint:
             stack.pop_all()
         return checkpoint
 
+    @classmethod
+    def of_gguf(cls, model: GGUFModel) -> Checkpoint:
+        """Take over an open model, which is closed with it. Raises BadModelFile."""
+        tensors = {
+            t.name: CheckpointTensor(
+                t.name,
+                t.shape,
+                t.ggml_type.name,
+                _runnable(t.ggml_type),
+                t.num_bytes,
+                model.owners[t.name],
+            )
+            for t in model.tensors.values()
+        }
+        return cls("gguf", list(model.parts), tensors, gguf_names(model.architecture))
+
     @property
     def path(self) -> str:
         """The file to name when the fault is not one file's: the only one, or the directory."""
@@ -145,18 +161,7 @@ class Checkpoint:
 def _open_gguf(files: ModelFiles, stack: contextlib.ExitStack) -> Checkpoint:
     model = GGUFModel.open(files.weights)
     stack.callback(model.close)
-    tensors = {
-        t.name: CheckpointTensor(
-            t.name,
-            t.shape,
-            t.ggml_type.name,
-            _runnable(t.ggml_type),
-            t.num_bytes,
-            model.owners[t.name],
-        )
-        for t in model.tensors.values()
-    }
-    return Checkpoint("gguf", list(model.parts), tensors, gguf_names(model.architecture))
+    return Checkpoint.of_gguf(model)
 
 
 def _runnable(ggml_type: GGMLType) -> GGMLType | None:

@@ -70,5 +70,5 @@ def tied_embedding(
 
     `head` is the same matrix, or the same quantised.
     """
-    packed = pack_native(head, None, dtype, backend)
+    packed = pack_native([head], None, dtype, backend)
     return None if packed is None else Embedding(weight, dtype=dtype, native_head=packed)

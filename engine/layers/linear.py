@@ -82,19 +82,20 @@ class NativeProduct:
 
 
 def pack_native(
-    weight: Weight, bias: Tensor | None, dtype: torch.dtype, backend: Backend
+    weights: Sequence[Weight], bias: Tensor | None, dtype: torch.dtype, backend: Backend
 ) -> NativeProduct | None:
-    """Return the weight packed for the native CPU kernels; None when they do not apply.
+    """Return weights of one stored type and width, on top of each other, packed as one matrix.
 
-    Dense weights are packed as they are stored, for float32 computing only.
+    None when the native CPU kernels do not apply. Dense weights are packed as they are stored, for
+    float32 computing only.
     """
-    is_wanted = backend in ("auto", "exact") and weight.device.type == "cpu"
+    is_wanted = backend in ("auto", "exact") and weights[0].device.type == "cpu"
     if not is_wanted or not native.available():
         return None
-    if isinstance(weight, Tensor) and dtype != torch.float32:
+    if isinstance(weights[0], Tensor) and dtype != torch.float32:
         return None
     float_bias = None if bias is None else bias.float()
-    packed = native.pack(weight, float_bias, is_exact=backend == "exact")
+    packed = native.pack(weights, float_bias, is_exact=backend == "exact")
     return None if packed is None else NativeProduct(packed)
 
 
@@ -167,7 +168,7 @@ class Linear:
 
 
 def _product(weight: Weight, bias: Tensor | None, dtype: torch.dtype, backend: Backend) -> Product:
-    packed = pack_native(weight, bias, dtype, backend)
+    packed = pack_native([weight], bias, dtype, backend)
     if packed is not None:
         return packed
     if isinstance(weight, QuantizedTensor):

@@ -31,6 +31,8 @@ class Attention(Protocol):
 class SelfAttention:
     """Projections, optional head norms, rotation, cache write, attention."""
 
+    is_gated = False  # whether `qkv` yields output gates behind the heads
+
     def __init__(
         self,
         spec: ModelSpec,

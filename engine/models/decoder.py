@@ -98,7 +98,8 @@ class Decoder:
             return self.native_layers.forward(batch, cache)
         hidden = self.embedding(batch.token_ids)
         if self._native is not None:
-            return self._native.step(hidden, batch, cache.blocks)
+            states = None if cache.states is None else cache.states.tensors
+            return self._native.step(hidden, batch, cache.blocks, states)
         tables = self.rope.tables(batch.positions)
         for layer in self.layers:
             layer(hidden, batch, cache, tables)

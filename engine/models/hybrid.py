@@ -30,6 +30,8 @@ class GatedSelfAttention(SelfAttention):
     `qkv` yields Q heads, K heads, V heads, then the gates.
     """
 
+    is_gated = True
+
     def __call__(
         self, hidden: Tensor, batch: StepBatch, cache: KVCache, tables: RotaryTables
     ) -> Tensor:

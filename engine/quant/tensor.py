@@ -16,7 +16,7 @@ from engine.quant.dequantize import dequantize_blocks
 class QuantizedTensor:
     """A matrix (num_rows, num_columns) of type `ggml_type`.
 
-    `packed` is uint8 (num_rows, row_bytes), contiguous, in file order.
+    `packed` is uint8 (num_rows, row_bytes), each row contiguous, in file order.
     """
 
     __slots__ = ("ggml_type", "packed", "shape")
@@ -52,11 +52,6 @@ class QuantizedTensor:
     def clone(self) -> QuantizedTensor:
         """Return a copy that owns its bytes."""
         return QuantizedTensor(self.ggml_type, self.shape, self.packed.clone())
-
-    def row_slice(self, begin: int, end: int) -> QuantizedTensor:
-        """Return rows `begin` to `end` as a view."""
-        packed = self.packed[begin:end]
-        return QuantizedTensor(self.ggml_type, (packed.shape[0], self.shape[1]), packed)
 
     def dequantize(self, dtype: torch.dtype, rows: Tensor | slice | None = None) -> Tensor:
         """Return (num_selected, num_columns) in `dtype`; `rows` are int64 ids or a slice."""

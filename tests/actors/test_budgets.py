@@ -36,6 +36,7 @@ from cortexd.messages import (
 from cortexd.messages.control import ActorInfo, Message
 from cortexd.settings import Paths, Settings
 from tests.actors.test_router import envelope
+from tests.waiting import DEADLINE_S
 
 KEY = Key(key_id="k", key_sha256=key_digest("k"), account_id="team", hard_cap=100)
 
@@ -116,7 +117,7 @@ class Life:
 
 
 async def _within(test: Awaitable[None]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         await test
 
 

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from actors.actor import ActorContext
-from actors.router import Router, RouterArgs
+from actors.router import Router
+from actors.router_args import RouterArgs
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import (
     BadModelFile,
@@ -30,6 +31,8 @@ from cortexd.errors import (
 from cortexd.messages import (
     ActorDown,
     EndRequest,
+    HeldLease,
+    LeaseReport,
     LoadOnNode,
     NeuronReport,
     NodeFailed,
@@ -279,6 +282,33 @@ def test_first_request_of_a_new_gateway_waits_for_the_first_polls(tmp_path: Path
     run(work)
 
 
+def test_first_polls_of_a_busy_machine_are_waited_for_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The poller starts when it gets a turn, and a poll may take its whole time."""
+
+    class Later:
+        """Five seconds after the router's start."""
+
+        monotonic_ns = time.monotonic_ns
+
+        @staticmethod
+        def monotonic() -> float:
+            return time.monotonic() + 5.0
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        monkeypatch.setattr("actors.fleet.time", Later)
+        waiting = asyncio.create_task(placed(router))
+        await asyncio.sleep(0)
+        see_all(router, b={MODEL: "loaded"})
+        answer = await waiting
+        assert isinstance(answer, RoutedRemote)
+        assert answer.node == "b"
+
+    run(work)
+
+
 def test_request_that_ends_while_it_waits_holds_nothing(tmp_path: Path) -> None:
     """A client that leaves during a load frees its place; the load goes on."""
 
@@ -462,11 +492,56 @@ def test_draining_node_gets_nothing_new(tmp_path: Path) -> None:
 
     async def work() -> None:
         router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router)
         report(router, "a", {MODEL: "loaded"}, is_draining=True)
         report(router, "b", {MODEL: "loaded"})
         assert {await node_of(router, f"r{n}") for n in range(3)} == {"b"}
         report(router, "b", {MODEL: "loaded"}, is_draining=True)
         with pytest.raises(NoHealthyNode):
             await placed(router, "r9")
+
+    run(work)
+
+
+def test_node_without_choice_or_seats_is_open_to_the_front(tmp_path: Path) -> None:
+    """Only an external server that alone has the model, as long as it does not fail."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, x={MODEL: "loaded"})
+        first = await placed(router, "r1")
+        assert isinstance(first, RoutedRemote)
+        assert first.open_until > time.monotonic()
+        see_all(router, x={MODEL: "loaded"}, a={MODEL: "unloaded"})
+        second = await placed(router, "r2")
+        assert isinstance(second, RoutedRemote)
+        assert (second.node, second.open_until) == ("x", 0.0)
+        see_all(router, a={MODEL: "loaded"})
+        third = await placed(router, "r3")
+        assert isinstance(third, RoutedRemote)
+        assert (third.node, third.open_until) == ("a", 0.0)
+
+    run(work)
+
+
+def test_requests_begun_at_an_open_node_count_there(tmp_path: Path) -> None:
+    """They are leases as any other; a failure after them counts from one again."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, x={MODEL: "loaded"})
+        begun = [HeldLease(f"r{number}", MODEL, "x", "acc", [1]) for number in range(3)]
+        router.on_lease_report(LeaseReport(begun, []), envelope())
+        assert {request for _, request, _ in router.fleet.leases()} == {"r0", "r1", "r2"}
+        failed = NodeFailed("x", "HTTP 500", "f", is_refusing=False)
+        for _ in range(2):
+            router.on_node_failed(failed, envelope())
+        ended = [EndRequest("r0", is_answered=True), EndRequest("r1")]
+        router.on_lease_report(LeaseReport([], ended), envelope())
+        router.on_node_failed(failed, envelope())
+        assert await node_of(router, "r4") == "x", "the answer in between broke the row"
+        front = envelope().src
+        router.on_actor_down(ActorDown(1, front.name, front.incarnation, "", 0, "killed"))
+        assert list(router.fleet.leases()) == []
 
     run(work)

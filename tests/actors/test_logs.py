@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from actors.log_file import RotatingFile
 from actors.logs import RING_LINES, LineSplitter, LogHub, RateLimit, json_line
 from cortexd.settings import Logging
+from tests.waiting import DEADLINE_S
 
 
 @given(st.binary(max_size=400), st.integers(1, 40))
@@ -127,7 +128,7 @@ def _run_hub(tmp_path: Path, count: int) -> tuple[LogHub, list[bytes], list[byte
         pipe.pid = 7
         os.write(write_fd, b"\n".join(b"%d" % number for number in range(count)))
         os.close(write_fd)
-        await asyncio.wait_for(complete.wait(), timeout=5.0)
+        await asyncio.wait_for(complete.wait(), timeout=DEADLINE_S)
         hub.add("b", b'{"event":"last"}')
         hub.close()
         return hub

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.metric_registry import MetricRegistry
-from actors.metrics import request_samples
+from actors.request_counts import RequestCounts
 from cortexd import metrics
 from cortexd.messages import RequestFinished
 
@@ -51,8 +51,8 @@ def test_every_family_is_exported_under_its_own_name() -> None:
 def test_request_is_counted_with_all_it_did() -> None:
     """One record moves every family that concerns it."""
     registry = MetricRegistry()
-    registry.add(request_samples(finished(wait_s=0.2, num_retries=1, num_comments=3)))
-    registry.add(request_samples(finished(error_code="queue_full", completion_tokens=0)))
+    RequestCounts(registry).add(finished(wait_s=0.2, num_retries=1, num_comments=3))
+    RequestCounts(registry).add(finished(error_code="queue_full", completion_tokens=0))
     found = exported(registry)
     assert found["cortex_requests_total"] == {("m", "n"): 2}
     assert found["cortex_request_errors_total"] == {("queue_full", "m", "n"): 1}
@@ -67,7 +67,7 @@ def test_request_is_counted_with_all_it_did() -> None:
 def test_wait_for_a_load_is_no_queue_wait() -> None:
     """Cold starts have their own counter; they would drown the queue's figures."""
     registry = MetricRegistry()
-    registry.add(request_samples(finished(wait_s=60.0, cold_start=True)))
+    RequestCounts(registry).add(finished(wait_s=60.0, cold_start=True))
     found = exported(registry)
     assert "cortex_queue_wait_seconds_sum" not in found
     assert found["cortex_cold_starts_total"] == {("m", "n"): 1}

@@ -20,6 +20,7 @@ from cortexd.messages import ActorUp, AdminCommand, CatalogueChanged, ReloadFile
 from cortexd.messages.control import ActorInfo, Message
 from cortexd.settings import Settings
 from tests.actors.test_router import envelope
+from tests.waiting import DEADLINE_S
 
 GOOD = '[[models]]\nid = "org/a"\n'
 
@@ -135,7 +136,7 @@ def test_changed_file_is_noticed_without_being_asked(
         other = tmp_path / "new"
         other.write_text(GOOD.replace("/a", "/b"))
         os.replace(other, path)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             await peers.has_told.wait()
         assert peers.catalogues("router")[-1] == ["org/b"]
         await reloader.on_stop()

@@ -11,6 +11,7 @@ import pytest
 from actors.seat_queue import SeatQueue
 from cortexd.errors import DeadlineExceeded
 from cortexd.messages import Place
+from tests.waiting import DEADLINE_S
 
 MODEL = "org/m"
 
@@ -27,7 +28,9 @@ def serve(queue: SeatQueue[Place, str], *free: str) -> list[str]:
     return [seat for seat in free if seat not in left]
 
 
-def waiting(queue: SeatQueue[Place, str], request: str, wait_s: float = 5.0) -> asyncio.Task[str]:
+def waiting(
+    queue: SeatQueue[Place, str], request: str, wait_s: float = DEADLINE_S
+) -> asyncio.Task[str]:
     """Let a request wait."""
     message = Place(MODEL, request, True)
     return asyncio.create_task(queue.wait(MODEL, message, "f", time.monotonic() + wait_s))

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from actors.step_watchdog import StepWatchdog
+from tests.waiting import DEADLINE_S
 
 
 def test_step_over_its_deadline_ends_the_process() -> None:
@@ -22,7 +23,7 @@ def test_step_over_its_deadline_ends_the_process() -> None:
 
     watchdog._exit = end
     with watchdog:
-        assert ended.wait(10)
+        assert ended.wait(DEADLINE_S)
     assert codes[0] == 70
 
 

@@ -18,6 +18,7 @@ from actors.transport.sockets import Inbox, Outbox, Transport, inbox_endpoint
 from cortexd.errors import ConfigError, MailboxFull, NotRunning, RequestTooLarge
 from cortexd.messages import AdminReply, Ping
 from cortexd.messages.envelope import Address, Header
+from tests.waiting import DEADLINE_S
 
 OWN = Address("own", 1)
 PEER = Address("peer", 1)
@@ -49,7 +50,7 @@ def test_outbox_to_inbox_keeps_the_order(transport: Transport, folder: Path) -> 
         outbox.send(PEER, _frames(number))
     inbox = Inbox(transport, inbox_endpoint(folder, PEER))
     received: list[int] = []
-    deadline_s = time.monotonic() + 5.0
+    deadline_s = time.monotonic() + DEADLINE_S
     while len(received) < 100 and time.monotonic() < deadline_s:
         frames = inbox.receive()
         if frames is not None:
@@ -107,4 +108,4 @@ def test_admin_channel_to_a_dead_socket_is_not_running(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind(str(path))
     with pytest.raises(NotRunning, match="cortexd start"):
-        AdminChannel(path, timeout_s=1.0)
+        AdminChannel(path, timeout_s=DEADLINE_S)

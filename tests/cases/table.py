@@ -169,7 +169,11 @@ _ROWS: Final = (
         "removed from the queue, counted",
         Refusal(503, "api_error", "queue_timeout", retry=True),
         _A529,
-        (f"{_FLEET}::test_wait_for_a_seat_has_an_end",),
+        (
+            f"{_FLEET}::test_wait_for_a_seat_has_an_end",
+            "tests/engine/test_admission.py::"
+            "test_who_waits_for_memory_too_long_is_told_what_it_lacks",
+        ),
     ),
     Case(
         21,

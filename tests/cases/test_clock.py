@@ -12,6 +12,8 @@ _ALLOWED = {
     "actors/budgets.py",  # windows of the ledger file; within a run from a monotonic base
     "actors/events.py",
     "actors/front/inference.py",  # `created` of an answer
+    "actors/front/written.py",  # the Date header
+    "cortexd/log.py",  # when a line was written
     "actors/front/services.py",  # `created` of a relayed answer
     "actors/logs.py",
     "actors/managed_model.py",  # `loaded_at` as it is shown

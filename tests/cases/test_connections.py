@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from actors.front import body as body_module
-from actors.front import stream as stream_module
+from actors.front import written
 from actors.front.connection import Connection
 from cortexd.messages import Cancel, EndRequest, Place, Route
 from tests.actors.front.test_proxy import MODEL as REMOTE
@@ -126,6 +126,7 @@ async def test_head_that_never_ends_is_cut_off(dialect: DialectName) -> None:
             assert status == 408
             check_document(CASES[12].refusal(dialect), dialect, document)
             assert front.fleet.all_sent(Route) == []
+            patch.undo()  # which a good head on a busy machine might not meet either
             assert (await front.chat())[0] == 200
 
 
@@ -169,7 +170,7 @@ async def test_slow_body_is_cut_off(dialect: DialectName, is_idle: bool) -> None
 async def test_client_that_reads_nothing_is_dropped(dialect: DialectName) -> None:
     """An engine's stream: cancelled there, and told as what it was."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_module, "WRITE_TIMEOUT_S", 0.1)
+        patch.setattr(written, "WRITE_TIMEOUT_S", 0.1)
         async with served_front(send_buffer_bytes=4096) as front:
             front.fleet.context = 10_000
             front.fleet.reply = b"x" * 5000
@@ -201,7 +202,7 @@ async def test_node_is_held_back_by_a_client_that_reads_nothing(dialect: Dialect
         return response
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_module, "WRITE_TIMEOUT_S", 0.3)
+        patch.setattr(written, "WRITE_TIMEOUT_S", 0.3)
         async with (
             upstream(handler) as url,
             served_front(neurons=NEURONS, send_buffer_bytes=4096) as front,

@@ -19,8 +19,9 @@ import pytest
 
 from tests.cases.case import DIALECTS, PATHS, DialectName, check_answer, check_document
 from tests.cases.table import CASES
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
 from tests.tree.scripted_neuron import ScriptedNeuron
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -37,8 +38,7 @@ class Site:
 
     def node(self) -> dict[str, Any]:
         """Return the gateway's view of the neuron."""
-        (node,) = self.gateway.admin("status")["nodes"]
-        return dict(node)
+        return self.gateway.nodes()["one"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         ) as gateway,
     ):
         site = Site(gateway, neuron)
-        wait_for(lambda: site.node()["is_healthy"], 15, "seeing the neuron")
+        wait_for(lambda: gateway.has_healthy("one"), "seeing the neuron")
         yield site
 
 
@@ -86,7 +86,7 @@ def ask(
     gateway: Daemon, dialect: DialectName, model: str = MODEL, **fields: object
 ) -> tuple[int, Any, http.client.HTTPMessage]:
     """Ask; return status, document and headers."""
-    connection = http.client.HTTPConnection("127.0.0.1", gateway.api_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.api_port, timeout=DEADLINE_S)
     try:
         connection.request("POST", PATHS[dialect], body(model, **fields))
         response = connection.getresponse()
@@ -118,22 +118,26 @@ def test_model_is_refused(site: Site, number: int, model: str, dialect: DialectN
 )
 def test_request_is_queued_past_its_deadline(site: Site, dialect: DialectName) -> None:
     """It leaves the queue, and what holds the seat is not disturbed."""
-    site.neuron.seats, site.neuron.answer_s = 1, 2.0
-    wait_for(lambda: site.node()["models"][0]["max_in_flight"] == 1, 10, "learning the seats")
+    site.neuron.seats = 1
+    wait_for(lambda: site.node()["models"][0]["max_in_flight"] == 1, "learning the seats")
+    site.neuron.hold()
     before = site.neuron.num_chats
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, site.gateway, dialect)
-        wait_for(lambda: site.neuron.num_chats == before + 1, 10, "the first request's start")
-        check_answer(CASES[20], dialect, *ask(site.gateway, dialect))
+        wait_for(lambda: site.neuron.num_chats == before + 1, "the first request's start")
+        try:
+            check_answer(CASES[20], dialect, *ask(site.gateway, dialect))
+        finally:
+            site.neuron.release()
         assert first.result()[0] == 200
-    site.neuron.seats, site.neuron.answer_s = 0, 0.0
+    site.neuron.seats = 0
     assert site.neuron.num_chats == before + 1
 
 
 def test_case_54_exhausted_descriptors_are_survived(site: Site) -> None:
     """Who is connected is served on; connections beyond are shed; later all is as before."""
     front = psutil.Process(int(site.gateway.actors()["front.0"]["pid"]))
-    kept = http.client.HTTPConnection("127.0.0.1", site.gateway.api_port, timeout=30)
+    kept = http.client.HTTPConnection("127.0.0.1", site.gateway.api_port, timeout=DEADLINE_S)
     kept.request("GET", "/livez")
     kept.getresponse().read()
     before = front.rlimit(resource.RLIMIT_NOFILE)
@@ -141,14 +145,14 @@ def test_case_54_exhausted_descriptors_are_survived(site: Site) -> None:
     front.rlimit(resource.RLIMIT_NOFILE, (room, before[1]))
     storm = [socket.create_connection(("127.0.0.1", site.gateway.api_port)) for _ in range(40)]
     try:
-        wait_for(lambda: front.num_fds() >= room - 1, 10, "running out of descriptors")
+        wait_for(lambda: front.num_fds() >= room - 1, "running out of descriptors")
         kept.request("GET", "/livez")
         assert kept.getresponse().read()
     finally:
         for connection in storm:
             connection.close()
         kept.close()
-    wait_for(lambda: front.num_fds() < room - 4, 10, "giving the descriptors back")
+    wait_for(lambda: front.num_fds() < room - 4, "giving the descriptors back")
     front.rlimit(resource.RLIMIT_NOFILE, before)
     assert ask(site.gateway, "openai")[0] == 200
     assert int(site.gateway.actors()["front.0"]["pid"]) == front.pid
@@ -196,10 +200,12 @@ def test_case_53_shutdown_tells_open_streams(tmp_path: Path) -> None:
     }
     try:
         with Daemon(tmp_path, "--role", "gateway", **settings) as gateway:
-            wait_for(lambda: gateway.admin("status")["nodes"][0]["is_healthy"], 15, "its node")
+            wait_for(lambda: gateway.has_healthy("one"), "its node")
             streams: dict[DialectName, http.client.HTTPResponse] = {}
             for dialect in DIALECTS:
-                connection = http.client.HTTPConnection("127.0.0.1", gateway.api_port, timeout=30)
+                connection = http.client.HTTPConnection(
+                    "127.0.0.1", gateway.api_port, timeout=DEADLINE_S
+                )
                 connection.request("POST", PATHS[dialect], body(MODEL, stream=True))
                 streams[dialect] = connection.getresponse()
                 while b'"x"' not in streams[dialect].readline():
@@ -209,6 +215,6 @@ def test_case_53_shutdown_tells_open_streams(tmp_path: Path) -> None:
             for dialect, response in streams.items():
                 last = response.read().rstrip(b"\n").rpartition(b"data: ")[2]
                 check_document(CASES[53].refusal(dialect), dialect, json.loads(last))
-            assert gateway.process.wait(30) == 0
+            assert gateway.process.wait(DEADLINE_S) == 0
     finally:
         node.close()

@@ -67,3 +67,21 @@ async def test_refusal_is_told(number: int, dialect: DialectName, role: str) -> 
             if number == 23 and dialect == "openai":
                 assert (document["error"]["progress"], document["error"]["eta_s"]) == (0.4, 17.0)
         assert front.fleet.submits == []
+
+
+@pytest.mark.parametrize("dialect", [pytest.param(each, id=f"case20-{each}") for each in DIALECTS])
+@async_test
+async def test_wait_in_the_engine_is_told(dialect: DialectName) -> None:
+    """A request that finds no KV memory in time: 503 and hint, with the figures of the engine."""
+    text = "it needs 5000 bytes of KV memory, 3000 of 10000 are free; send a shorter prompt"
+    figures = {"needed_bytes": 5000, "available_bytes": 3000, "limit_bytes": 10000}
+    async with served_front() as front:
+        front.fleet.delta_error = QueueTimeout(text, retry_after_s=5.0, **figures)
+        for stream in (False, True):
+            body = chat_body(max_tokens=4, stream=stream)
+            status, document, headers = await front.post(PATHS[dialect], body)
+            check_answer(CASES[20], dialect, status, document, headers)
+            assert document["error"]["message"] == text
+            assert headers["Retry-After"] == "5"
+            if dialect == "openai":
+                assert figures.items() <= document["error"].items()

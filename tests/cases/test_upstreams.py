@@ -240,7 +240,7 @@ async def test_node_that_stalls_in_mid_stream_is_given_up(way: Way) -> None:
             closed.set()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proxy, "_MAX_SILENCE_S", {"cortex": 0.1, "openai": 0.1})
+        patch.setattr(proxy, "_MAX_SILENCE_S", {"cortex": 0.5, "openai": 0.5})
         async with gateway(way, streaming(write)) as front:
             _, data, _ = await ask(front, way, stream=True)
             check_document(CASES[34].refusal(way.dialect), way.dialect, last_error(way, data))

@@ -21,8 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
 from tests.tree.tiny_model import make_tiny_model
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.chaos
 
@@ -118,7 +119,7 @@ def test_random_kills_leave_no_hang_no_mix_no_leftover(tmp_path: Path) -> None:
         assert traffic.outcomes["ConnectionRefusedError"] == 0, "the root holds the listener"
         assert traffic.outcomes["text"] > 0
         assert [traffic._ask(number) for number in range(NUM_PROMPTS)] == traffic.expected
-        wait_for(lambda: root.num_fds() <= num_fds + 2, 10, "the root's descriptors closing")
+        wait_for(lambda: root.num_fds() <= num_fds + 2, "the root's descriptors closing")
         assert root.num_threads() <= num_threads
         assert len(daemon.actors()) == len(LIGHT_ACTORS) + 1
 
@@ -130,9 +131,9 @@ def _kill_and_wait(daemon: Daemon, victim: str) -> None:
         actor = daemon.actors().get(victim)
         return int(actor["pid"]) if actor and actor["state"] == "ready" else 0
 
-    pid = wait_for(ready_pid, 60, f"{victim} being ready")
+    pid = wait_for(ready_pid, f"{victim} being ready")
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: ready_pid() not in {0, pid}, 60, f"{victim} coming back")
+    wait_for(lambda: ready_pid() not in {0, pid}, f"{victim} coming back")
 
 
 def _recoveries_ms(daemon: Daemon) -> dict[str, list[float]]:

@@ -23,8 +23,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
 from tests.tree.tiny_model import make_tiny_model
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.chaos
 
@@ -77,7 +78,7 @@ def _pid(daemon: Daemon, rank: int) -> int:
         ranks = [a for a in daemon.actors().values() if a["group"] and a["rank"] == rank]
         return int(ranks[0]["pid"] or 0) if ranks else 0
 
-    return int(wait_for(pid, 30, f"a process of rank {rank}"))
+    return int(wait_for(pid, f"a process of rank {rank}"))
 
 
 def _stream(daemon: Daemon, model: str, prompt: str, begun: threading.Event) -> tuple[int, Any]:
@@ -165,14 +166,14 @@ def test_group_survives_every_fault_of_every_rank(
                     struck = time.monotonic()
                     outcome = under_way and under_way.result(REQUEST_DEADLINE_S)
                     ending = _ending(outcome)
-                    answer = wait_for(lambda: _answer(daemon, model), 90, "an answer")
+                    answer = wait_for(lambda: _answer(daemon, model), "an answer")
                     took_s = time.monotonic() - struck
                     assert answer == expected, (moment, fault, rank)
                     is_same = _pid(daemon, rank) == pid
                     kept = "yes" if is_same else "no"
                     say(f"{moment:8} {fault:6} {rank:4} {ending:18} {kept:10} {took_s:6.2f} s")
                     assert is_same == (fault == "delay"), (moment, fault, rank)
-    wait_for(lambda: root.num_fds() <= num_fds + 2, 10, "the root's descriptors closing")
+    wait_for(lambda: root.num_fds() <= num_fds + 2, "the root's descriptors closing")
     ranks = [actor for actor in daemon.actors().values() if actor["group"]]
     assert len(ranks) == WORLD_SIZE
     assert not list(Path(daemon.runtime_dir).glob("*.meet"))

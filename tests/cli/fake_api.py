@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.waiting import DEADLINE_S
+
 Document = dict[str, object]
 
 
@@ -49,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if b"[DONE]" not in reply and b"error" not in reply and b"END" not in reply:
             # A stream without an end: hold it open until the client goes.
-            self.connection.settimeout(20)
+            self.connection.settimeout(DEADLINE_S)
             if self.connection.recv(1) == b"":
                 self.server.client_left.set()
 

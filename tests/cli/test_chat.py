@@ -13,6 +13,7 @@ from cli.main import main
 from cli.sse import ApiClient, events
 from cortexd.errors import CortexError, EngineRestarting, Internal, ModelNotFound
 from tests.cli.fake_api import FakeApi, running_api, sse
+from tests.waiting import DEADLINE_S
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_stopped_answer_leaves_the_server_and_stays_in_the_history(api: FakeApi)
     assert next(answer) == "One"
     assert next(answer) == " two"
     answer.close()
-    assert api.client_left.wait(10)
+    assert api.client_left.wait(DEADLINE_S)
     assert conversation.messages[-1] == {"role": "assistant", "content": "One two"}
     assert list(conversation.ask("Go on.")) == ["ok"]
 

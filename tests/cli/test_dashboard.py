@@ -11,7 +11,8 @@ from rich.console import Console
 
 from cli.dashboard import look, render
 from cli.main import main
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
+from tests.waiting import DEADLINE_S
 
 STATUS: dict[str, object] = {
     "version": "0.1.0",
@@ -104,10 +105,8 @@ def test_look_reads_a_real_daemon(tmp_path: Path) -> None:
 
     with (
         Daemon(tmp_path) as daemon,
-        AdminChannel(daemon.runtime_dir / "admin.s", timeout_s=10) as channel,
+        AdminChannel(daemon.runtime_dir / "admin.s", timeout_s=DEADLINE_S) as channel,
     ):
-        # The front answers before the poller has looked at the host.
-        wait_for(lambda: daemon.actors()["poller"]["state"] == "ready", 10.0, "the poller")
         events: deque[dict[str, object]] = deque()
         status, host = look(channel, events)
         num_events = len(events)

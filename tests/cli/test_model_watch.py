@@ -11,6 +11,7 @@ from cli.control import Document
 from cli.model_watch import ModelView, watch_models
 from cortexd.settings import DefaultModel, Paths, Settings
 from tests.cli.fake_daemon import FakeDaemon
+from tests.waiting import DEADLINE_S
 
 
 class Terminal(io.StringIO):
@@ -77,6 +78,6 @@ def test_watch_asks_the_daemon_until_all_is_settled(
     watch_models(Settings(default_models=models, paths=Paths(runtime_dir="run")))
     for thread in threading.enumerate():
         if thread.name == "model-watch":
-            thread.join(10)
+            thread.join(DEADLINE_S)
     assert daemon.is_closed
     assert "a/b: loaded after" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,11 @@ def test_load_waits_for_its_own_operation(
         {"event": "failed", "op_id": "op-6", "data": {"code": "internal_error"}},
         {"event": "progress", "op_id": "op-7", "data": progress},
         {"event": "progress", "op_id": "op-7", "data": progress},
-        {"event": "done", "op_id": "op-7", "data": {"model_id": "a/b"}},
+        {
+            "event": "done",
+            "op_id": "op-7",
+            "data": {"device": "NVIDIA X", "tensor_parallel": 2, "devices": [0, 1]},
+        },
     ]
     arguments = ["load", "a/b", "--quant", "Q8_0", "--tp", "2", "--devices", "0,1"]
     assert main(arguments) == 0
@@ -55,7 +60,7 @@ def test_load_waits_for_its_own_operation(
         )
     ]
     out, err = capsys.readouterr()
-    assert out == "loaded a/b\n"
+    assert re.fullmatch(r"loaded a/b in \d+\.\d s on NVIDIA X \(tp 2, devices 0,1\)\n", out)
     assert err == "a/b: loading weights 50 %\n"
 
 

@@ -11,6 +11,7 @@ import pytest
 from cli import stop as stop_module
 from cli.main import main
 from tests.cli.fake_daemon import Document, FakeDaemon
+from tests.waiting import DEADLINE_S
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_stop_waits_for_the_end_of_the_process(
     assert main(["stop", "--now"]) == 0
     assert daemon.requests[-1] == ("shutdown", {"now": True})
     assert capsys.readouterr().out.startswith(f"stopped (process {process.pid}, ")
-    assert process.wait(10) == 0
+    assert process.wait(DEADLINE_S) == 0
 
 
 def test_daemon_that_does_not_end_exits_124(

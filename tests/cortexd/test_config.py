@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cortexd.config import config_places, load_settings
-from cortexd.config_env import Override, describe_variables
+from cortexd.config_env import Override
 from cortexd.errors import ConfigError
 from cortexd.settings import DefaultModel, NeuronEntry, Settings
 
@@ -185,15 +185,6 @@ def test_bad_variable_is_named(tmp_path: Path, variable: str, value: str, messag
     assert message in str(caught.value)
 
 
-def test_every_option_has_a_variable() -> None:
-    """The listed variables cover options, optional ones and arrays of tables."""
-    variables = dict(describe_variables())
-    assert variables["CORTEXD_GATEWAY__FRONTS"] == "an integer from 1 to 64"
-    assert variables["CORTEXD_STORE__CACHE_DIR"] == "a string"
-    assert variables["CORTEXD_NEURONS"] == "an array, each item a table"
-    assert variables["CORTEXD_SUPERVISION__KILL_AFTER_S"] == "a number > 0"
-
-
 def test_option_error_names_the_option(tmp_path: Path) -> None:
     """What came from the command line is looked for there."""
     override = Override(("gateway", "listen"), "nowhere", "--listen")
@@ -254,6 +245,11 @@ def test_variables_of_the_kernels_are_no_options(variable: str, tmp_path: Path) 
          "be at most engine.max_num_batched_tokens = 2048"),
         ("[engine]\nmax_num_batched_tokens = 256", "2: engine.max_prefill_chunk = 512 "
          "must be at most engine.max_num_batched_tokens = 256"),
+        ('[engine]\nactivations = "rounded"\nbackend = "reference"', "2: engine.activations = "
+         '"rounded" is for the CPU\'s kernels, but engine.backend = "reference"; use "auto"'),
+        ('[engine]\ndevice = "cuda"\nactivations = "rounded"', "3: engine.activations = "
+         '"rounded" is for the CPU\'s kernels, but engine.device = "cuda"; use "auto"'),
+        ('[engine]\nbackend = "exact"', "2: engine.backend"),
         ("[supervision]\nsuspect_after_s = 5", "2: supervision.suspect_after_s = 5.0 must"
          " be below supervision.kill_after_s = 5.0"),
         ("[supervision]\nheartbeat_ms = 2000", "2: supervision.suspect_after_s = 2.0 must"

@@ -7,6 +7,7 @@ import io
 import logging
 
 from cortexd.log_batch import BatchHandler
+from tests.waiting import DEADLINE_S
 
 
 class CountingStream(io.StringIO):
@@ -41,10 +42,10 @@ def test_lines_of_a_moment_are_one_write() -> None:
         for number in range(10):
             log.info("line %d", number)
         assert stream.num_writes == 0
-        await asyncio.wait_for(stream.written.wait(), 5)
+        await asyncio.wait_for(stream.written.wait(), DEADLINE_S)
         stream.written.clear()
         log.info("again")
-        await asyncio.wait_for(stream.written.wait(), 5)
+        await asyncio.wait_for(stream.written.wait(), DEADLINE_S)
 
     asyncio.run(run())
     assert stream.getvalue().split("\n") == [*(f"line {n}" for n in range(10)), "again", ""]

@@ -52,3 +52,11 @@ def test_split_model_takes_its_share_of_its_own_devices() -> None:
     assert free_mib(within_limit([device()], [split], 3000)) == [
         3000 - 100 - 2 * SCRATCH_MIB["cpu"]
     ]
+
+
+def test_sleeping_model_holds_what_its_processes_need_and_no_weights() -> None:
+    """The limit is for others then."""
+    gpu = device("cuda")
+    asleep = model("sleeping", tensor_parallel=2, devices=(0, 1))
+    assert free_mib(within_limit([gpu], [asleep], 3000)) == [3000 - SCRATCH_MIB["cuda"]]
+    assert within_limit([gpu], [asleep], 0) == [gpu]

@@ -30,6 +30,7 @@ def test_models_of_other_versions_are_read() -> None:
             {"status": "loaded"},
             "nonsense",
             {"id": "f", "status": "loaded", "servable": {"ok": False}},
+            {"id": "g", "status": "sleeping", "servable": {"ok": True}},
         ]
     )
     models = {model.model_id: model for model in read_models(body)}
@@ -40,6 +41,7 @@ def test_models_of_other_versions_are_read() -> None:
         "d": "recovering",
         "e": "recovering",
         "f": "recovering",
+        "g": "sleeping",
     }
     assert models["a"].limits is not None
     assert (models["a"].limits.context, models["b"].limits) == (100, None)

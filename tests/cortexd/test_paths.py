@@ -45,9 +45,8 @@ def test_runtime_dir_without_session_falls_back(monkeypatch: pytest.MonkeyPatch)
 def test_private_dir_is_created_closed(tmp_path: Path) -> None:
     """Parents are made, the folder itself has mode 0700, and a second call is content."""
     folder = tmp_path / "a" / "b"
-    settings = Settings(paths=Paths(runtime_dir=str(folder)))
     for _ in range(2):
-        assert paths.prepare_runtime_dir(settings, {}) == folder
+        assert paths.prepare_private_dir(folder) == folder
         assert folder.stat().st_mode & 0o777 == 0o700
 
 

@@ -46,6 +46,8 @@ def needs(**fields: Any) -> CatalogueModel:
         ([node("a", "loaded", is_healthy=False), node("b", "loaded", busy=9)], None, ("run", "b")),
         ([node("a", "unloaded"), node("b", "loading")], needs(), ("wait", "b")),
         ([node("a", "unloaded"), node("b", "recovering")], needs(), ("wait", "b")),
+        ([node("a", "sleeping"), node("b", "loaded", busy=9)], None, ("run", "b")),
+        ([node("a", "loading"), node("b", "sleeping")], needs(), ("run", "b")),
         ([node("a"), node("b", "unloaded", free_mib=1)], None, ("load", "b")),
         ([node("a"), node("b", "unloaded")], needs(), ("load", "b")),
         ([node("a", "failed"), node("b")], needs(), ("load", "b")),

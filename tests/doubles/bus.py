@@ -26,8 +26,8 @@ from cortexd.messages import ActorInfo, Hello, Ready, Stop, Welcome
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import ROOT, Address, Envelope, Header
 from cortexd.settings import Settings
+from tests.waiting import DEADLINE_S
 
-DEADLINE_S = 5.0
 ACTOR = Address("actor", 1)
 PEER = Address("peer", 1)
 _Body = TypeVar("_Body", bound=Message | ErrorInfo)

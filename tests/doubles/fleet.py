@@ -25,6 +25,7 @@ from cortexd.messages import (
     Cancel,
     EndRequest,
     HostReport,
+    LeaseReport,
     ListModels,
     Loading,
     LoadModel,
@@ -63,6 +64,7 @@ from cortexd.models import (
     RopeSpec,
 )
 from tests.doubles.text import EOS, VOCAB_SIZE
+from tests.waiting import DEADLINE_S
 
 MODEL = "org/tiny-model"
 ALIAS = "tiny"
@@ -107,6 +109,7 @@ class Fleet:
         self.loading = Loading()
         self.catalogue: list[CatalogueCard] = []
         self.is_draining = False
+        self.is_asleep = False
         self.defaults: dict[str, float] = {}
         self.lost_nodes: set[str] = set()
         self.in_flight: dict[str, int] = {}  # by node, as the polls say
@@ -208,7 +211,7 @@ class Fleet:
 
     async def wait_for(self, kind: type[Message], count: int = 1) -> list[Message]:
         """Wait until so many messages of one type were told."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while len(self.all_sent(kind)) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -216,7 +219,7 @@ class Fleet:
 
     async def wait_for_finished(self, count: int = 1) -> list[RequestFinished]:
         """Wait until metrics has heard of so many ended requests."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while len(self.finished) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -224,7 +227,7 @@ class Fleet:
 
     async def wait_for_charge(self, count: int = 1) -> Charge:
         """Wait until so many requests were settled; return the last one's charge."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while len(self.charges) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -238,7 +241,12 @@ class Fleet:
     def open_leases(self) -> set[str]:
         """Return leases that were asked for and not ended."""
         opened = {body.request_id for _, body in self.sent if isinstance(body, Route | Place)}
-        return opened - {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
+        ended = {body.request_id for _, body in self.sent if isinstance(body, EndRequest)}
+        for body in self.all_sent(LeaseReport):
+            assert isinstance(body, LeaseReport), "asked for by its type"
+            opened |= {lease.request_id for lease in body.begun}
+            ended |= {lease.request_id for lease in body.ended}
+        return opened - ended
 
     @property
     def num_running(self) -> int:
@@ -296,15 +304,17 @@ class Fleet:
             return self._budget(body)
         if isinstance(body, ListModels):
             state: ModelState = "loaded" if self._loaded.is_set() else "loading"
+            if self.is_asleep:
+                state = "sleeping"
             limits = ModelLimits(context=self.context, output=self.context)
             status = ModelStatus(
                 model_id=MODEL,
                 state=state,
-                files=FILES if state == "loaded" else None,
+                files=FILES if state != "loading" else None,
                 limits=limits,
                 memory_bytes=5 * 2**20,
                 loaded_at=1.7e9,
-                leader=LEADER if state == "loaded" else None,
+                leader=LEADER if state != "loading" else None,
                 progress=0.25 if state == "loading" else None,
             )
             return ModelList(

@@ -28,8 +28,7 @@ from cortexd.settings import Entitlements, Gateway, NeuronEntry, Settings
 from engine.text.text_model import TextModel
 from tests.doubles.fleet import LEADER, MODEL, Fleet
 from tests.doubles.text import ByteTextModel
-
-TEST_LIMIT_S = 20
+from tests.waiting import DEADLINE_S
 
 
 def async_test(function: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -38,7 +37,7 @@ def async_test(function: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         async def within_limit() -> None:
-            async with asyncio.timeout(TEST_LIMIT_S):
+            async with asyncio.timeout(DEADLINE_S):
                 await function(*args, **kwargs)
 
         uvloop.run(within_limit())
@@ -174,6 +173,7 @@ async def served_front(
         finally:
             await server.close()
             await services.spending.close(1.0)
+            services.leases.flush()
             services.reports.close()
             folder.cleanup()
     assert len(services.sequences) == 0, "sequences are left"

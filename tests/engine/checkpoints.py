@@ -69,6 +69,15 @@ HYBRID = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
 }
+# Sizes that the native kernels take, for whole steps in one native call.
+NATIVE_HYBRID = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 32,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 48,
+}
 SHARED_EXPERT = {**EXPERTS, "shared_expert_intermediate_size": 24}
 VISION = {
     "depth": 1,
@@ -133,9 +142,9 @@ def make_oracle(kind: str, *, seed: int = 0, **fields: Any) -> Oracle:
     return model.eval()
 
 
-def make_sharp_oracle() -> Oracle:
+def make_sharp_oracle(**fields: Any) -> Oracle:
     """Return a hybrid whose beta is 0 or 1 and which hardly forgets: the worst for a delta rule."""
-    oracle = make_oracle("qwen3_5", seed=40)
+    oracle = make_oracle("qwen3_5", seed=40, **fields)
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
             if "in_proj_b" in name:

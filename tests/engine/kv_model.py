@@ -92,7 +92,7 @@ class KVModel:
             assert len(scored) == row.sequence.num_prompt_tokens - 1, "a token before all scores"
 
     def _slot(self, sequence: Sequence, position: int) -> int:
-        size = self.scheduler.block_size
+        size = self.scheduler.room.block_size
         return sequence.block_table[position // size] * size + position % size
 
     def _value(self, sequence: Sequence, position: int) -> Value:
@@ -119,5 +119,5 @@ class KVModel:
             own = {sequence.state_slot for sequence in self.scheduler.running}
             assert len(own) == len(self.scheduler.running) == slots.num_used - len(snapshots)
         for sequence in self.scheduler.running:
-            room = len(sequence.block_table) * self.scheduler.block_size
+            room = len(sequence.block_table) * self.scheduler.room.block_size
             assert sequence.num_computed <= room

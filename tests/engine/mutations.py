@@ -1,7 +1,7 @@
 """Each mechanism behind a way of computing a prompt (`ways.py`), broken on purpose.
 
-A comparison that does not fail under its mutation proves nothing. These break the torch path:
-engines that they are meant for are loaded with `backend="reference"`.
+A comparison that does not fail under its mutation proves nothing. Some break what all paths share,
+some the torch path (`backend="reference"`), some the native whole step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from engine import engine as engine_module
 from engine.batch import BatchRow, StepBatch, StepRow
+from engine.engine import Engine
+from engine.kernels.cpu.decoder import DecoderBatch, NativeDecoder, States
+from engine.kernels.cpu.structs import DecoderStep
 from engine.layers import gated_delta_net
 from engine.layers.delta_rule import DeltaInputs, chunk_delta_rule, recurrent_delta_rule
 from engine.layers.gated_delta_net import GatedDeltaNet
@@ -28,11 +31,20 @@ BatchChange = Callable[[StepBatch], None]
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """What breaks, the way that must show it, and whether only a hybrid has the mechanism."""
+    """What breaks, the way that must show it, and which models have the mechanism.
+
+    `needs_state`: only a hybrid; `path`: only what computes there, "native" or "reference".
+    """
 
     break_it: Callable[[pytest.MonkeyPatch], None]
     way: str
     needs_state: bool = False
+    path: str = ""
+
+    def concerns(self, engine: Engine) -> bool:
+        """Tell whether the engine's model has the mechanism."""
+        has_state = engine.cache.states is not None or not self.needs_state
+        return has_state and self.path in ("", engine.backend_name)
 
 
 def _in_every_batch(change: BatchChange) -> Callable[[pytest.MonkeyPatch], None]:
@@ -125,6 +137,30 @@ def _forgets_convolution_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GatedDeltaNet, "_convolve", broken)
 
 
+def _native_states_as(change: Callable[[States], States]) -> Callable[[pytest.MonkeyPatch], None]:
+    def break_it(monkeypatch: pytest.MonkeyPatch) -> None:
+        original = NativeDecoder._set_states
+
+        def broken(
+            self: NativeDecoder, step: DecoderStep, batch: DecoderBatch, states: States
+        ) -> None:
+            # Kept by the step: what it points to must live until it is computed.
+            step.kept = change(states)
+            original(self, step, batch, step.kept)
+
+        monkeypatch.setattr(NativeDecoder, "_set_states", broken)
+
+    return break_it
+
+
+def _recurrent_of_nobody(states: States) -> States:
+    return torch.zeros_like(states[0]), states[1]
+
+
+def _tails_of_nobody(states: States) -> States:
+    return states[0], torch.zeros_like(states[1])
+
+
 def _computes_on_after_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
     original = engine_module.Scheduler._preempt
 
@@ -142,18 +178,35 @@ def _loses_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _LOST_AT_PREEMPTION = Mutation(_computes_on_after_preemption, "after_preemption")
-_TAIL_LOST = _forgets_convolution_tail
+
+
+def _on_torch(
+    break_it: Callable[[pytest.MonkeyPatch], None], way: str, *, needs_state: bool = True
+) -> Mutation:
+    return Mutation(break_it, way, needs_state=needs_state, path="reference")
+
+
+def _on_native(change: Callable[[States], States], way: str) -> Mutation:
+    return Mutation(_native_states_as(change), way, needs_state=True, path="native")
+
+
 MUTATIONS: dict[str, Mutation] = {
     "positions restart": Mutation(_in_every_batch(_restart_positions), "in_uneven_chunks"),
-    "chunks see themselves only": Mutation(_hides_earlier_chunks, "in_chunks_of_64"),
+    "chunks see themselves only": _on_torch(
+        _hides_earlier_chunks, "in_chunks_of_64", needs_state=False
+    ),
     "decode keeps no KV": Mutation(_in_every_batch(_write_decodes_nowhere), "token_by_token"),
     "rows read one KV": Mutation(_in_every_batch(_read_the_first_row), "among_others"),
     "work lost at preemption": _LOST_AT_PREEMPTION,
     "hit without its blocks": Mutation(_takes_blocks_of_nobody, "after_a_hit"),
-    "decode forgets": Mutation(_forgets_decode_state, "token_by_token", needs_state=True),
-    "chunks forget": Mutation(_forgets_state_between_chunks, "in_uneven_chunks", needs_state=True),
-    "tail lost, chunks": Mutation(_TAIL_LOST, "in_chunks_of_64", needs_state=True),
-    "tail lost, decode": Mutation(_TAIL_LOST, "token_by_token", needs_state=True),
+    "decode forgets": _on_torch(_forgets_decode_state, "token_by_token"),
+    "chunks forget": _on_torch(_forgets_state_between_chunks, "in_uneven_chunks"),
+    "tail lost, chunks": _on_torch(_forgets_convolution_tail, "in_chunks_of_64"),
+    "tail lost, decode": _on_torch(_forgets_convolution_tail, "token_by_token"),
+    "native decode forgets": _on_native(_recurrent_of_nobody, "token_by_token"),
+    "native chunks forget": _on_native(_recurrent_of_nobody, "in_uneven_chunks"),
+    "native tail lost, chunks": _on_native(_tails_of_nobody, "in_chunks_of_64"),
+    "native tail lost, decode": _on_native(_tails_of_nobody, "token_by_token"),
     "slot not cleared": Mutation(
         _in_every_batch(_keep_what_a_slot_held), "after_another", needs_state=True
     ),

@@ -29,9 +29,10 @@ SIZES: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 64,
     "linear_num_value_heads": 6,
-    "linear_value_head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 48,
 }
-HYBRID_ONLY = ("linear_num_value_heads", "linear_value_head_dim")
+HYBRID_ONLY = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 MOE_ONLY = ("moe_intermediate_size", "shared_expert_intermediate_size")
 
 

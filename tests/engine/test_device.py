@@ -73,6 +73,35 @@ def test_missing_native_kernels_are_one_warning(
     assert "no C++ compiler found" in str(record.__dict__)
 
 
+@pytest.mark.parametrize(
+    ("setting", "hidden_size", "expected"),
+    [
+        ("auto", 1023, "exact"),
+        ("auto", 1024, "auto"),
+        ("exact", 4096, "exact"),
+        ("rounded", 64, "auto"),
+    ],
+)
+def test_activations_follow_the_setting_then_the_size(
+    setting: Any, hidden_size: int, expected: str
+) -> None:
+    """Small models keep their digits unless told otherwise."""
+    spec = msgspec.structs.replace(SPEC, hidden_size=hidden_size)
+    assert device.choose_backend(EngineSettings(activations=setting), CPU, spec) == expected
+
+
+def test_rounded_activations_are_refused_where_nothing_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not silently ignored: on CUDA, and on a CPU without native kernels."""
+    settings = EngineSettings(activations="rounded")
+    with pytest.raises(errors.ConfigError, match='the model runs on cuda:0; use "auto"'):
+        device.choose_backend(settings, CUDA, SPEC)
+    monkeypatch.setattr(library, "_load", lambda: "no C++ compiler found")
+    with pytest.raises(errors.ConfigError, match="no C\\+\\+ compiler found"):
+        device.choose_backend(settings, CPU, SPEC)
+
+
 def test_choose_device_refuses_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """ "auto" falls to the CPU, "cuda" does not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -68,9 +68,9 @@ def test_gguf_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     assert max_difference(recorder.logits[0], oracle_logits(oracle, prompt)) < 1e-4
 
 
-@pytest.mark.parametrize(("backend", "tolerance"), [("exact", 1e-3), ("auto", 0.15)])
+@pytest.mark.parametrize(("activations", "tolerance"), [("exact", 1e-3), ("rounded", 0.15)])
 def test_native_kernels_stay_near_the_reference_and_are_batch_invariant(
-    backend: str, tolerance: float, tmp_path: Path
+    activations: str, tolerance: float, tmp_path: Path
 ) -> None:
     """The fast backend computes what the reference does, with the same bits in any batch."""
     oracle = make_oracle("llama", seed=31, hidden_size=HIDDEN_SIZE, intermediate_size=64)
@@ -78,13 +78,13 @@ def test_native_kernels_stay_near_the_reference_and_are_batch_invariant(
     prompts = [random_prompt(length, seed=length) for length in (5, 20, 31)]
     alone: list[Tensor] = []
     for prompt in prompts:
-        engine = load_engine(files, backend=backend)
+        engine = load_engine(files, activations=activations)
         recorder = record(engine)
         generate(engine, prompt, max_tokens=3, ignore_eos=True)
         alone.append(torch.stack(recorder.logits))
         expected = oracle_logits(oracle, prompt)
         assert max_difference(recorder.logits[0], expected) < tolerance * float(expected.std())
-    engine = load_engine(files, backend=backend)
+    engine = load_engine(files, activations=activations)
     recorder = record(engine)
     for index, prompt in enumerate(prompts):
         engine.submit("f", make_submit(prompt, sequence_id=index, max_tokens=3, ignore_eos=True))

@@ -6,6 +6,7 @@ That every way of computing a prompt gives the same numbers is tested in `test_w
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cortexd.models import ModelFiles
 from engine.batch import StepBatch
 from engine.kv_cache import KVCache
 from tests.engine.checkpoints import (
+    NATIVE_HYBRID,
     Oracle,
     load_engine,
     make_oracle,
@@ -31,10 +33,10 @@ from tests.engine.ways import PROMPTS, whole
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def oracle() -> Oracle:
-    """One hybrid for the whole module."""
-    return make_sharp_oracle()
+@pytest.fixture(scope="module", params=["torch", "native"])
+def oracle(request: pytest.FixtureRequest) -> Oracle:
+    """A hybrid of sizes that only torch takes, and one whose steps are native."""
+    return make_sharp_oracle(**(NATIVE_HYBRID if request.param == "native" else {}))
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,11 @@ def files(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> ModelFile
     return save_oracle(oracle, tmp_path_factory.mktemp("hybrid") / "model")
 
 
+@pytest.mark.parametrize("fields", [{}, {**NATIVE_HYBRID, "shared_expert_intermediate_size": 64}])
 @pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe"])
-def test_many_at_once_equal_each_alone(kind: str, tmp_path: Path) -> None:
+def test_many_at_once_equal_each_alone(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
     """More sequences than slots: each says what transformers says, and no slot is left held."""
-    oracle = make_oracle(kind, seed=41)
+    oracle = make_oracle(kind, seed=41, **fields)
     engine = load_engine(save_oracle(oracle, tmp_path / kind), max_num_seqs=3)
     prompts = [random_prompt(3 + 11 * index, seed=index) for index in range(7)]
     for index, prompt in enumerate(prompts):
@@ -100,8 +103,9 @@ def test_out_of_memory_in_a_step_does_not_advance_the_state_twice(
         assert outcomes[index].token_ids == oracle_greedy(oracle, prompt, 9)
 
 
-def test_state_slots_are_counted_in_memory(files: ModelFiles) -> None:
+def test_state_slots_are_counted_in_memory(tmp_path: Path) -> None:
     """Slots never take more than half the budget, limit how many run, and are reported."""
+    files = save_oracle(make_sharp_oracle(), tmp_path / "model")
     roomy = load_engine(files)
     tight = load_engine(files, max_num_seqs=500, max_num_batched_tokens=512)
     assert roomy.cache.states is not None

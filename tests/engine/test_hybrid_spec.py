@@ -17,7 +17,7 @@ from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3MoeConfig, Qwen3N
 from cortexd.errors import BadModelFile, CortexError, UnsupportedArchitecture
 from cortexd.models import LinearAttentionSpec, MoeSpec, RopeSpec
 from engine.models.registry import REGISTRY
-from engine.preflight import inspect, read_spec
+from engine.preflight import inspect
 from engine.spec import spec_from_config
 from tests.engine.checkpoints import make_oracle, save_oracle
 from tests.engine.model_files import family_spec, random_dense, write_gguf
@@ -243,7 +243,7 @@ def test_gguf_unusable_key_is_refused_by_name(case: str, tmp_path: Path) -> None
     tensors = {name: (tensor.numpy(), 0) for name, tensor in random_dense(spec).items()}
     files = write_gguf(tmp_path / "m.gguf", spec, tensors, {key: value})
     with pytest.raises(BadModelFile, match=cause) as caught:
-        read_spec(files)
+        inspect(files)
     assert "m.gguf" in str(caught.value)
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from cortexd.errors import BadModelFile, UnsupportedArchitecture
 from cortexd.models import ModelFiles, ModelSpec, RopeSpec
 from engine.layers.linear import Linear
 from engine.loader import Weights
-from engine.models.registry import REGISTRY
+from engine.models.registry import REGISTRY, load_class
 from engine.preflight import inspect
 from tests.engine.model_files import random_blocks, random_dense, write_gguf, write_safetensors
 
@@ -128,6 +129,35 @@ def test_quantised_weights_stay_quantised_in_memory(tmp_path: Path) -> None:
     _load_all(weights, SPEC)
     assert weights.memory_bytes == sum(array.nbytes for array, _ in quantised.values())
     assert weights.memory_bytes == weights.total_bytes
+
+
+@pytest.mark.parametrize("spec", [QWEN3, SPEC], ids=["qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["bfloat16", "Q8_0"])
+def test_loading_packs_from_the_file_without_copying_a_matrix(
+    kind: str, spec: ModelSpec, tmp_path: Path
+) -> None:
+    """Merged and reordered ones too: beside packed weights, memory is taken for vectors only."""
+    if kind == "Q8_0":
+        rng = np.random.default_rng(2)
+        plan = REGISTRY[spec.model_type].plan(spec).required
+        blocks = {
+            name: (random_blocks(rng, Q.Q8_0, *shape), Q.Q8_0)
+            if len(shape) == 2
+            else (np.ones(shape, np.float32), Q.F32)
+            for name, shape in plan.items()
+        }
+        files = write_gguf(tmp_path / "m.gguf", spec, blocks)
+    else:
+        tensors = {name: tensor.bfloat16() for name, tensor in random_dense(spec).items()}
+        files = write_safetensors(tmp_path, spec, tensors)
+    found = inspect(files)
+    weights = Weights.open(files, found)
+    with profile(profile_memory=True) as profiled:
+        model = load_class(found.model_type)(found, weights)
+    assert model.backend_name == "native"
+    largest = max(taken.cpu_memory_usage for taken in profiled.key_averages())
+    one_matrix = weights.total_bytes // (7 * found.num_hidden_layers + 2)
+    assert largest < one_matrix // 2, profiled.key_averages().table(sort_by="cpu_memory_usage")
 
 
 def _shape(name: str) -> tuple[int, int]:

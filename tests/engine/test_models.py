@@ -115,7 +115,7 @@ def test_bfloat16_checkpoint_runs_in_float32_or_near_it_in_bfloat16(tmp_path: Pa
     oracle = Qwen3ForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
     )
-    exact = load_engine(files, backend="exact")
+    exact = load_engine(files, activations="exact")
     engine = load_engine(files, dtype="bfloat16")
     assert (engine.dtype_name, exact.dtype_name) == ("bfloat16", "float32")
     rounded, reference = record(engine), record(exact)

@@ -10,6 +10,7 @@ import pytest
 
 from cortexd.settings import Engine as EngineSettings
 from engine.block_pool import BlockPool
+from engine.kv_room import KVRoom
 from engine.prefix_cache import PrefixCache
 from engine.prefix_tree import PrefixTree
 from engine.scheduler import Scheduler
@@ -30,7 +31,8 @@ def make_model(
     fields = {"max_num_batched_tokens": 64, "max_prefill_chunk": 32, "max_num_seqs": 4, **fields}
     settings = EngineSettings(**fields)
     slots = SlotPool(num_slots) if num_slots else None
-    return KVModel(Scheduler(settings, BlockPool(num_blocks + 1), BLOCK_SIZE, context, slots))
+    room = KVRoom(BlockPool(num_blocks + 1), BLOCK_SIZE, 1000, slots, 300)
+    return KVModel(Scheduler(settings, room, context))
 
 
 def run(model: KVModel, *sequences: Sequence) -> list[int]:

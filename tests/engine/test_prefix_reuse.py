@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from cortexd import errors
-from cortexd.models import ModelFiles
 from engine.engine import Engine
 from engine.prefix_tree import PrefixTree
 from tests.engine.checkpoints import (
@@ -21,6 +22,7 @@ from tests.engine.checkpoints import (
 from tests.engine.doubles import make_submit
 from tests.engine.driving import OWNER, max_difference, record, run_to_end
 from tests.engine.llama_export import HIDDEN_SIZE, write_gguf
+from tests.engine.ways import Load
 
 # Repeated text, near-identical blocks, and plain random tokens.
 HEADS = {
@@ -35,11 +37,11 @@ END_TOKEN = VOCAB_SIZE - 1
 ANSWER_HEADER, REASONING = [90, 91, 92], [93, 92]
 
 
-@pytest.fixture(scope="module", params=["native", "qwen3", "qwen3_5", "qwen3_next"])
-def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+@pytest.fixture(scope="module", params=["exact", "rounded", "qwen3", "qwen3_5", "qwen3_next"])
+def load(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Load:
     """A tiny llama packed for the CPU's kernels; dense and hybrid models in float32."""
     directory = tmp_path_factory.mktemp(request.param)
-    if request.param == "native":
+    if request.param in {"exact", "rounded"}:
         oracle = make_oracle(
             "llama",
             seed=50,
@@ -47,9 +49,10 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             intermediate_size=64,
             max_position_embeddings=1024,
         )
-        return write_gguf(oracle, directory / "m.gguf", Type.Q8_0)
+        files = write_gguf(oracle, directory / "m.gguf", Type.Q8_0)
+        return partial(load_engine, files, activations=request.param)
     oracle = make_oracle(request.param, seed=51, max_position_embeddings=1024)
-    return save_oracle(oracle, directory / request.param)
+    return partial(load_engine, save_oracle(oracle, directory / request.param))
 
 
 def logits_of(engine: Engine, prompt: list[int], **fields: object) -> tuple[Tensor, int]:
@@ -70,12 +73,12 @@ def tolerance(engine: Engine) -> float:
 
 
 @pytest.mark.parametrize("kind", list(HEADS))
-def test_hit_has_the_numbers_of_a_cold_run(files: ModelFiles, kind: str) -> None:
+def test_hit_has_the_numbers_of_a_cold_run(load: Load, kind: str) -> None:
     """A prefix computed in other chunks, for another request, gives the very same logits."""
     head = HEADS[kind]
     prompts = [head + random_prompt(length, seed=length) for length in (1, 9, 40)]
-    cold = [logits_of(load_engine(files, prefix_cache=False), prompt)[0] for prompt in prompts]
-    engine = load_engine(files, max_prefill_chunk=16, block_size=8)
+    cold = [logits_of(load(prefix_cache=False), prompt)[0] for prompt in prompts]
+    engine = load(max_prefill_chunk=16, block_size=8)
     logits_of(engine, head)
     for prompt, expected in zip(prompts, cold, strict=True):
         logits, num_cached = logits_of(engine, prompt)
@@ -83,32 +86,30 @@ def test_hit_has_the_numbers_of_a_cold_run(files: ModelFiles, kind: str) -> None
         assert max_difference(logits, expected) <= tolerance(engine)
 
 
-def test_wrong_share_changes_the_numbers(
-    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_share_changes_the_numbers(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail: blocks found by all but their last token are wrong ones."""
     prompt = random_prompt(75, seed=1)
     other = [*prompt[:31], 3, *prompt[32:]]
-    cold, _ = logits_of(load_engine(files, prefix_cache=False), other)
+    cold, _ = logits_of(load(prefix_cache=False), other)
     real = PrefixTree.block_tokens
     monkeypatch.setattr(PrefixTree, "block_tokens", lambda *args: (*real(*args)[:-1], 0))
-    engine = load_engine(files)
+    engine = load()
     logits_of(engine, prompt)
     logits, num_cached = logits_of(engine, other)
     assert num_cached == 72
     assert max_difference(logits, cold) > 1e-3
 
 
-def test_answers_to_one_prompt_share_its_blocks(files: ModelFiles) -> None:
+def test_answers_to_one_prompt_share_its_blocks(load: Load) -> None:
     """Four answers hold the prompt's full blocks once, and each draws as if it were alone."""
     prompt = random_prompt(70)
     fields = {"temperature": 0.9, "max_tokens": 6, "ignore_eos": True}
-    alone = load_engine(files, prefix_cache=False)
+    alone = load(prefix_cache=False)
     expected = []
     for seed in range(4):
         alone.submit(OWNER, make_submit(prompt, seed=seed, **fields))
         expected.append(run_to_end(alone)[1].token_ids)
-    engine = load_engine(files)
+    engine = load()
     for seed in range(4):
         engine.submit(OWNER, make_submit(prompt, sequence_id=seed, seed=seed, **fields))
     for _ in range(4):
@@ -124,10 +125,10 @@ def test_answers_to_one_prompt_share_its_blocks(files: ModelFiles) -> None:
     assert [outcomes[seed].token_ids for seed in range(4)] == expected
 
 
-def test_conversation_reuses_nearly_all_of_the_turn_before(files: ModelFiles) -> None:
+def test_conversation_reuses_nearly_all_of_the_turn_before(load: Load) -> None:
     """Each turn finds at least 95 % of the prompt before, and says what a cold engine says."""
-    engine = load_engine(files, block_size=8)
-    cold = load_engine(files, prefix_cache=False)
+    engine = load(block_size=8)
+    cold = load(prefix_cache=False)
     prompt = random_prompt(150)
     previous = 0
     for turn in range(4):
@@ -148,13 +149,13 @@ def test_conversation_reuses_nearly_all_of_the_turn_before(files: ModelFiles) ->
 
 
 def test_conversation_whose_reasoning_is_stripped_reuses_the_prompt_before(
-    files: ModelFiles,
+    load: Load,
 ) -> None:
     """Clients send answers back without what was thought; each prompt is found again all the same.
 
     What a hybrid keeps is the state at the end of the last message, before the answer's header.
     """
-    engine = load_engine(files, block_size=8)
+    engine = load(block_size=8)
     history = [*random_prompt(280, seed=1), END_TOKEN]
     previous = 0
     for turn in range(4):
@@ -169,10 +170,10 @@ def test_conversation_whose_reasoning_is_stripped_reuses_the_prompt_before(
         history += [*random_prompt(9, seed=turn), END_TOKEN]
 
 
-def test_row_that_is_not_finite_leaves_nothing_behind(files: ModelFiles) -> None:
+def test_row_that_is_not_finite_leaves_nothing_behind(load: Load) -> None:
     """KV behind NaN logits is not trusted: the same prompt is computed anew and answered."""
     prompt = random_prompt(70)
-    engine = load_engine(files)
+    engine = load()
     recorder = record(engine)
     recorder.spoil = {0: float("nan")}
     engine.submit(OWNER, make_submit(prompt))

@@ -13,6 +13,7 @@ from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
 from engine import prefill_chunks
 from engine.block_pool import BlockPool
+from engine.kv_room import KVRoom
 from engine.prefill_chunks import MIN_PREFILL_CHUNK
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState
@@ -21,6 +22,7 @@ from tests.engine.doubles import make_sequence
 from tests.engine.kv_model import KVModel
 
 BLOCK_SIZE = 8
+BLOCK_BYTES = 1000
 
 
 def make_scheduler(num_blocks: int = 64, context: int = 256, **fields: Any) -> Scheduler:
@@ -30,7 +32,8 @@ def make_scheduler(num_blocks: int = 64, context: int = 256, **fields: Any) -> S
     """
     fields = {"max_num_batched_tokens": 32, "max_prefill_chunk": 16, "max_num_seqs": 4, **fields}
     fields = {"prefix_cache": False, **fields}
-    return Scheduler(EngineSettings(**fields), BlockPool(num_blocks + 1), BLOCK_SIZE, context)
+    room = KVRoom(BlockPool(num_blocks + 1), BLOCK_SIZE, BLOCK_BYTES)
+    return Scheduler(EngineSettings(**fields), room, context)
 
 
 def run_step(scheduler: Scheduler) -> StepPlan:
@@ -129,7 +132,7 @@ def test_submit_beyond_seats_and_queue_raises_overloaded() -> None:
     scheduler = make_scheduler(max_num_seqs=2, max_queue_depth=3)
     for sequence_id in range(5):
         scheduler.submit(make_sequence([1], sequence_id=sequence_id))
-    with pytest.raises(errors.Overloaded, match="max_queue_depth = 3") as caught:
+    with pytest.raises(errors.Overloaded, match=r"holds 3 requests.*max_queue_depth") as caught:
         scheduler.submit(make_sequence([1], sequence_id=9))
     assert caught.value.retriable
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cortexd.settings import Engine as EngineSettings
 from engine.block_pool import BlockPool
+from engine.kv_room import KVRoom
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState
 from engine.slot_pool import NULL_SLOT, SlotPool
@@ -19,7 +20,8 @@ CONTEXT = 64
 def make_scheduler(num_slots: int, num_blocks: int = 16) -> Scheduler:
     """Return a scheduler with fewer slots than seats."""
     fields = EngineSettings(max_num_batched_tokens=32, max_prefill_chunk=16, max_num_seqs=8)
-    return Scheduler(fields, BlockPool(num_blocks + 1), 8, CONTEXT, SlotPool(num_slots))
+    room = KVRoom(BlockPool(num_blocks + 1), 8, 1000, SlotPool(num_slots), 300)
+    return Scheduler(fields, room, CONTEXT)
 
 
 def check_slots(scheduler: Scheduler, sequences: list[Sequence]) -> None:

@@ -21,7 +21,7 @@ PROMPT = random_prompt(40)
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """A hybrid on the CPU that is allowed to sleep, as a model on a GPU is."""
-    monkeypatch.setattr(engine_module, "check_can_sleep", lambda *_: None)
+    monkeypatch.setattr(engine_module, "check_can_sleep", lambda *_, **__: None)
     files = save_oracle(make_oracle("qwen3_5"), tmp_path / "model")
     return load_engine(files, backend="reference")
 

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, Qwen3Config
 
 from cortexd.errors import BadModelFile, CortexError, UnsupportedArchitecture
 from cortexd.models import ModelFiles, ModelSpec, RopeSpec
+from engine.formats.mapped_file import MappedFile
 from engine.models.registry import REGISTRY, supported_model_types
-from engine.preflight import inspect, read_spec
+from engine.preflight import inspect
 from engine.spec import spec_from_config
 from tests.engine.model_files import (
     config_of,
@@ -304,7 +305,7 @@ def test_gguf_yarn_is_read(tmp_path: Path) -> None:
         "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": 32,
     }
-    rope = read_spec(_written(tmp_path, extra=keys)).rope
+    rope = inspect(_written(tmp_path, extra=keys)).rope
     assert (rope.rope_type, rope.factor, rope.original_max_position_embeddings) == ("yarn", 4.0, 32)
 
 
@@ -341,12 +342,27 @@ def test_gguf_unusable_is_refused_naming_the_key(case: str, tmp_path: Path) -> N
     assert "tiny.gguf" in str(caught.value)
 
 
+def test_gguf_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walking over a vocabulary takes longer than all other checks together."""
+    files = _written(tmp_path, extra={})
+    opened: list[str] = []
+    real_open = MappedFile.__init__
+
+    def count(mapped: MappedFile, path: str | Path) -> None:
+        opened.append(str(path))
+        real_open(mapped, path)
+
+    monkeypatch.setattr(MappedFile, "__init__", count)
+    inspect(files)
+    assert opened == list(files.weights)
+
+
 def test_gguf_unknown_architecture_is_refused(tmp_path: Path) -> None:
     """The GGUF name, the supported names and the file to write are in the message."""
     spec = msgspec.structs.replace(LLAMA, model_type="mamba")
     files = write_gguf(tmp_path / "m.gguf", spec, {})
     with pytest.raises(UnsupportedArchitecture, match=r'"mamba".*llama, qwen2.*models/mamba\.py'):
-        read_spec(files)
+        inspect(files)
 
 
 def test_gguf_theta_has_a_default_for_llama_only(tmp_path: Path) -> None:
@@ -357,10 +373,10 @@ def test_gguf_theta_has_a_default_for_llama_only(tmp_path: Path) -> None:
         files = write_gguf(path, spec, _f32(random_dense(spec)))
         path.write_bytes(path.read_bytes().replace(b"rope.freq_base", b"rope.freq_bass"))
         if model_type == "llama":
-            assert read_spec(files).rope.theta == 10000.0
+            assert inspect(files).rope.theta == 10000.0
         else:
             with pytest.raises(BadModelFile, match=r"qwen3\.rope\.freq_base is missing"):
-                read_spec(files)
+                inspect(files)
 
 
 @pytest.mark.parametrize(

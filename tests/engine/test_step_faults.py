@@ -14,6 +14,7 @@ from torch import Tensor
 from cortexd import errors
 from cortexd.models import ModelFiles
 from engine import device as devices
+from engine import engine as engine_module
 from engine import row_results
 from engine.batch import StepBatch
 from engine.engine import Engine
@@ -22,6 +23,7 @@ from engine.model_load import Model
 from engine.sampler import SampledToken, Sampler
 from engine.sequence import Sequence
 from engine.step_faults import MAX_FAULTS_IN_A_ROW
+from engine.step_plan import StepPlan
 from tests.engine.checkpoints import load_engine, make_oracle, random_prompt, save_oracle
 from tests.engine.doubles import make_submit
 from tests.engine.driving import OWNER, Outcome, collect, generate, run_to_end
@@ -193,3 +195,37 @@ def test_split_model_survives_errors_between_the_ranks_steps_only(tmp_path: Path
 
 def _raise(logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
     raise KeyError("a bug")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyError("a bug")])
+def test_split_model_survives_errors_before_the_workers_hear_of_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Nobody is in a collective yet. A state that was to be kept in that step still is."""
+    files = save_oracle(make_oracle("qwen3_5_text", seed=4), tmp_path / "model")
+    prompt = random_prompt(100, 3)
+    with engine_of(files, 1, max_model_len=128) as whole:
+        expected = generate(whole, prompt, max_tokens=4, ignore_eos=True)
+    num_failures = 0
+    with engine_of(files, 2, max_model_len=128) as engine:
+        plans: list[StepPlan] = []
+        real_plan, real_build = engine.scheduler.plan, engine_module.build_batch
+
+        def plan() -> StepPlan:
+            plans.append(real_plan())
+            return plans[-1]
+
+        def build(*arguments: object) -> StepBatch:
+            nonlocal num_failures
+            if plans[-1].state_copies and not num_failures:
+                num_failures += 1
+                raise error
+            return real_build(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(engine.scheduler, "plan", plan)
+        monkeypatch.setattr(engine_module, "build_batch", build)
+        engine.submit(OWNER, make_submit(prompt, 1, max_tokens=4, ignore_eos=True))
+        assert run_to_end(engine)[1].error is not None
+        again = generate(engine, prompt, max_tokens=4, ignore_eos=True)
+        assert engine.scheduler.prefix_cache.num_hit_tokens > 0
+    assert again == expected

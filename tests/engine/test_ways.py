@@ -12,6 +12,7 @@ import torch
 
 from engine.engine import Engine
 from tests.engine.checkpoints import (
+    NATIVE_HYBRID,
     Oracle,
     load_engine,
     make_oracle,
@@ -27,17 +28,23 @@ TOLERANCE = 1e-4
 BROKEN = 1e-2  # what a broken mechanism must differ by at least
 
 
-@pytest.fixture(scope="module", params=["qwen3", "qwen3_5"])
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_5", "qwen3_5 native", "qwen3_5_moe native"])
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Oracle, Load]:
-    """A dense model and the hybrid that is hardest on the delta rule, on the torch path."""
-    is_hybrid = request.param == "qwen3_5"
-    oracle = make_sharp_oracle() if is_hybrid else make_oracle(request.param, seed=42)
+    """A dense model and the hybrid that is hardest on the delta rule; torch and native paths."""
+    kind, _, path = request.param.partition(" ")
+    fields = NATIVE_HYBRID if path else {}
+    if kind == "qwen3_5":
+        oracle = make_sharp_oracle(**fields)
+    else:
+        experts = {"shared_expert_intermediate_size": 64} if "moe" in kind else {}
+        oracle = make_oracle(kind, seed=42, **fields, **experts)
     files = save_oracle(oracle, tmp_path_factory.mktemp("ways") / "model")
 
     def load(**fields: Any) -> Engine:
-        engine = load_engine(files, backend="reference", **fields)
+        engine = load_engine(files, backend="auto" if path else "reference", **fields)
+        assert engine.backend_name == (path or "reference")
         with torch.inference_mode():
             # What nobody has written must not be read, and lies there from engines before.
             engine.cache.blocks.fill_(9.0)
@@ -62,9 +69,8 @@ def test_a_broken_mechanism_is_seen(
     """The comparison above fails when the mechanism that it is about is broken."""
     oracle, load = model
     mutation = MUTATIONS[name]
-    is_hybrid = load().cache.states is not None
-    if mutation.needs_state and not is_hybrid:
-        return  # a dense model has no such mechanism
+    if not mutation.concerns(load()):
+        return
     mutation.break_it(monkeypatch)
     prompt = PROMPTS["random"]
     logits = WAYS[mutation.way](load, prompt)

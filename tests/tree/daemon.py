@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,28 +21,8 @@ from typing import Any, Self
 import psutil
 
 from actors.transport.admin_channel import AdminChannel
-
-READY_DEADLINE_S = 60.0
-LOAD_DEADLINE_S = 90.0
-STOP_DEADLINE_S = 60.0
-
-
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
-    """Return the condition's first true value, or fail naming what did not happen."""
-    deadline = time.monotonic() + deadline_s
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"{what} did not happen in {deadline_s:g} s")
+from tests.tree.ports import free_port
+from tests.waiting import DEADLINE_S, wait_for
 
 
 class Daemon:
@@ -71,6 +49,7 @@ class Daemon:
 
     def __enter__(self) -> Self:
         self.start()
+        self.wait_ready()
         return self
 
     def start(self) -> None:
@@ -85,7 +64,11 @@ class Daemon:
                 env=self.environment,
                 cwd=Path(__file__).resolve().parents[2],
             )
-        wait_for(self._front_answers, READY_DEADLINE_S, "the front's first answer")
+        wait_for(self._front_answers, "the front's first answer")
+
+    def wait_ready(self) -> None:
+        """Wait until every actor has been ready once: the front may answer before the others."""
+        wait_for(lambda: self.admin("status")["state"] != "starting", "all actors getting ready")
 
     def _front_answers(self) -> bool:
         assert self.process is not None
@@ -115,11 +98,11 @@ class Daemon:
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
             try:
-                self.process.wait(STOP_DEADLINE_S)
+                self.process.wait(DEADLINE_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=2.0)
+        _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
         for process in alive:
             process.kill()
         return [str(process) for process in alive]
@@ -142,12 +125,20 @@ class Daemon:
 
     def admin(self, op: str, **arguments: object) -> Any:
         """Run one admin operation."""
-        with AdminChannel(self.runtime_dir / "admin.s", timeout_s=10.0) as channel:
+        with AdminChannel(self.runtime_dir / "admin.s", timeout_s=DEADLINE_S) as channel:
             return channel.request(op, arguments)
 
     def actors(self) -> dict[str, dict[str, Any]]:
         """Return name → status of every actor."""
         return {actor["name"]: actor for actor in self.admin("status")["actors"]}
+
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """Return name → how the gateway sees each node; none while its router begins."""
+        return {node["name"]: dict(node) for node in self.admin("status")["nodes"]}
+
+    def has_healthy(self, name: str) -> bool:
+        """Tell whether the gateway has heard from a node, and takes it for healthy."""
+        return bool(self.nodes().get(name, {}).get("is_healthy"))
 
     def models(self) -> dict[str, dict[str, Any]]:
         """Return model id → status."""
@@ -162,13 +153,22 @@ class Daemon:
             assert model.get("state") != "failed", model
             return model.get("state") == "loaded"
 
-        wait_for(loaded, LOAD_DEADLINE_S, f"loading {model_id}")
+        wait_for(loaded, f"loading {model_id}")
 
     def kill(self, actor: str) -> int:
         """SIGKILL an actor; return the pid it had."""
         pid = int(self.actors()[actor]["pid"])
         os.kill(pid, signal.SIGKILL)
         return pid
+
+    def wait_back(self, actor: str, pid: int) -> None:
+        """Wait until an actor is ready in another process than this."""
+
+        def is_back() -> bool:
+            seen = self.actors()[actor]
+            return seen["state"] == "ready" and seen["pid"] != pid
+
+        wait_for(is_back, f"{actor} coming back")
 
     # HTTP
 
@@ -201,7 +201,7 @@ class Daemon:
             data=json.dumps({**_chat_body(model, text, fields), "stream": True}).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
             for line in response:
                 if line.startswith(b"data: "):
                     data = line[6:].strip().decode()
@@ -213,7 +213,7 @@ class Daemon:
     @staticmethod
     def _open(request: urllib.request.Request) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(request, timeout=90) as response:
+            with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

@@ -23,7 +23,10 @@ class _Server(ThreadingHTTPServer):
 
 @dataclass(slots=True)
 class ScriptedNeuron:
-    """Serve `states` (model → state). `load_s`: how long a load takes, told as progress."""
+    """Serve `states` (model → state). `load_s`: how long a load takes, told as progress.
+
+    Answers and loads that have begun can be held back until what they are to overlap has happened.
+    """
 
     name: str
     states: dict[str, str] = field(default_factory=dict)
@@ -38,10 +41,12 @@ class ScriptedNeuron:
     max_running: int = 0
     _loading_since: dict[str, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _may_finish: threading.Event = field(default_factory=threading.Event)
     _end: threading.Event = field(default_factory=threading.Event)
     _server: _Server = field(init=False)
 
     def __enter__(self) -> Self:
+        self._may_finish.set()
         neuron = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -102,6 +107,7 @@ class ScriptedNeuron:
         trace: TracebackType | None,
     ) -> None:
         self._end.set()
+        self._may_finish.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -109,6 +115,14 @@ class ScriptedNeuron:
     def url(self) -> str:
         """Return the base URL."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def hold(self) -> None:
+        """Finish no answer and no load from now on."""
+        self._may_finish.clear()
+
+    def release(self) -> None:
+        """Finish what was held back, and all that follows."""
+        self._may_finish.set()
 
     def _document(self, path: str) -> object:
         if path == "/discovery":
@@ -140,6 +154,7 @@ class ScriptedNeuron:
             self._loading_since[model] = time.monotonic()
             self.states[model] = "loading"
         self._end.wait(self.load_s)
+        self._may_finish.wait()
         self.states[model] = "loaded"
 
     def _chat(self) -> None:
@@ -148,5 +163,6 @@ class ScriptedNeuron:
             self.running += 1
             self.max_running = max(self.max_running, self.running)
         self._end.wait(self.answer_s)
+        self._may_finish.wait()
         with self._lock:
             self.running -= 1

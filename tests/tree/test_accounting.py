@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
 from tests.tree.tiny_model import CONTEXT
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -35,7 +36,7 @@ def lines(daemon: Daemon) -> list[dict[str, Any]]:
 
 def send(daemon: Daemon, request_id: str, body: Any, path: str = CHAT) -> http.client.HTTPResponse:
     """Send a request and return its answer, unread."""
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=DEADLINE_S)
     data = body if isinstance(body, bytes) else json.dumps(body)
     connection.request("POST", path, data, {"x-request-id": request_id})
     return connection.getresponse()
@@ -48,15 +49,21 @@ def body(model: str, **fields: Any) -> dict[str, Any]:
 
 def leave(daemon: Daemon, request_id: str, **fields: Any) -> None:
     """Begin a request and close the connection without waiting for its end."""
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=30)
+    before = running(daemon)  # the one that was left before this may not have ended
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=DEADLINE_S)
     connection.request("POST", CHAT, json.dumps(fields), {"x-request-id": request_id})
     if fields.get("stream"):
         response = connection.getresponse()
         response.readline()
         response.close()
     else:
-        wait_for(lambda: daemon.admin("requests")["requests"], 10, "the request's start")
+        wait_for(lambda: running(daemon) - before, "the request's start")
     connection.close()
+
+
+def running(daemon: Daemon) -> set[str]:
+    """Return the leases of the requests that run."""
+    return {one["request_id"] for one in daemon.admin("requests")["requests"]}
 
 
 def test_each_ending_leaves_one_line_and_one_count(daemon: Daemon, tiny_model: Any) -> None:
@@ -84,8 +91,8 @@ def test_each_ending_leaves_one_line_and_one_count(daemon: Daemon, tiny_model: A
     }
     for name, end in endings.items():
         end(name)
-    wait_for(lambda: len(lines(daemon)) == old + len(endings), 10, "one line each")
-    wait_for(lambda: counted(daemon) == before + len(endings), 10, "one count each")
+    wait_for(lambda: len(lines(daemon)) == old + len(endings), "one line each")
+    wait_for(lambda: counted(daemon) == before + len(endings), "one count each")
     time.sleep(0.2)  # a second one would come at once
     assert Counter(line["id"] for line in lines(daemon)[old:]) == Counter(endings.keys())
     assert counted(daemon) == before + len(endings)
@@ -108,11 +115,11 @@ def test_requests_of_a_killed_front_are_accounted_for(daemon: Daemon, tiny_model
     for answer in answers:
         answer.readline()
     daemon.kill("router")
-    daemon.kill("front.0")
-    wait_for(lambda: len(lines(daemon)) == old + 3, 10, "a line each")
+    front = daemon.kill("front.0")
+    wait_for(lambda: len(lines(daemon)) == old + 3, "a line each")
     assert {line["id"] for line in lines(daemon)[old:]} == {"r0", "r1", "r2"}
-    wait_for(lambda: counted(daemon) == before + 3, 10, "a count each")
+    wait_for(lambda: counted(daemon) == before + 3, "a count each")
     assert {line["error"] for line in lines(daemon)[old:]} == {"front_crashed"}
     for answer in answers:
         answer.close()
-    wait_for(lambda: daemon.actors()["front.0"]["state"] == "ready", 20, "the new front")
+    daemon.wait_back("front.0", front)

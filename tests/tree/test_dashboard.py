@@ -17,8 +17,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cortexd.metrics import FAMILIES
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
 from tests.tree.test_keys import table
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -92,15 +93,13 @@ def make_traffic(daemon: Daemon, model: str) -> None:
     body = {"model_id": model}
     assert daemon.post("/models/unload", body, port=daemon.neuron_port)[0] == 200
     assert daemon.chat(model, "hello", max_tokens=4)[0] == 200
-    before = daemon.actors()["poller"]["pid"]
-    daemon.kill("poller")
-    wait_for(lambda: daemon.actors()["poller"].get("pid") not in {None, before}, 20, "a poller")
+    daemon.wait_back("poller", daemon.kill("poller"))
 
 
 def ask_as(daemon: Daemon, key: str, model: str) -> int:
     """Ask one question with a key; return the status."""
     body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=DEADLINE_S)
     connection.request("POST", "/v1/messages", json.dumps(body), {"x-api-key": key})
     response = connection.getresponse()
     response.read()
@@ -111,7 +110,7 @@ def ask_as(daemon: Daemon, key: str, model: str) -> int:
 def leave_a_stream(daemon: Daemon, model: str) -> None:
     """Begin a long answer and go away."""
     body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True}
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=DEADLINE_S)
     body |= {"max_tokens": 400, "ignore_eos": True}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     response = connection.getresponse()
@@ -146,7 +145,7 @@ def scraped(
                 return wanted - scrape(daemon).keys()
 
             try:
-                wait_for(lambda: not missing(), 15, "exporting what the board shows")
+                wait_for(lambda: not missing(), "exporting what the board shows")
             except AssertionError as error:
                 raise AssertionError(f"not exported: {sorted(missing())}") from error
             yield scrape(daemon)

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.tree.daemon import Daemon, streamed_text, wait_for
+from tests.tree.daemon import Daemon, streamed_text
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -40,14 +41,10 @@ def test_killed_light_actor_comes_back_and_every_request_ends(
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, number) for number in range(12)]
         pid = daemon.kill(actor)
-        outcomes = [future.result(timeout=60) for future in asked]
+        outcomes = [future.result(timeout=DEADLINE_S) for future in asked]
     if actor != "front.0":
         assert set(outcomes) <= {200, 503}, outcomes
-    wait_for(
-        lambda: daemon.actors()[actor]["state"] == "ready" and daemon.actors()[actor]["pid"] != pid,
-        10,
-        f"{actor} coming back",
-    )
+    daemon.wait_back(actor, pid)
     assert daemon.chat(str(tiny_model), "hello")[0] == 200
 
 
@@ -71,14 +68,7 @@ def test_stopped_front_is_dumped_killed_and_replaced(daemon: Daemon, tiny_model:
     """A hung actor is noticed by its missing heartbeat."""
     pid = int(daemon.actors()["front.0"]["pid"])
     os.kill(pid, signal.SIGSTOP)
-    wait_for(
-        lambda: (
-            daemon.actors()["front.0"]["pid"] not in {pid, 0}
-            and daemon.actors()["front.0"]["state"] == "ready"
-        ),
-        20,
-        "the hung front being replaced",
-    )
+    daemon.wait_back("front.0", pid)
     assert daemon.chat(str(tiny_model), "hello")[0] == 200
 
 
@@ -89,7 +79,7 @@ def test_second_start_names_the_running_pid(daemon: Daemon) -> None:
         env={**daemon.environment, **_other_ports()},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode != 0
@@ -112,7 +102,7 @@ def test_port_in_use_is_named_and_nothing_starts(daemon: Daemon, tmp_path: Path)
         env={**daemon.environment, "CORTEXD_PATHS__RUNTIME_DIR": str(tmp_path / "r")},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode != 0
@@ -148,10 +138,10 @@ def test_router_killed_while_a_model_loads_still_brings_it_up(
 ) -> None:
     """The load goes on without the router, and the new router adopts it."""
     with Daemon(tmp_path, "--model", str(tiny_model)) as daemon:
-        wait_for(lambda: any(actor["group"] for actor in daemon.actors().values()), 60, "the load")
+        wait_for(lambda: any(actor["group"] for actor in daemon.actors().values()), "the load")
         daemon.kill("router")
-        wait_for(lambda: daemon.actors()["router"]["restarts"] == 1, 10, "the router's restart")
-        wait_for(daemon.models, 10, "the router's answer")
+        wait_for(lambda: daemon.actors()["router"]["restarts"] == 1, "the router's restart")
+        wait_for(daemon.models, "the router's answer")
         daemon.wait_loaded(str(tiny_model))
         assert daemon.chat(str(tiny_model), "hello")[0] == 200
         assert _leader_restarts(daemon) == 0
@@ -170,7 +160,7 @@ def test_nothing_survives_a_killed_root(tiny_model: Path, tmp_path: Path) -> Non
         assert daemon.process is not None
         daemon.process.kill()
         daemon.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=2.0)
+        _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
         assert not alive
 
 
@@ -184,6 +174,6 @@ def test_stop_drains_and_leaves_no_file(tiny_model: Path, tmp_path: Path) -> Non
         daemon.process.terminate()
         events += list(stream)
         assert events[-1] == "[DONE]"
-        assert daemon.process.wait(60) == 0
+        assert daemon.process.wait(DEADLINE_S) == 0
         assert "killed by" not in daemon.log(), "an actor was not given the time to exit"
         assert not list(daemon.runtime_dir.glob("*.s"))

@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
-from tests.tree.daemon import Daemon, NeuronDaemon, streamed_text, wait_for
+from tests.tree.daemon import Daemon, NeuronDaemon, streamed_text
 from tests.tree.fleet_stub import ANSWER, EVENTS, MODEL, Stub
 from tests.tree.tiny_model import CONTEXT
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -39,11 +40,11 @@ class Hosts:
 
     def nodes(self) -> dict[str, dict[str, Any]]:
         """Return the gateway's view of each node."""
-        return {node["name"]: node for node in self.gateway.admin("status")["nodes"]}
+        return self.gateway.nodes()
 
     def loaded_on(self, node: str) -> bool:
         """Tell whether the gateway sees the node answering with the model loaded."""
-        seen = self.nodes()[node]
+        seen = self.nodes().get(node, {"models": [], "is_healthy": False})
         states = {model["model_id"]: model["state"] for model in seen["models"]}
         return bool(seen["is_healthy"]) and states.get(self.model) == "loaded"
 
@@ -84,15 +85,17 @@ def hosts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             CORTEXD_MODELS_CONFIG=str(catalogue),
         )
         daemons = (gateway, one, two)
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(Daemon.start, daemons))
         try:
+            with ThreadPoolExecutor(3) as pool:
+                list(pool.map(Daemon.start, daemons))
             fleet = Hosts(gateway, one, two, stub, str(tiny_model))
-            wait_for(lambda: fleet.loaded_on("one"), 60, "seeing the model on node one")
+            wait_for(lambda: fleet.loaded_on("one"), "seeing the model on node one")
+            for name in ("two", "stub"):
+                wait_for(lambda name=name: gateway.has_healthy(name), f"seeing node {name}")
             yield fleet
         finally:
             with ThreadPoolExecutor(3) as pool:
-                leftovers = list(pool.map(Daemon.stop, daemons))
+                leftovers = list(pool.map(Daemon.stop, [one for one in daemons if one.process]))
         assert leftovers == [[], [], []], f"processes outlived a daemon: {leftovers}"
 
 
@@ -104,7 +107,7 @@ def open_request(
         hosts.gateway.url(path), data=body, headers={"Content-Type": "application/json", **headers}
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
             found = {name.lower(): value for name, value in response.headers.items()}
             return response.status, found, response.read()
     except urllib.error.HTTPError as error:
@@ -127,7 +130,7 @@ def test_request_goes_where_the_model_is_loaded(hosts: Hosts) -> None:
         assert events[-1] == "[DONE]"
     status, message = hosts.gateway.post("/v1/messages", {"model": "tier/small", **body})
     assert (status, message["type"]) == (200, "message")
-    wait_for(lambda: set(hosts.requests_by_node()) == {"one"}, 10, "counting the requests")
+    wait_for(lambda: set(hosts.requests_by_node()) == {"one"}, "counting the requests")
     assert not any(actor.get("group") for actor in hosts.gateway.actors().values())
 
 
@@ -216,14 +219,14 @@ def test_cold_model_is_loaded_once_on_the_node_it_is_pinned_to(hosts: Hosts) -> 
     assert [status for status, _ in answers] == [200] * 6, answers
     loads = [line for line in hosts.two.log().splitlines() if '"model.loading"' in line]
     assert len(loads) == 1, loads
-    wait_for(lambda: hosts.requests_by_node()["two"] == 6, 10, "counting the requests")
+    wait_for(lambda: hosts.requests_by_node()["two"] == 6, "counting the requests")
 
 
 def test_burst_on_two_replicas_is_balanced(hosts: Hosts) -> None:
     """Own dispatches count at once: a burst between two polls does not land on one node."""
     body = {"model_id": hosts.model}
     assert hosts.two.post("/models/load", body, port=hosts.two.neuron_port)[0] == 200
-    wait_for(lambda: hosts.loaded_on("two"), 10, "seeing the model on node two")
+    wait_for(lambda: hosts.loaded_on("two"), "seeing the model on node two")
     assert hosts.loaded_on("one")
     before = hosts.requests_by_node()
     with ThreadPoolExecutor(64) as pool:
@@ -234,7 +237,7 @@ def test_burst_on_two_replicas_is_balanced(hosts: Hosts) -> None:
         )
     assert [status for status, _ in answers] == [200] * 64
     total = before.total() + 64
-    wait_for(lambda: hosts.requests_by_node().total() == total, 10, "counting all requests")
+    wait_for(lambda: hosts.requests_by_node().total() == total, "counting all requests")
     share = hosts.requests_by_node() - before
     assert abs(share["one"] - 32) <= 6, share
     assert share["one"] + share["two"] == 64
@@ -252,7 +255,7 @@ def test_node_that_dies_in_the_middle_of_a_stream_ends_it_with_an_error(hosts: H
         data=body,
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
         lines = [response.readline() for _ in range(4)]
         for process in hosts.one.family():
             os.kill(process.pid, signal.SIGSTOP)  # nothing more comes, even of what is buffered
@@ -265,6 +268,6 @@ def test_node_that_dies_in_the_middle_of_a_stream_ends_it_with_an_error(hosts: H
     assert (status, json.loads(answer)["error"]["code"]) == (503, "no_healthy_node")
     assert 1 <= int(headers["retry-after"]) <= 60
     hosts.one.start()
-    wait_for(lambda: hosts.loaded_on("one"), 60, "node one's return")
+    wait_for(lambda: hosts.loaded_on("one"), "node one's return")
     status, answered = hosts.gateway.chat(hosts.model, "hello")
     assert status == 200, answered

@@ -14,8 +14,9 @@ from pathlib import Path
 import anthropic
 import pytest
 
-from tests.tree.daemon import Daemon, NeuronDaemon, wait_for
+from tests.tree.daemon import Daemon, NeuronDaemon
 from tests.tree.fleet_stub import MODEL, Stub
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -36,7 +37,7 @@ class Trio:
         """Return text and stop reason of a streamed message."""
         with (
             anthropic.Anthropic(
-                base_url=self.gateway.url(), api_key="none", max_retries=0, timeout=90
+                base_url=self.gateway.url(), api_key="none", max_retries=0, timeout=DEADLINE_S
             ) as client,
             client.messages.stream(
                 model=model,
@@ -111,7 +112,6 @@ def trio(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         assert leftovers == [[], [], []], f"processes outlived a daemon: {leftovers}"
 
 
-@pytest.mark.timeout(300)
 def test_three_nodes_serve_messages_and_swap_both_ways(trio: Trio) -> None:
     """Memory for one: each message brings its model in and the other out, on both neurons."""
     for turn, index in enumerate((0, 1, 0)):
@@ -124,4 +124,4 @@ def test_three_nodes_serve_messages_and_swap_both_ways(trio: Trio) -> None:
         assert len({answer.result() for answer in answers.values()}) == 1
         for node, model in wanted.items():
             assert trio.loaded(node) == [model]
-            wait_for(lambda node=node, n=turn: trio.evictions(node) == n, 10, "counting it")
+            wait_for(lambda node=node, n=turn: trio.evictions(node) == n, "counting it")

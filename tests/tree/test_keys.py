@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import subprocess
@@ -19,11 +18,14 @@ import openai
 import pytest
 
 from cortexd.keys import key_digest
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
 CAP = 2000
+# Of an answer that is still under way when its reservation has been seen.
+TOKENS = 400
 
 
 def table(name: str, **fields: Any) -> str:
@@ -58,7 +60,7 @@ class Keyed:
             self.daemon.url(path), data=json.dumps(body).encode(), headers=headers
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
                 return response.status, json.loads(response.read()), dict(response.headers)
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read()), dict(error.headers)
@@ -70,7 +72,7 @@ class Keyed:
 
     def settled(self, key: str) -> int:
         """Return what a key has spent, once nothing of it is reserved."""
-        wait_for(lambda: self.figures(key)[1] == 0, 10, "settling")
+        wait_for(lambda: self.figures(key)[1] == 0, "settling")
         return self.figures(key)[0]
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -159,7 +161,7 @@ def test_client_that_leaves_a_stream_pays_for_what_it_got(keyed: Keyed) -> None:
         "max_tokens": 400,
         "ignore_eos": True,
     }
-    connection = http.client.HTTPConnection("127.0.0.1", keyed.daemon.api_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", keyed.daemon.api_port, timeout=DEADLINE_S)
     headers = {"Authorization": "Bearer leaver"}
     connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     response = connection.getresponse()
@@ -177,28 +179,28 @@ def test_killed_owner_and_front_leave_neither_debt_nor_block(keyed: Keyed) -> No
 
     def ask(number: int) -> int:
         try:
-            return keyed.ask("crash", max_tokens=64, ignore_eos=True)[0]
+            return keyed.ask("crash", max_tokens=TOKENS, ignore_eos=True)[0]
         except (OSError, http.client.HTTPException):
             return 0
 
     for victim in ("budgets", "front.0"):
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(ask, number) for number in range(8)]
-            wait_for(lambda: keyed.figures("crash")[1] > 0, 10, "a reservation")
-            keyed.daemon.kill(victim)
+            wait_for(lambda: keyed.figures("crash")[1] > 0, "a reservation")
+            pid = keyed.daemon.kill(victim)
             statuses = [one.result() for one in asked]
+        keyed.daemon.wait_back(victim, pid)
         if victim == "budgets":
             assert statuses == [200] * 8
-    with contextlib.suppress(OSError):
-        wait_for(lambda: keyed.ask("crash")[0] == 200, 20, "an answer")
+    wait_for(lambda: ask(8) == 200, "an answer")
     spent = keyed.settled("crash")
-    assert spent >= before + 8 * 64
+    assert spent >= before + 8 * TOKENS
 
 
 def test_keys_are_added_and_revoked_while_the_daemon_runs(keyed: Keyed) -> None:
     """The command edits the file, the daemon follows; a broken file changes nothing."""
     secret = keyed.command("add", "late", "--cap", "5000", "--window", "60").stdout.strip()
-    wait_for(lambda: keyed.ask(secret)[0] == 200, 10, "letting the new key in")
+    wait_for(lambda: keyed.ask(secret)[0] == 200, "letting the new key in")
     spent = keyed.settled("late")
     row = next(
         line for line in keyed.command("list").stdout.splitlines() if line.startswith("late")
@@ -211,7 +213,7 @@ def test_keys_are_added_and_revoked_while_the_daemon_runs(keyed: Keyed) -> None:
     assert keyed.ask(secret)[0] == 200
     keyed.keys_file.write_bytes(good)
     keyed.command("revoke", "late")
-    wait_for(lambda: keyed.ask(secret)[0] == 401, 10, "refusing the revoked key")
+    wait_for(lambda: keyed.ask(secret)[0] == 401, "refusing the revoked key")
     assert secret not in keyed.daemon.log()
 
 
@@ -239,13 +241,18 @@ def test_log_and_metrics_name_key_and_account_and_no_secret(keyed: Keyed) -> Non
         found = [line for line in keyed.daemon.log().splitlines() if "request.finished" in line]
         return [json.loads(line[line.index("{") :]) for line in found]
 
-    wait_for(lambda: lines()[-1]["status"] == 401, 10, "the last line")
+    wait_for(lambda: [line["status"] for line in lines()[-1:]] == [401], "the last line")
     assert lines()[-2]["key"] == "sdk"
     assert lines()[-1]["error"] == "invalid_api_key"
     assert "never-a-key" not in keyed.daemon.log()
-    _, text = keyed.daemon.get("/metrics", port=keyed.daemon.metrics_port)
-    assert 'cortex_spend_tokens_total{account="sdk",key="sdk"}' in text
-    assert 'cortex_budget_limit_tokens{account="poor",key="poor"} 5.0' in text
+
+    def exports(line: str) -> bool:
+        return line in keyed.daemon.get("/metrics", port=keyed.daemon.metrics_port)[1]
+
+    wait_for(lambda: exports('cortex_spend_tokens_total{account="sdk",key="sdk"}'), "the spend")
+    wait_for(
+        lambda: exports('cortex_budget_limit_tokens{account="poor",key="poor"} 5.0'), "the limit"
+    )
 
 
 def test_restarted_daemon_remembers_what_was_spent(keyed: Keyed) -> None:
@@ -254,6 +261,7 @@ def test_restarted_daemon_remembers_what_was_spent(keyed: Keyed) -> None:
     assert spent > 0
     assert keyed.daemon.stop() == []
     keyed.daemon.start()
+    keyed.daemon.wait_ready()
     keyed.daemon.wait_loaded(keyed.model)
     assert keyed.settled("crowd") == spent
     assert keyed.ask("crowd", max_tokens=CAP)[0] == 429

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
 from tests.tree.test_keys import table
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -34,7 +35,7 @@ def ask(url: str, key: str | None, body: Any = None, **headers: str) -> tuple[in
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -81,7 +82,7 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             models = gateway.admin("models")["models"]
             return any(one["node"] == "far" and one["state"] == "loaded" for one in models)
 
-        wait_for(is_seen, 30, "the gateway's view of the neuron")
+        wait_for(is_seen, "the gateway's view of the neuron")
         yield Pair(gateway, neuron, str(tiny_model))
 
 
@@ -98,9 +99,9 @@ def test_gateway_uses_its_own_key_and_names_the_account(pair: Pair) -> None:
         found = [one for one in pair.neuron.log().splitlines() if '"request.finished"' in one]
         return dict(json.loads(found[-1][found[-1].index("{") :])) if found else {}
 
-    wait_for(line, 10, "the neuron's line")
+    wait_for(line, "the neuron's line")
     assert (line()["account"], line()["key"]) == ("team", "alice")
-    wait_for(lambda: spent(pair) == answer["usage"]["total_tokens"], 10, "the charge")
+    wait_for(lambda: spent(pair) == answer["usage"]["total_tokens"], "the charge")
 
 
 def spent(pair: Pair) -> int:

@@ -8,7 +8,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
 from tests.tree.scripted_neuron import ScriptedNeuron
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -38,8 +39,8 @@ class Fleet:
         return self.nodes()[name]
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """Return the gateway's view of all nodes; none while its router begins."""
-        return {node["name"]: dict(node) for node in self.gateway.admin("status")["nodes"]}
+        """Return the gateway's view of all nodes."""
+        return self.gateway.nodes()
 
     def sees(self, name: str, model: str, state: str) -> bool:
         """Tell whether the gateway knows a model in this state on a node."""
@@ -77,11 +78,12 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 def fleet(hosts: Fleet) -> Fleet:
     """The fleet with both neurons at their best, and known to the gateway as such."""
     for neuron in (hosts.one, hosts.two):
+        neuron.release()
         neuron.answer_s = neuron.load_s = 0.0
         neuron.seats, neuron.is_up, neuron.hangs = 0, True, False
         neuron.max_running = 0
     for name in ("one", "two"):
-        wait_for(lambda name=name: hosts.sees(name, MODEL, "loaded"), 15, f"seeing {name}")
+        wait_for(lambda name=name: hosts.sees(name, MODEL, "loaded"), f"seeing {name}")
     return hosts
 
 
@@ -101,11 +103,19 @@ def start_gateway(folder: Path, catalogue: Path, *neurons: ScriptedNeuron) -> Da
     )
 
 
+def answered(asked: list[Future[str]]) -> list[Future[str]]:
+    """Return the requests that have ended."""
+    return [one for one in asked if one.done()]
+
+
 def test_slow_node_gets_less_and_hurts_nobody(fleet: Fleet) -> None:
     """Least busy by our own dispatches: who answers slower is sent fewer requests."""
-    fleet.one.answer_s, fleet.two.answer_s = 0.5, 0.02
+    fleet.one.hold()
     with ThreadPoolExecutor(8) as pool:
-        answers = Counter(pool.map(lambda n: fleet.ask(f"question {n}"), range(60)))
+        asked = [pool.submit(fleet.ask, f"question {n}") for n in range(60)]
+        wait_for(lambda: len(answered(asked)) + fleet.one.running == 60, "the quick one's answers")
+        fleet.one.release()
+        answers = Counter(future.result() for future in asked)
     assert answers.total() == answers["one"] + answers["two"] == 60
     assert answers["one"] * 3 < answers["two"], answers
 
@@ -130,18 +140,22 @@ def test_conversation_stays_with_its_replica(fleet: Fleet) -> None:
 def test_requests_beyond_the_seats_wait_in_a_bounded_queue(fleet: Fleet) -> None:
     """No node runs more than its seats; what the queue cannot hold is 429 at once."""
     for neuron in (fleet.one, fleet.two):
-        neuron.seats, neuron.answer_s = 2, 0.4
+        neuron.seats = 2
+        neuron.hold()
     wait_for(
         lambda: all(
             model["max_in_flight"] == 2
             for name in ("one", "two")
             for model in fleet.node(name)["models"]
         ),
-        10,
         "learning the seats",
     )
     with ThreadPoolExecutor(40) as pool:
-        answers = Counter(pool.map(lambda n: fleet.ask(f"question {n}"), range(40)))
+        asked = [pool.submit(fleet.ask, f"question {n}") for n in range(40)]
+        wait_for(lambda: len(answered(asked)) == 16, "the refusals")
+        for neuron in (fleet.one, fleet.two):
+            neuron.release()
+        answers = Counter(future.result() for future in asked)
     assert answers["one"] + answers["two"] == 24, answers
     assert answers["queue_full"] == 16
     assert max(fleet.one.max_running, fleet.two.max_running) == 2
@@ -151,29 +165,41 @@ def test_long_cold_load_is_one_load_with_progress_for_fifty(fleet: Fleet) -> Non
     """Streams get comments and events all the time, unary requests wait; all are served."""
     for neuron in (fleet.one, fleet.two):
         neuron.load_s = 4.0
+        neuron.hold()
+    texts: list[bytes] = []
     with ThreadPoolExecutor(51) as pool:
-        streaming = pool.submit(_lines, fleet.gateway, COLD)
+        streaming = pool.submit(_read_into, texts, fleet.gateway, COLD)
         unary = [pool.submit(fleet.ask, f"question {n}", COLD) for n in range(50)]
-        texts = streaming.result()
+        wait_for(lambda: len(texts) > 10 and len(data_of(texts)) >= 4, "many signs of life")
+        wait_for(lambda: any(b"stage=loading" in line for line in texts), "the stage")
+        assert not answered(unary)
+        for neuron in (fleet.one, fleet.two):
+            neuron.release()
+        streaming.result()
         answers = Counter(future.result() for future in unary)
     assert answers.total() == answers["one"] + answers["two"] == 50, answers
     assert fleet.one.num_loads + fleet.two.num_loads == 1
     assert any(b"stage=loading weights" in line and b"%" in line for line in texts), texts
-    assert sum(line.startswith(b"data: {") for line in texts) >= 4  # events, not comments only
     assert texts[-1] == b"data: [DONE]"
-    assert len(texts) > 10  # a line each keep-alive period, not one long silence
 
 
-def _lines(gateway: Daemon, model: str) -> list[bytes]:
-    """Return the lines of a stream that are not empty."""
+def data_of(lines: list[bytes]) -> list[bytes]:
+    """Return the events among a stream's lines, without the comments."""
+    return [line for line in lines if line.startswith(b"data: {")]
+
+
+def _read_into(lines: list[bytes], gateway: Daemon, model: str) -> None:
+    """Read the lines of a stream that are not empty."""
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "x"}]}
     request = urllib.request.Request(
         gateway.url("/v1/chat/completions"),
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return [line.strip() for line in response if line.strip()]
+    with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
+        for line in response:
+            if text := line.strip():
+                lines.append(text)
 
 
 def test_restarted_gateway_serves_as_soon_as_it_listens(fleet: Fleet) -> None:
@@ -181,7 +207,7 @@ def test_restarted_gateway_serves_as_soon_as_it_listens(fleet: Fleet) -> None:
     fleet.gateway.stop()
     fleet.gateway.start()
     assert fleet.ask() in {"one", "two"}
-    assert fleet.sees("one", MODEL, "loaded")
+    wait_for(lambda: fleet.sees("one", MODEL, "loaded"), "the first poll of each")
 
 
 def test_two_gateways_on_the_same_neurons_share_them(fleet: Fleet, tmp_path: Path) -> None:
@@ -191,7 +217,7 @@ def test_two_gateways_on_the_same_neurons_share_them(fleet: Fleet, tmp_path: Pat
     fleet.one.answer_s = fleet.two.answer_s = 0.05
     with start_gateway(folder, fleet.catalogue, fleet.one, fleet.two) as second:
         other = Fleet(second, fleet.one, fleet.two, fleet.catalogue)
-        wait_for(lambda: other.sees("two", MODEL, "loaded"), 10, "the second gateway's view")
+        wait_for(lambda: other.sees("two", MODEL, "loaded"), "the second gateway's view")
         with ThreadPoolExecutor(16) as pool:
             askers = [fleet, other] * 32
             answers = Counter(pool.map(lambda one: one.ask(os.urandom(4).hex()), askers))
@@ -205,7 +231,7 @@ def test_catalogue_is_reloaded_under_traffic(fleet: Fleet) -> None:
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(fleet.ask, f"question {n}") for n in range(200)]
         fleet.catalogue.write_text(f'{text}[aliases]\n"tier/new" = "{MODEL}"\n')
-        wait_for(lambda: fleet.ask(model="tier/new") in {"one", "two"}, 10, "the alias")
+        wait_for(lambda: fleet.ask(model="tier/new") in {"one", "two"}, "the alias")
         fleet.catalogue.write_text(f"{text}[aliases\n")
         (file,) = fleet.gateway.admin("reload")["files"]
         assert (file["status"], f"{fleet.catalogue}:3" in file["error"]) == ("rejected", True)
@@ -234,7 +260,7 @@ def test_node_that_flaps_is_held_down_and_no_request_fails(fleet: Fleet) -> None
             seen.append(fleet.ask(f"q{len(seen)}"))
         assert set(seen) <= {"two", "one"}, seen
         fleet.one.is_up = True
-        wait_for(lambda: fleet.node("one")["is_healthy"], 10, "node one's return")
+        wait_for(lambda: fleet.node("one")["is_healthy"], "node one's return")
     assert "node.breaker_open" in fleet.gateway.log()
     while fleet.node("one")["breaker"] == "open":
         answer = fleet.ask(f"held {time.monotonic()}")
@@ -245,5 +271,5 @@ def test_node_that_flaps_is_held_down_and_no_request_fails(fleet: Fleet) -> None
         answers.add(fleet.ask(f"again {time.monotonic()}"))
         return bool(fleet.node("one")["breaker"] == "closed")
 
-    wait_for(is_closed, 20, "the trial request's success")
+    wait_for(is_closed, "the trial request's success")
     assert answers <= {"one", "two"}

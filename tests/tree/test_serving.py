@@ -11,8 +11,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.tree.daemon import Daemon, streamed_text, wait_for
+from tests.tree.daemon import Daemon, streamed_text
 from tests.tree.tiny_model import CONTEXT
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -114,16 +115,14 @@ def test_client_that_vanishes_mid_stream_frees_its_sequence(
             "ignore_eos": True,
         }
     )
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=DEADLINE_S)
     connection.request("POST", "/v1/chat/completions", body)
     response = connection.getresponse()
     response.readline()
     assert connection.sock is not None
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
-    wait_for(
-        lambda: daemon.models()[str(tiny_model)]["in_flight"] == 0, 10, "the lease being closed"
-    )
+    wait_for(lambda: daemon.models()[str(tiny_model)]["in_flight"] == 0, "the lease being closed")
 
 
 def test_metrics_count_requests(daemon: Daemon, tiny_model: Path) -> None:
@@ -134,7 +133,7 @@ def test_metrics_count_requests(daemon: Daemon, tiny_model: Path) -> None:
         text = daemon.get("/metrics", port=daemon.metrics_port)[1]
         return "cortex_requests_total{" in text and f'model="{tiny_model}"' in text
 
-    wait_for(counted, 5, "the request being counted")
+    wait_for(counted, "the request being counted")
 
 
 def test_neuron_api_lists_and_describes(daemon: Daemon, tiny_model: Path) -> None:

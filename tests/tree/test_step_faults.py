@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.tree.daemon import Daemon, wait_for
+from tests.tree.daemon import Daemon
 from tests.tree.faulty.sitecustomize import (
     BUG,
     DEVICE_FAULT,
@@ -20,6 +20,7 @@ from tests.tree.faulty.sitecustomize import (
     OUT_OF_MEMORY,
     SHORT_OF_MEMORY,
 )
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.tree
 TEXT = "the quick brown fox jumps over the lazy dog " * 3
@@ -74,9 +75,8 @@ def test_request_that_fails_its_steps_does_not_end_the_engine(
     assert again["choices"] == expected["choices"]
     assert leader_pid(daemon) == pid
     if seed == BUG:
-        wait_for(lambda: "told to fail" in daemon.log(), 5, "the traceback in the log")
-    report = daemon.models()[str(tiny_model)]
-    assert report["in_flight"] == 0
+        wait_for(lambda: "told to fail" in daemon.log(), "the traceback in the log")
+    wait_for(lambda: daemon.models()[str(tiny_model)]["in_flight"] == 0, "the lease being closed")
 
 
 def test_requests_beside_one_that_runs_out_of_memory_are_answered(
@@ -104,7 +104,7 @@ def test_lost_device_ends_the_process_with_its_own_code(daemon: Daemon, tiny_mod
         events = daemon.admin("events")["events"]
         return [each["fields"]["exit"] for each in events if each["event"] == "actor.exited"]
 
-    assert "exit code 71" in wait_for(exits, 10, "the leader's exit")
+    wait_for(lambda: "exit code 71" in exits(), "the leader's exit")
     daemon.wait_loaded(str(tiny_model))
-    wait_for(lambda: ask(daemon, tiny_model)[0] == 200, 30, "an answer of the new process")
+    wait_for(lambda: ask(daemon, tiny_model)[0] == 200, "an answer of the new process")
     assert leader_pid(daemon) != pid

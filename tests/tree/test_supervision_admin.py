@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -12,6 +16,7 @@ from actors.transport.admin_channel import AdminChannel
 from actors.transport.sockets import Transport
 from cortexd.errors import CortexError, InvalidValue, NotFound
 from tests.tree.toy_daemon import ToyDaemon, toys
+from tests.waiting import DEADLINE_S
 
 pytestmark = pytest.mark.tree
 
@@ -26,7 +31,7 @@ def daemon() -> Iterator[ToyDaemon]:
 @pytest.fixture
 def channel(daemon: ToyDaemon) -> Iterator[AdminChannel]:
     """A channel of its own, since streams belong to one."""
-    with AdminChannel(daemon.folder / "run/admin.s", timeout_s=5.0) as opened:
+    with AdminChannel(daemon.folder / "run/admin.s", timeout_s=DEADLINE_S) as opened:
         yield opened
 
 
@@ -99,7 +104,7 @@ def _exchange(daemon: ToyDaemon, frame: bytes) -> dict[str, dict[str, str]]:
     socket = transport.socket(zmq.DEALER)
     socket.connect(f"ipc://{daemon.folder}/run/admin.s")
     socket.send(frame)
-    assert socket.poll(5000)
+    assert socket.poll(int(DEADLINE_S * 1000))
     answer: dict[str, dict[str, str]] = msgspec.json.decode(socket.recv())
     socket.close()
     transport.close()
@@ -164,6 +169,21 @@ def test_stack_of_a_running_actor_is_returned(daemon: ToyDaemon) -> None:
     assert daemon.actor("peer")["pid"] == pid
 
 
+def test_stack_of_an_actor_that_gets_its_turn_late_is_returned(daemon: ToyDaemon) -> None:
+    """As on a busy machine: the answer waits for the dump."""
+    pid = int(daemon.actor("peer")["pid"])
+    path = daemon.folder / "run/admin.s"
+    with ThreadPoolExecutor(1) as pool, AdminChannel(path, timeout_s=DEADLINE_S) as channel:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            asked = pool.submit(channel.request, "actor.stack", {"name": "peer"})
+            time.sleep(0.5)  # its turn comes late: that is the subject
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        lines = asked.result()["lines"]
+    assert any("most recent call first" in line["text"] for line in lines)
+
+
 def test_followed_log_yields_each_new_line_until_cancelled(
     daemon: ToyDaemon, channel: AdminChannel
 ) -> None:
@@ -201,7 +221,7 @@ def test_stream_ends_with_the_daemon() -> None:
     """A follower is told that nothing more will come."""
     with (
         ToyDaemon(toys("router")) as daemon,
-        AdminChannel(daemon.folder / "run/admin.s", timeout_s=5.0) as channel,
+        AdminChannel(daemon.folder / "run/admin.s", timeout_s=DEADLINE_S) as channel,
     ):
         channel.request("events", {"follow": True})
         daemon.admin("shutdown")

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.tree.daemon import Daemon, NeuronDaemon, wait_for
+from tests.tree.daemon import Daemon, NeuronDaemon
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -82,14 +83,14 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         CORTEXD_MODELS_CONFIG=str(catalogue),
         CORTEXD_EVICTION__DEFRAG_AFTER_CYCLES="2",
     )
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(Daemon.start, (host, neuron)))
     try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(Daemon.start, (host, neuron)))
         host.wait_loaded(models["own"])
         yield Pair(host, neuron, models)
     finally:
         with ThreadPoolExecutor(2) as pool:
-            leftovers = list(pool.map(Daemon.stop, (host, neuron)))
+            leftovers = list(pool.map(Daemon.stop, [one for one in (host, neuron) if one.process]))
     assert leftovers == [[], []], f"processes outlived a daemon: {leftovers}"
 
 
@@ -116,7 +117,7 @@ def test_equal_models_swap_both_ways(pair: Pair) -> None:
         assert status == 200, answer
         states = pair.states()
         assert (states[name], states.get(other, "unloaded")) == ("loaded", "unloaded"), states
-    wait_for(lambda: pair.evictions(pair.neuron, "lru") == before + 2, 10, "counting the evictions")
+    wait_for(lambda: pair.evictions(pair.neuron, "lru") == before + 2, "counting the evictions")
 
 
 def test_model_in_use_is_not_displaced_but_waited_for(pair: Pair) -> None:
@@ -149,14 +150,16 @@ def test_higher_class_displaces_and_is_not_displaced(pair: Pair) -> None:
 def test_time_to_live_of_the_catalogue_holds_at_the_neuron(pair: Pair) -> None:
     """The gateway hands it along with the load; the neuron unloads the idle model by itself."""
     assert pair.ask("short")[0] == 200
-    wait_for(lambda: pair.states().get("short", "unloaded") == "unloaded", 15, "the idle unload")
-    wait_for(lambda: pair.evictions(pair.neuron, "idle") == 1, 10, "counting it")
+    wait_for(lambda: pair.states().get("short", "unloaded") == "unloaded", "the idle unload")
+    wait_for(lambda: pair.evictions(pair.neuron, "idle") == 1, "counting it")
 
 
 def test_draining_neuron_gets_nothing_new(pair: Pair) -> None:
     """What it alone serves is 503 while it drains, and served again after."""
+    right = pair.models["right"]
     assert pair.ask("right")[0] == 200
-    events = pair.host.stream(pair.models["right"], "x", max_tokens=300, ignore_eos=True)
+    wait_for(lambda: pair.neuron.models()[right]["in_flight"] == 0, "the lease being closed")
+    events = pair.host.stream(right, "x", max_tokens=1500, ignore_eos=True)
     next(events)
     assert pair.neuron.admin("drain", on=True) == {"draining": True, "in_flight": 1}
     status, answer = pair.ask("right")
@@ -169,11 +172,11 @@ def test_draining_neuron_gets_nothing_new(pair: Pair) -> None:
     def health() -> dict[str, Any]:
         return dict(json.loads(pair.host.get("/health")[1]))
 
-    wait_for(lambda: health().get("draining") == ["n"], 10, "the host's view")
+    wait_for(lambda: health().get("draining") == ["n"], "the host's view")
     status, answer = pair.ask("right")
     assert (status, answer["error"]["code"]) == (503, "no_healthy_node")
     pair.neuron.admin("drain", on=False)
-    wait_for(lambda: "draining" not in health(), 10, "the end of the drain")
+    wait_for(lambda: "draining" not in health(), "the end of the drain")
     assert pair.ask("right")[0] == 200
 
 
@@ -185,7 +188,7 @@ def test_engine_that_outlived_two_others_is_started_anew(pair: Pair) -> None:
         body = {"model_id": spare}
         assert pair.host.post("/models/load", body, port=pair.host.neuron_port)[0] == 200
         assert pair.host.post("/models/unload", body, port=pair.host.neuron_port)[0] == 200
-    wait_for(lambda: pair.host.models()[own]["epoch"] != epoch, 15, "the recycling")
+    wait_for(lambda: pair.host.models()[own]["epoch"] != epoch, "the recycling")
     assert pair.ask("own")[0] == 200
     assert pair.host.models()[own]["epoch"] > epoch
-    wait_for(lambda: pair.evictions(pair.host, "defrag") == 1, 10, "counting it")
+    wait_for(lambda: pair.evictions(pair.host, "defrag") == 1, "counting it")

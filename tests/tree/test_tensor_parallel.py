@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 
 from cortexd.errors import CortexError
-from tests.tree.daemon import Daemon, streamed_text, wait_for
+from tests.tree.daemon import Daemon, streamed_text
 from tests.tree.tiny_model import make_tiny_model
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
-STEP_TIMEOUT_S = 3.0
+# What a stopped worker costs; not so short that a busy machine's steps miss it.
+STEP_TIMEOUT_S = 8.0
 SEED = 20
 RETRIABLE = {"engine_restarting", "model_load_failed", "model_loading"}
 PROMPTS = [f"question {number} " + "word " * (7 * number) for number in range(4)]
@@ -115,7 +117,7 @@ def test_abandoned_stream_frees_its_seat_on_all_ranks(
     next(stream)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    wait_for(lambda: split.models()[model]["in_flight"] == 0, 10, "the lease being closed")
+    wait_for(lambda: split.models()[model]["in_flight"] == 0, "the lease being closed")
     assert _ask(split, model, PROMPTS[0]) == answers[0]
 
 
@@ -242,7 +244,7 @@ def test_rank_lost_at_any_moment_leaves_a_group_that_answers_the_same(
             for actor in daemon.actors().values():
                 if actor["group"] and actor["rank"] == rank and actor["pid"]:
                     os.kill(actor["pid"], signum)
-            _, last = ended.result(timeout=60)
+            _, last = ended.result(timeout=DEADLINE_S)
         daemon.wait_loaded(model)
         assert last == "[DONE]" or "error" not in last or last["error"]["code"] in RETRIABLE, last
         assert _ask(daemon, model, PROMPTS[0]) == answers[0]
@@ -256,7 +258,7 @@ def test_doctor_tries_every_stage_and_leaves_nothing(tmp_path: Path) -> None:
         cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.tree.daemon import Daemon, streamed_text, wait_for
+from tests.tree.daemon import Daemon, streamed_text
 from tests.tree.tiny_model import make_tiny_model
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -75,14 +76,14 @@ def test_hybrid_over_two_ranks_is_served_as_over_one(
     next(stream)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    wait_for(lambda: daemon.models()[model]["in_flight"] == 0, 10, "the lease being closed")
+    wait_for(lambda: daemon.models()[model]["in_flight"] == 0, "the lease being closed")
     assert _answers(daemon, model) == expected
 
     line = re.compile(
         rf'^cortex_model_tok_s_decode{{[^}}]*model="{re.escape(model)}"[^}}]*}} [1-9]', re.MULTILINE
     )
     wait_for(
-        lambda: line.search(daemon.get("/metrics", port=daemon.metrics_port)[1]), 10, "its metrics"
+        lambda: line.search(daemon.get("/metrics", port=daemon.metrics_port)[1]), "its metrics"
     )
     assert daemon.post("/models/unload", {"model_id": model}, port=port)[0] == 200
     assert not [name for name, actor in daemon.actors().items() if actor["group"]]

@@ -13,8 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,9 +25,9 @@ from actors.spec import ChildSpec
 from actors.transport.admin_channel import AdminChannel
 from cortexd.errors import CortexError
 from cortexd.settings import Settings
+from tests.waiting import DEADLINE_S, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEADLINE_S = 20.0
 
 
 class ToyOrder(msgspec.Struct):
@@ -57,17 +55,6 @@ def main() -> int:
     except CortexError as error:
         print(f"{error.code}: {error.message}", file=sys.stderr)
         return 1
-
-
-def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Return the condition's first true value, or fail naming what did not happen."""
-    deadline = time.monotonic() + deadline_s
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.005)  # between two looks at another process, which cannot notify us
-    raise AssertionError(f"{what} did not happen in {deadline_s:g} s")
 
 
 class ToyDaemon:
@@ -119,7 +106,7 @@ class ToyDaemon:
         finally:
             if self._channel is not None:
                 self._channel.close()
-            _, alive = psutil.wait_procs(family, timeout=1.0)
+            _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
             for process in alive:
                 process.kill()
             assert self.process.stdout is not None
@@ -172,7 +159,7 @@ class ToyDaemon:
         """Have the toy called "router" do something."""
         return self.admin("requests", do=do, **args)
 
-    def relay(self, to: str, do: str, deadline_s: float = 5.0, **args: object) -> Any:
+    def relay(self, to: str, do: str, deadline_s: float = DEADLINE_S, **args: object) -> Any:
         """Have the router ask another toy to do something."""
         return self.command("relay", to=to, deadline_s=deadline_s, args={"do": do, **args})
 
@@ -192,7 +179,7 @@ class ToyDaemon:
             is_new = actor["state"] == "ready" and actor["incarnation"] > after
             return actor if is_new else None
 
-        found: dict[str, Any] = wait_until(ready, f"{name} getting ready")
+        found: dict[str, Any] = wait_for(ready, f"{name} getting ready")
         return found
 
     def wait_event(self, event: str, **fields: object) -> dict[str, Any]:
@@ -205,7 +192,7 @@ class ToyDaemon:
                     return found
             return None
 
-        found: dict[str, Any] = wait_until(seen, f"event {event} {fields}")
+        found: dict[str, Any] = wait_for(seen, f"event {event} {fields}")
         return found
 
     def seen(self, event: str) -> list[dict[str, Any]]:
@@ -218,7 +205,7 @@ class ToyDaemon:
         def first() -> dict[str, Any] | None:
             return next((one for one in self.seen(event) if fields.items() <= one.items()), None)
 
-        found: dict[str, Any] = wait_until(first, f"the router seeing {event} {fields}")
+        found: dict[str, Any] = wait_for(first, f"the router seeing {event} {fields}")
         return found
 
     def kill(self, name: str, signum: int = signal.SIGKILL) -> int:

@@ -35,6 +35,7 @@ from cortexd.messages import (
 )
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import Envelope
+from tests.waiting import DEADLINE_S
 
 _TOLD_TO = b'{"code": "internal_error", "message": "told to"}'
 
@@ -153,7 +154,7 @@ class Toy(AsyncActor):
         """Ask another actor and return its answer, or the code of the error."""
         command = AdminCommand("", "requests", _json_values(args["args"]))
         try:
-            answer = await self.ask(args["to"], command, deadline_s=args.get("deadline_s", 5.0))
+            answer = await self.ask(args["to"], command, deadline_s=args["deadline_s"])
         except CortexError as error:
             return {"error": error.code, "message": error.message}
         assert isinstance(answer, AdminReply)
@@ -180,12 +181,12 @@ class Toy(AsyncActor):
         while True:
             self.num_open += 1
             try:
-                await self.ask(to, Ping(), deadline_s=2.0)
+                await self.ask(to, Ping(), deadline_s=DEADLINE_S)
                 self.outcomes["reply"] += 1
             except CortexError as error:
                 self.outcomes[error.code] += 1
                 if error.code == "actor_down":
-                    await self.wait_for(to, deadline_s=10.0)
+                    await self.wait_for(to, deadline_s=DEADLINE_S)
             finally:
                 self.num_open -= 1
 
@@ -207,7 +208,7 @@ class Toy(AsyncActor):
             args.get("target", "tests.tree.toys:Rank"),
             args.get("mode", "ok").encode(),
             args.get("world_size", 2),
-            args.get("start_timeout_s", 10.0),
+            args.get("start_timeout_s", DEADLINE_S),
         )
         return await self._ask_root(order)
 
@@ -217,7 +218,7 @@ class Toy(AsyncActor):
 
     async def _ask_root(self, body: Message) -> object:
         try:
-            return msgspec.to_builtins(await self.ask("root", body, deadline_s=15.0))
+            return msgspec.to_builtins(await self.ask("root", body, deadline_s=DEADLINE_S))
         except CortexError as error:
             return {"error": error.code, "message": error.message}
 
@@ -241,9 +242,9 @@ class Rank(SyncActor):
             self.report_progress(0.1, "loading")
             time.sleep(600)
         if mode == "slow":
-            for step in range(8):
+            for step in range(16):
                 time.sleep(0.3)
-                self.report_progress(step / 8, "loading")
+                self.report_progress(step / 16, "loading")
 
     def poll(self) -> bool:
         """Count down the work there is."""

@@ -5,9 +5,18 @@ Without a compiler and without a built library `available()` is False, and the c
 torch reference.
 """
 
-from engine.kernels.cpu.decoder import NativeBatch, NativeDecoder, NativeLayer, NativeShape
+from engine.kernels.cpu.decoder import NativeBatch, NativeDecoder
 from engine.kernels.cpu.library import available, num_threads, set_num_threads, status
 from engine.kernels.cpu.linear import PackedLinear, linear, pack
+from engine.kernels.cpu.native_weights import (
+    NativeAttention,
+    NativeDeltaNet,
+    NativeExperts,
+    NativeLayer,
+    NativeMLP,
+    NativeShape,
+    NativeSharedExpert,
+)
 from engine.kernels.cpu.ops import (
     AttentionRow,
     Rotary,
@@ -19,10 +28,15 @@ from engine.kernels.cpu.ops import (
 
 __all__ = [
     "AttentionRow",
+    "NativeAttention",
     "NativeBatch",
     "NativeDecoder",
+    "NativeDeltaNet",
+    "NativeExperts",
     "NativeLayer",
+    "NativeMLP",
     "NativeShape",
+    "NativeSharedExpert",
     "PackedLinear",
     "Rotary",
     "available",

@@ -60,6 +60,13 @@ struct Activation {
     const TileBlock* tiles;
     const float* const* rows;
     const uint16_t* rounded;
+
+    // The same from row `first` on; not of tiles.
+    Activation from(int64_t first, int64_t columns) const {
+        const int64_t blocks = columns / kBlock;
+        return {values + first * blocks * kBlockBytes, infos + first * blocks, nullptr,
+                rows + first, rounded + first * columns};
+    }
 };
 
 }  // namespace cortexd

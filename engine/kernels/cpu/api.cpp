@@ -40,9 +40,9 @@ CORTEXD_EXPORT int64_t cortexd_packed_bytes(int32_t type, int64_t rows, int64_t 
     return packed_bytes(static_cast<Type>(type), rows, columns);
 }
 
-CORTEXD_EXPORT int cortexd_pack(int32_t type, const uint8_t* source, int64_t row_bytes,
-                                int64_t rows, int64_t columns, uint8_t* destination) {
-    return pack(static_cast<Type>(type), source, row_bytes, rows, columns, destination) ? 0 : -1;
+CORTEXD_EXPORT int cortexd_pack(int32_t type, const PlainRows* parts, int64_t num_parts,
+                                int64_t columns, uint8_t* destination) {
+    return pack(static_cast<Type>(type), parts, num_parts, columns, destination) ? 0 : -1;
 }
 
 CORTEXD_EXPORT int cortexd_linear(const Matrix* matrix, const float* x, int64_t num_tokens,
@@ -82,7 +82,8 @@ CORTEXD_EXPORT int cortexd_rope_and_kv_write(const AttentionShape* shape, float*
     return guarded([&] {
         static thread_local RotaryTables tables;
         tables.fill(positions, num_tokens, inverse_frequencies, half, rope_scale);
-        rope_and_kv_write(*shape, qkv, num_tokens, tables, head_norm, eps, slots, cache_layer);
+        const int64_t row = (shape->num_heads + 2 * shape->num_kv_heads) * shape->head_dim;
+        rope_and_kv_write(*shape, qkv, row, num_tokens, tables, head_norm, eps, slots, cache_layer);
     });
 }
 

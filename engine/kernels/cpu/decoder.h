@@ -1,10 +1,12 @@
-// A whole step of a llama- or qwen3-shaped model in one call. The structs are mirrored, field by
-// field, in decoder.py.
+// A whole step of a model in one call: dense, hybrid, with or without experts. The structs are
+// mirrored, field by field, in structs.py.
 #pragma once
 
 #include <cstdint>
 
 #include "attention.h"
+#include "delta_net.h"
+#include "experts.h"
 #include "linear.h"
 #include "packed.h"
 
@@ -12,18 +14,23 @@ namespace cortexd {
 
 struct LayerWeights {
     const float* input_norm;  // (hidden_size,)
-    Projection qkv;           // Q heads, K heads, V heads
-    const float* head_norm;   // (num_heads + num_kv_heads, head_dim), or null
+    // Attention: Q heads, K heads, V heads, then the gates of Q where there are some. DeltaNet: see
+    // delta_net.h.
+    Projection input;
+    const float* head_norm;  // of attention: (num_heads + num_kv_heads, head_dim), or null
+    const DeltaNetWeights* delta_net;  // null: a layer of attention
     Projection output;
     const float* mlp_norm;  // (hidden_size,)
     Projection gate_up;     // gate, up
     Projection down;
+    const SparseWeights* experts;  // null: gate_up and down are the feed-forward
 };
 
 struct DecoderWeights {
     AttentionShape attention;
+    int32_t has_output_gates;  // attention is multiplied by a sigmoid gate per query element
+    DeltaNetShape delta_net;   // of a hybrid
     int64_t hidden_size;
-    int64_t intermediate_size;
     int64_t rotary_half;
     const float* inverse_frequencies;  // (rotary_half,)
     float rope_scale;
@@ -41,9 +48,18 @@ struct DecoderStep {
     const int64_t* slots;
     int64_t num_rows;
     const SequenceRow* rows;
-    float* cache;            // of all layers
+    float* cache;            // of all layers of attention
     int64_t layer_stride;    // floats between the layers of the cache
     int64_t num_slots;       // of one layer
+    // Of a hybrid: the state slot of each row, whether it begins in this step, and the states of all
+    // layers without attention (see delta_net.h) with the floats between those.
+    const int64_t* state_slots;
+    const uint8_t* is_fresh;
+    float* recurrent;
+    int64_t recurrent_stride;
+    float* tails;
+    int64_t tails_stride;
+    int64_t num_state_slots;
     int64_t num_logit_rows;
     const int64_t* logit_rows;
     float* logits;  // (num_logit_rows, vocab_size)

@@ -59,6 +59,26 @@ void silu_mul(const float* gate, const float* up, int64_t size, float* out) {
     }
 }
 
+// y += factor * x; size is a multiple of 16.
+template <class Isa>
+void add_scaled(const float* x, float factor, int64_t size, float* y) {
+    const auto weight = Isa::set1(factor);
+    for (int64_t i = 0; i < size; i += kRows) {
+        Isa::store(y + i, Isa::fma(weight, Isa::load(x + i), Isa::load(y + i)));
+    }
+}
+
+// out = x / (1 + e^-gate); size is a multiple of 16; out may be x.
+template <class Isa>
+void sigmoid_mul(const float* gate, const float* x, int64_t size, float* out) {
+    const auto one = Isa::set1(1.0f);
+    for (int64_t i = 0; i < size; i += kRows) {
+        const auto negative = Isa::subtract(Isa::zero(), Isa::load(gate + i));
+        const auto denominator = Isa::add(one, exponential<Isa>(negative));
+        Isa::store(out + i, Isa::divide(Isa::load(x + i), denominator));
+    }
+}
+
 // Element j of a head turns with element j + half; cos and sin hold `half` values.
 template <class Isa>
 void rotate(float* head, const float* cos, const float* sin, int64_t half) {

@@ -3,6 +3,7 @@
 
 #include "attention_kernel.h"
 #include "attention_tile.h"
+#include "delta_net_kernel.h"
 #include "elementwise_kernel.h"
 #include "kernels.h"
 #include "linear_kernel.h"
@@ -20,11 +21,15 @@ constexpr Kernels kernel_set(const char* name) {
             nullptr,
             rms_norm<Isa>,
             silu_mul<Isa>,
+            sigmoid_mul<Isa>,
+            add_scaled<Isa>,
             rotate<Isa>,
             attend_partition<Isa>,
             attend_tile<Isa>,
             merge_partial<Isa>,
-            finish_partial<Isa>};
+            finish_partial<Isa>,
+            convolve<Isa>,
+            delta_rule<Isa>};
 }
 
 }  // namespace

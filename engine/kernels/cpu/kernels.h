@@ -5,6 +5,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "delta_net.h"
 #include "packed.h"
 
 namespace cortexd {
@@ -33,6 +34,8 @@ struct Kernels {
     // One token; see elementwise_kernel.h.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, float* y);
     void (*silu_mul)(const float* gate, const float* up, int64_t size, float* out);
+    void (*sigmoid_mul)(const float* gate, const float* x, int64_t size, float* out);
+    void (*add_scaled)(const float* x, float factor, int64_t size, float* y);
     void (*rotate)(float* head, const float* cos, const float* sin, int64_t half);
     // See attention_kernel.h.
     bool (*attend_partition)(const AttentionShape& shape, const SequenceRow& row,
@@ -44,6 +47,9 @@ struct Kernels {
                         int64_t begin, int64_t end, float* partials);
     void (*merge_partial)(const float* next, int64_t head_dim, float* state);
     void (*finish_partial)(const float* state, int64_t head_dim, float* out);
+    // See delta_net_kernel.h.
+    void (*convolve)(const ConvRun& run);
+    void (*delta_rule)(const DeltaRun& run, int64_t columns);
 };
 
 extern const Kernels kPortableKernels;

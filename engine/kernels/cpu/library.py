@@ -33,7 +33,7 @@ _SIGNATURES: Final[dict[str, tuple[list[type], type | None]]] = {
     "cortexd_set_num_threads": ([ctypes.c_int], None),
     "cortexd_num_threads": ([], ctypes.c_int),
     "cortexd_packed_bytes": ([ctypes.c_int32, _SIZE, _SIZE], _SIZE),
-    "cortexd_pack": ([ctypes.c_int32, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER], ctypes.c_int),
+    "cortexd_pack": ([ctypes.c_int32, _POINTER, _SIZE, _SIZE, _POINTER], ctypes.c_int),
     "cortexd_linear": ([_POINTER, _POINTER, _SIZE, _POINTER], ctypes.c_int),
     "cortexd_rms_norm": ([_POINTER, _POINTER, _FLOAT, _SIZE, _SIZE, _POINTER], None),
     "cortexd_silu_mul": ([_POINTER, _SIZE, _SIZE, _POINTER], None),
@@ -107,11 +107,6 @@ def isa() -> str:
     """Return the active instruction set, one of `ISA_NAMES`."""
     name: bytes = load().cortexd_isa()
     return name.decode()
-
-
-def force_isa(name: str) -> bool:
-    """Switch to another instruction set; False when this CPU lacks it. For tests and doctors."""
-    return bool(load().cortexd_force_isa(name.encode()) == 0)
 
 
 def set_num_threads(count: int) -> None:

@@ -68,6 +68,9 @@ class ActivationBuffer {
     // for Q5_K, 16 % for Q6_K; at 32 it costs as much. Types without super-blocks gain nothing.
     static constexpr int64_t kManyTokens = 128;
 
+    // Tiles cannot be taken apart; a `takes_parts` buffer never makes any.
+    explicit ActivationBuffer(bool takes_parts = false) : takes_parts_(takes_parts) {}
+
     // row_of(token) makes and returns a token's row of floats, which must stay as it is until the
     // product is done; it is called once per token, on the thread that quantises it.
     template <class RowOf>
@@ -78,7 +81,7 @@ class ActivationBuffer {
         const Precision precision = projection.parts[0].precision;
         const bool has_rounded = projection.has_rounded_part();
         const Kernels& set = kernels();
-        is_tiled_ = num_tokens >= kManyTokens && projection.has_tiles();
+        is_tiled_ = !takes_parts_ && num_tokens >= kManyTokens && projection.has_tiles();
         grow(num_tokens, is_quantized ? blocks : 0);
         if (has_rounded && static_cast<size_t>(num_tokens * columns) > rounded_.size()) {
             rounded_.resize(static_cast<size_t>(num_tokens * columns));
@@ -130,6 +133,7 @@ class ActivationBuffer {
         }
     }
 
+    bool takes_parts_;
     bool is_tiled_ = false;
     std::vector<TileBlock> tiles_;
     std::vector<const float*> rows_;
@@ -137,6 +141,17 @@ class ActivationBuffer {
     std::vector<BlockInfo> infos_;
     std::vector<uint16_t> rounded_;
 };
+
+// One of several products that are computed together; y as below.
+struct Product {
+    const Projection* projection;
+    Activation x;
+    int64_t num_tokens;
+    float* y;
+};
+
+// Computes all products in one parallel loop.
+void multiply_all(const std::vector<Product>& products);
 
 // y (num_tokens, projection.rows()), dense, = [y +] x . matrix^T + bias.
 void multiply(const Projection& projection, const Activation& x, int64_t num_tokens, float* y,

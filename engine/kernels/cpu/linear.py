@@ -10,6 +10,7 @@ instruction set as well).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from engine.kernels.cpu import library
 from engine.kernels.cpu.arena import Arena
-from engine.kernels.cpu.structs import Matrix
+from engine.kernels.cpu.structs import Matrix, PlainRows
 
 # GGML's own numbers, as in packed.h.
 TYPE_NUMBERS: Final = {
@@ -92,31 +93,40 @@ _ARENA: Final = Arena()
 
 
 def pack(
-    weight: QuantizedRows | Tensor, bias: Tensor | None, *, is_exact: bool = False
+    weights: Sequence[QuantizedRows | Tensor], bias: Tensor | None, *, is_exact: bool = False
 ) -> PackedLinear | None:
-    """Repack `weight` for `linear`; None when there are no kernels, or none for its type or shape.
+    """Repack matrices of one type and width, on top of each other, as one for `linear`.
 
-    `is_exact` products round activations to 16 bits, or not at all, instead of to 8 (see
-    activation.h). The weight's own bytes are not needed afterwards.
+    They are read where they are, by all threads; their bytes are not needed afterwards. None when
+    there are no kernels, or none for the type or shape. `is_exact` products round activations to 16
+    bits, or not at all, instead of to 8 (see activation.h).
     """
-    name, source = _stored(weight)
+    stored = [_stored(weight) for weight in weights]
+    name, first = stored[0]
+    columns = weights[0].shape[1]
+    for weight, (other_name, rows) in zip(weights, stored, strict=True):
+        assert other_name == name, f"{other_name} cannot be stacked on {name}"
+        assert weight.shape[1] == columns, f"width {weight.shape[1]} on {columns}"
+        assert rows.stride(1) == 1, "the numbers of a row are not contiguous"
     number = TYPE_NUMBERS.get(name)
-    if number is None or source.device.type != "cpu" or not library.available():
+    if number is None or first.device.type != "cpu" or not library.available():
         return None
-    rows, columns = weight.shape
+    num_rows = sum(weight.shape[0] for weight in weights)
     native = library.load()
-    size = native.cortexd_packed_bytes(number, rows, columns)
+    size = native.cortexd_packed_bytes(number, num_rows, columns)
     if size < 0:
         return None
-    assert source.stride(1) == 1, "the numbers of a row are not contiguous"
-    row_bytes = source.stride(0) * source.element_size()
-    storage = _ARENA.allocate(size)
-    done = native.cortexd_pack(
-        number, source.data_ptr(), row_bytes, rows, columns, storage.data_ptr()
+    parts = (PlainRows * len(stored))(
+        *(
+            PlainRows(rows.data_ptr(), rows.stride(0) * rows.element_size(), rows.shape[0])
+            for _, rows in stored
+        )
     )
-    assert done == 0, f"{name} of {rows}x{columns} has a size but no packing"
+    storage = _ARENA.allocate(size)
+    done = native.cortexd_pack(number, parts, len(stored), columns, storage.data_ptr())
+    assert done == 0, f"{name} of {num_rows}x{columns} has a size but no packing"
     float_bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    return PackedLinear(name, (rows, columns), storage, float_bias, is_exact=is_exact)
+    return PackedLinear(name, (num_rows, columns), storage, float_bias, is_exact=is_exact)
 
 
 def _stored(weight: QuantizedRows | Tensor) -> tuple[str, Tensor]:

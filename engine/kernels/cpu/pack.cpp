@@ -188,16 +188,18 @@ void place_meta(const Block& block, int64_t b, int64_t r, uint8_t* meta) {
     if (L::kHasMin) std::memcpy(record + 32 + r * 2, &block.minimum, 2);
 }
 
+// Where the rows of one group are.
+using GroupRows = const uint8_t* const (&)[kRows];
+
 template <class L>
-void pack_group(const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t blocks,
-                uint8_t* group) {
+void pack_group(GroupRows source, int64_t rows, int64_t blocks, uint8_t* group) {
     std::memset(group, 0, static_cast<size_t>(L::meta_bytes(blocks)));
     if (rows < kRows) std::memset(group, 0, static_cast<size_t>(L::group_bytes(blocks)));
     uint8_t* payload = group + L::meta_bytes(blocks);
     for (int64_t b = 0; b < blocks; ++b) {
         for (int64_t r = 0; r < rows; ++r) {
             Block block{};
-            read_block(L{}, source + r * row_bytes, b, block);
+            read_block(L{}, source[r], b, block);
             place_meta<L>(block, b, r, group);
             place_payload<L>(block.value, r, payload + b * L::kPayload);
         }
@@ -206,19 +208,18 @@ void pack_group(const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t 
 
 // `Number` is the unsigned integer of the size of one number.
 template <class D, class Number>
-void pack_dense_group(const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t columns,
-                      uint8_t* group) {
+void pack_dense_group(GroupRows source, int64_t rows, int64_t columns, uint8_t* group) {
     if (rows < kRows) std::memset(group, 0, static_cast<size_t>(D::group_bytes(columns)));
     if (D::kType == Type::BF16 && rows == kRows) {  // two columns of a row are one word
         for (int64_t pair = 0; pair < columns / 2; ++pair) {
             for (int64_t r = 0; r < kRows; ++r) {
-                std::memcpy(group + (pair * kRows + r) * 4, source + r * row_bytes + pair * 4, 4);
+                std::memcpy(group + (pair * kRows + r) * 4, source[r] + pair * 4, 4);
             }
         }
         return;
     }
     for (int64_t r = 0; r < rows; ++r) {
-        const uint8_t* from = source + r * row_bytes;
+        const uint8_t* from = source[r];
         for (int64_t k = 0; k < columns; ++k, from += sizeof(Number)) {
             const int64_t lane = D::kType == Type::BF16 ? r * 2 + k % 2 : k % 2 * kRows + r;
             std::memcpy(group + k / 2 * D::kPairBytes + lane * sizeof(Number), from,
@@ -227,13 +228,35 @@ void pack_dense_group(const uint8_t* source, int64_t row_bytes, int64_t rows, in
     }
 }
 
-// Calls place(row, rows, destination) for each group of rows, on all threads.
+int64_t total_rows(const PlainRows* parts, int64_t num_parts) {
+    int64_t rows = 0;
+    for (int64_t part = 0; part < num_parts; ++part) rows += parts[part].rows;
+    return rows;
+}
+
+// Finds `count` rows from `row` on; groups may begin and end inside of parts.
+void find_rows(const PlainRows* parts, int64_t row, int64_t count, const uint8_t** found) {
+    while (row >= parts->rows) row -= parts++->rows;
+    for (int64_t r = 0; r < count; ++r, ++row) {
+        while (row == parts->rows) {
+            ++parts;
+            row = 0;
+        }
+        found[r] = parts->data + row * parts->row_bytes;
+    }
+}
+
+// Calls place(rows, how many, destination) for each group of rows, on all threads.
 template <class Place>
-void for_each_group(int64_t rows, int64_t group_bytes, uint8_t* destination, const Place& place) {
+void for_each_group(const PlainRows* parts, int64_t rows, int64_t group_bytes,
+                    uint8_t* destination, const Place& place) {
     parallel_for((rows + kRows - 1) / kRows, 4, [&](int64_t begin, int64_t end) {
         for (int64_t g = begin; g < end; ++g) {
             const int64_t left = rows - g * kRows;
-            place(g * kRows, left < kRows ? left : kRows, destination + g * group_bytes);
+            const int64_t count = left < kRows ? left : kRows;
+            const uint8_t* found[kRows];
+            find_rows(parts, g * kRows, count, found);
+            place(found, count, destination + g * group_bytes);
         }
     });
 }
@@ -263,24 +286,24 @@ int64_t packed_bytes(Type type, int64_t rows, int64_t columns) {
     return bytes;
 }
 
-bool pack(Type type, const uint8_t* source, int64_t row_bytes, int64_t rows, int64_t columns,
+bool pack(Type type, const PlainRows* parts, int64_t num_parts, int64_t columns,
           uint8_t* destination) {
+    const int64_t rows = total_rows(parts, num_parts);
     if (packed_bytes(type, rows, columns) < 0) return false;
     visit_layout(type, [&](auto layout) {
         using L = decltype(layout);
         const int64_t blocks = columns / kBlock;
-        for_each_group(rows, L::group_bytes(blocks), destination,
-                       [&](int64_t row, int64_t count, uint8_t* group) {
-                           pack_group<L>(source + row * row_bytes, row_bytes, count, blocks, group);
+        for_each_group(parts, rows, L::group_bytes(blocks), destination,
+                       [&](GroupRows found, int64_t count, uint8_t* group) {
+                           pack_group<L>(found, count, blocks, group);
                        });
     });
     visit_dense(type, [&](auto dense) {
         using D = decltype(dense);
         using Number = std::conditional_t<D::kNumberBytes == 4, uint32_t, uint16_t>;
-        for_each_group(rows, D::group_bytes(columns), destination,
-                       [&](int64_t row, int64_t count, uint8_t* group) {
-                           pack_dense_group<D, Number>(source + row * row_bytes, row_bytes, count,
-                                                       columns, group);
+        for_each_group(parts, rows, D::group_bytes(columns), destination,
+                       [&](GroupRows found, int64_t count, uint8_t* group) {
+                           pack_dense_group<D, Number>(found, count, columns, group);
                        });
     });
     return true;

@@ -32,16 +32,15 @@ void RotaryTables::fill(const int64_t* positions, int64_t num_tokens,
     });
 }
 
-void rope_and_kv_write(const AttentionShape& shape, float* qkv, int64_t num_tokens,
+void rope_and_kv_write(const AttentionShape& shape, float* qkv, int64_t stride, int64_t num_tokens,
                        const RotaryTables& tables, const float* head_norm, float eps,
                        const int64_t* slots, float* cache_layer) {
     const Kernels& set = kernels();
     const int64_t num_rotated = shape.num_heads + shape.num_kv_heads;
-    const int64_t row = (num_rotated + shape.num_kv_heads) * shape.head_dim;
     const int64_t key_value = 2 * shape.num_kv_heads * shape.head_dim;
-    parallel_for(num_tokens, tokens_per_chunk(row), [&](int64_t begin, int64_t end) {
+    parallel_for(num_tokens, tokens_per_chunk(stride), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-            float* const heads = qkv + t * row;
+            float* const heads = qkv + t * stride;
             for (int64_t h = 0; h < num_rotated; ++h) {
                 float* const head = heads + h * shape.head_dim;
                 if (head_norm != nullptr) {

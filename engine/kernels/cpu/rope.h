@@ -25,10 +25,10 @@ class RotaryTables {
     int64_t half_ = 0;
 };
 
-// qkv (num_tokens, num_heads + 2 * num_kv_heads, head_dim), dense: norms the Q and K heads with
+// qkv (num_tokens, num_heads + 2 * num_kv_heads, head_dim), tokens `stride` floats apart: norms the Q and K heads with
 // head_norm (num_heads + num_kv_heads, head_dim) unless it is null, rotates them in place, and
 // copies K and V to their slots of the cache layer.
-void rope_and_kv_write(const AttentionShape& shape, float* qkv, int64_t num_tokens,
+void rope_and_kv_write(const AttentionShape& shape, float* qkv, int64_t stride, int64_t num_tokens,
                        const RotaryTables& tables, const float* head_norm, float eps,
                        const int64_t* slots, float* cache_layer);
 

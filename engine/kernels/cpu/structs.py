@@ -1,4 +1,4 @@
-"""The C++ structs of the kernels' interface, field by field as in attention.h and decoder.h."""
+"""The C++ structs of the kernels' interface, field by field as in their headers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import ctypes
 
 Pointer = ctypes.c_void_p
 Size = ctypes.c_int64
+
+
+class PlainRows(ctypes.Structure):
+    """GGML rows, `row_bytes` apart."""
+
+    _fields_ = [("data", Pointer), ("row_bytes", Size), ("rows", Size)]
 
 
 class Matrix(ctypes.Structure):
@@ -51,17 +57,63 @@ class SequenceRow(ctypes.Structure):
     ]
 
 
+class DeltaNetShape(ctypes.Structure):
+    """Heads and sizes of the Gated DeltaNet layers; see delta_net.h."""
+
+    _fields_ = [
+        ("num_key_heads", Size),
+        ("num_value_heads", Size),
+        ("key_dim", Size),
+        ("value_dim", Size),
+        ("conv_kernel", Size),
+        ("has_tiled_heads", ctypes.c_int32),
+        ("norm_eps", ctypes.c_float),
+    ]
+
+
+class DeltaNetWeights(ctypes.Structure):
+    """What a Gated DeltaNet layer has beside its projections."""
+
+    _fields_ = [
+        ("conv", Pointer),
+        ("decay_rate", Pointer),
+        ("dt_bias", Pointer),
+        ("norm", Pointer),
+    ]
+
+
+class ExpertWeights(ctypes.Structure):
+    """One expert's gated feed-forward."""
+
+    _fields_ = [("gate_up", Projection), ("down", Projection)]
+
+
+class SparseWeights(ctypes.Structure):
+    """A mixture of experts; see experts.h."""
+
+    _fields_ = [
+        ("entry", Projection),
+        ("experts", ctypes.POINTER(ExpertWeights)),
+        ("shared_down", Projection),
+        ("num_experts", Size),
+        ("num_chosen", Size),
+        ("normalizes", ctypes.c_int32),
+    ]
+
+
 class LayerWeights(ctypes.Structure):
     """One decoder layer."""
 
     _fields_ = [
         ("input_norm", Pointer),
-        ("qkv", Projection),
+        ("input", Projection),
         ("head_norm", Pointer),
+        ("delta_net", ctypes.POINTER(DeltaNetWeights)),
         ("output", Projection),
         ("mlp_norm", Pointer),
         ("gate_up", Projection),
         ("down", Projection),
+        ("experts", ctypes.POINTER(SparseWeights)),
     ]
 
 
@@ -70,8 +122,9 @@ class DecoderWeights(ctypes.Structure):
 
     _fields_ = [
         ("attention", AttentionShape),
+        ("has_output_gates", ctypes.c_int32),
+        ("delta_net", DeltaNetShape),
         ("hidden_size", Size),
-        ("intermediate_size", Size),
         ("rotary_half", Size),
         ("inverse_frequencies", Pointer),
         ("rope_scale", ctypes.c_float),
@@ -96,6 +149,13 @@ class DecoderStep(ctypes.Structure):
         ("cache", Pointer),
         ("layer_stride", Size),
         ("num_slots", Size),
+        ("state_slots", Pointer),
+        ("is_fresh", Pointer),
+        ("recurrent", Pointer),
+        ("recurrent_stride", Size),
+        ("tails", Pointer),
+        ("tails_stride", Size),
+        ("num_state_slots", Size),
         ("num_logit_rows", Size),
         ("logit_rows", Pointer),
         ("logits", Pointer),

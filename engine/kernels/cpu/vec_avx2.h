@@ -19,6 +19,8 @@ struct Avx2 {
     static constexpr int kDenseGroups = 2;
     static constexpr int kDenseTokens = 2;
     static constexpr int kScoreSums = 1;
+    // Vectors of 16 columns that the delta rule takes side by side.
+    static constexpr int kDeltaVectors = 1;
     // Whether dot() already subtracts the offset of the stored integers.
     static constexpr bool kSubtractsOffset = false;
     struct F {

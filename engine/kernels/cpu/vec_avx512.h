@@ -26,6 +26,8 @@ struct Avx512 {
     static constexpr int kDenseTokens = 4;
     // Sums that reduce_each folds side by side.
     static constexpr int kScoreSums = 16;
+    // Vectors of 16 columns that the delta rule takes side by side.
+    static constexpr int kDeltaVectors = 2;
     // Whether dot() already subtracts the offset of the stored integers.
     static constexpr bool kSubtractsOffset = false;
     using F = __m512;

@@ -3,10 +3,8 @@
 One program per row, KV head and split: the query heads that share a KV head are the rows of one
 tile, so K and V are read once. How much a split covers is computed from the row's length on the
 device, so a captured graph holds for any length. A second kernel joins the splits.
-Online softmax in float32. Slots beyond a row's length are never read: they may hold a NaN.
 
-Source: "Flash-Decoding for long-context inference" (2023), the split; FlashAttention
-(arXiv 2205.14135), the online softmax.
+Source: "Flash-Decoding for long-context inference" (2023), the split.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.launch import WIDEN, dot, tile
+from engine.kernels.triton.paged import add_scored, check_layout, load_keys_values
 
 _BLOCK_TOKENS: Final = 64
 _MAX_SPLITS: Final = 32
@@ -70,26 +69,16 @@ def _attend_split(
     best = tl.full([GROUP_TILE], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_TILE], tl.float32)
     acc = tl.zeros([GROUP_TILE, DIM_TILE], tl.float32)
-    slot_stride = 2 * num_kv_heads * HEAD_DIM
+    table = block_tables + row * table_stride
     for first in range(begin, end, TOKENS):
         positions = first + tl.arange(0, TOKENS)
         inside = positions < end
-        blocks = tl.load(
-            block_tables + row * table_stride + positions // block_size, mask=inside, other=0
-        ).to(tl.int64)
-        slots = blocks * block_size + positions % block_size
-        keys = cache + slots[:, None] * slot_stride + kv_head * HEAD_DIM + dims[None, :]
-        mask = inside[:, None] & has_dim[None, :]
-        k = tl.load(keys, mask=mask, other=0.0)
-        v = tl.load(keys + num_kv_heads * HEAD_DIM, mask=mask, other=0.0)
+        k, v = load_keys_values(
+            cache, table, positions, inside, kv_head, dims, block_size, num_kv_heads, HEAD_DIM
+        )
         scores = dot(q, tl.trans(k), WIDEN) * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp(scores - new_best[:, None])
-        shrink = tl.exp(best - new_best)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, WIDEN)
-        best = new_best
+        best, total, acc = add_scored(best, total, acc, scores, v, WIDEN)
     num_heads = num_kv_heads * GROUP
     at = (row * num_heads + heads) * num_splits + split
     # A split without tokens leaves a sum of 0 and a maximum of -inf: the join skips it.
@@ -163,9 +152,7 @@ def attend_decode(
     _, block_size, kv_heads, _ = cache_layer.shape
     num_kv_heads = kv_heads // 2
     group = num_heads // num_kv_heads
-    assert query.stride()[1:] == (head_dim, 1), f"query has strides {query.stride()}"
-    assert cache_layer.is_contiguous(), f"the cache has strides {cache_layer.stride()}"
-    assert block_tables.stride(1) == 1, f"the block tables have strides {block_tables.stride()}"
+    check_layout(query, cache_layer, block_tables)
     partial = query.new_empty(num_rows * num_heads * num_splits, head_dim, dtype=torch.float32)
     partial_max = partial.new_empty(partial.shape[0])
     partial_sum = torch.empty_like(partial_max)

@@ -2,7 +2,7 @@
 
 One program per row, query head and tile of query tokens. The queries are the last ones of their
 sequence: the first of n sees kv_len - n + 1 tokens, so a chunk behind a cached prefix and a whole
-prompt are the same case. Online softmax in float32. Slots beyond a row's length are never read.
+prompt are the same case.
 
 Source: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.launch import WIDEN, dot, tile
+from engine.kernels.triton.paged import add_scored, check_layout, load_keys_values
 
 _QUERY_TILE: Final = 64
 _KEY_TILE: Final = 64
@@ -67,28 +68,18 @@ def _attend_tile(
     best = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, DIM_TILE], tl.float32)
-    slot_stride = 2 * num_kv_heads * HEAD_DIM
+    table = block_tables + row * table_stride
     end = tl.minimum(kv_len - num_queries + first_query + QUERIES, kv_len)
     for first in range(0, end, TOKENS):
         positions = first + tl.arange(0, TOKENS)
         inside = positions < end
-        blocks = tl.load(
-            block_tables + row * table_stride + positions // block_size, mask=inside, other=0
-        ).to(tl.int64)
-        slots = blocks * block_size + positions % block_size
-        keys = cache + slots[:, None] * slot_stride + kv_head * HEAD_DIM + dims[None, :]
-        mask = inside[:, None] & has_dim[None, :]
-        k = tl.load(keys, mask=mask, other=0.0)
-        v = tl.load(keys + num_kv_heads * HEAD_DIM, mask=mask, other=0.0)
+        k, v = load_keys_values(
+            cache, table, positions, inside, kv_head, dims, block_size, num_kv_heads, HEAD_DIM
+        )
         scores = dot(q, tl.trans(k), WIDEN) * scale
         is_seen = (positions[None, :] <= last_seen[:, None]) & inside[None, :]
         scores = tl.where(is_seen, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp(scores - new_best[:, None])
-        shrink = tl.exp(best - new_best)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, WIDEN)
-        best = new_best
+        best, total, acc = add_scored(best, total, acc, scores, v, WIDEN)
     result = (acc / total[:, None]).to(out.dtype.element_ty)
     target = out + (tokens[:, None] * num_heads + head) * HEAD_DIM + dims[None, :]
     tl.store(target, result, mask=mask_q)
@@ -113,9 +104,7 @@ def attend_prefill(
     """
     num_tokens, num_heads, head_dim = query.shape
     _, block_size, kv_heads, _ = cache_layer.shape
-    assert query.stride()[1:] == (head_dim, 1), f"query has strides {query.stride()}"
-    assert cache_layer.is_contiguous(), f"the cache has strides {cache_layer.stride()}"
-    assert block_tables.stride(1) == 1, f"the block tables have strides {block_tables.stride()}"
+    check_layout(query, cache_layer, block_tables)
     out = torch.empty(num_tokens, num_heads * head_dim, dtype=query.dtype, device=query.device)
     num_rows, dim_tile = kv_lens.shape[0], tile(head_dim)
     # Twice the bytes of a head: half the tile, so that it fits into Ada's 99 KiB.

@@ -97,7 +97,7 @@ def delta_decode(
     out (num_rows, num_value_heads * value_dim).
     """
     heads.check()
-    assert states.states.is_contiguous(), f"states have strides {states.states.stride()}"
+    states.check()
     assert out.is_contiguous(), f"out has strides {out.stride()}"
     key_tile = triton.next_power_of_2(shape.key_dim)
     value_tile = triton.next_power_of_2(shape.value_dim)
@@ -120,11 +120,9 @@ def delta_decode(
         heads.gate.stride(0),
         shape.num_key_heads,
         shape.num_value_heads,
-        KEY_DIM=shape.key_dim,
-        VALUE_DIM=shape.value_dim,
+        **shape.constants,
         KEY_TILE=key_tile,
         VALUE_TILE=value_tile,
-        TILED=shape.has_tiled_heads,
         # 16384 float32 of S at 128 x 128: 64 registers a thread.
         num_warps=8 if key_tile * value_tile >= 8192 else 2,
     )

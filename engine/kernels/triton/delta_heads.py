@@ -23,6 +23,11 @@ class DeltaShape:
     value_dim: int
     has_tiled_heads: bool
 
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """Return the kernels' arguments by which they are compiled."""
+        return {"KEY_DIM": self.key_dim, "VALUE_DIM": self.value_dim, "TILED": self.has_tiled_heads}
+
 
 class HeadInputs(NamedTuple):
     """What tokens bring, in the model's dtype, tokens first.
@@ -61,6 +66,10 @@ class SlotStates(NamedTuple):
     states: Tensor
     slots: Tensor
     is_fresh: Tensor
+
+    def check(self) -> None:
+        """Check the strides."""
+        assert self.states.is_contiguous(), f"states have strides {self.states.stride()}"
 
 
 @triton.jit

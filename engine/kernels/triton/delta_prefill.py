@@ -263,7 +263,7 @@ def delta_prefill(
     num_value_heads * value_dim).
     """
     heads.check()
-    assert states.states.is_contiguous(), f"states have strides {states.states.stride()}"
+    states.check()
     assert chunks.is_contiguous(), f"chunks have strides {chunks.stride()}"
     assert out.is_contiguous(), f"out has strides {out.stride()}"
     mixed, num_heads = heads.mixed, shape.num_value_heads
@@ -287,11 +287,9 @@ def delta_prefill(
         heads.a.stride(0),
         shape.num_key_heads,
         num_heads,
-        KEY_DIM=shape.key_dim,
-        VALUE_DIM=shape.value_dim,
+        **shape.constants,
         KEY_TILE=key_tile,
         VALUE_TILE=value_tile,
-        TILED=shape.has_tiled_heads,
         CHUNK=CHUNK,
         num_warps=4,
         num_stages=1,
@@ -310,11 +308,9 @@ def delta_prefill(
         shape.key_dim**-0.5,
         shape.num_key_heads,
         num_heads,
-        KEY_DIM=shape.key_dim,
-        VALUE_DIM=shape.value_dim,
+        **shape.constants,
         KEY_TILE=key_tile,
         VALUES=values,
-        TILED=shape.has_tiled_heads,
         CHUNK=CHUNK,
         num_warps=4,
         num_stages=1,

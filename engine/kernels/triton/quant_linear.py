@@ -260,6 +260,12 @@ def _dequantize(
     tl.store(own + high_columns, upper.to(out.dtype.element_ty), mask=mask)
 
 
+def _constants(weight: Planes) -> dict[str, int]:
+    """Return the kernels' arguments by which they are compiled for a type."""
+    kind = weight.ggml_type
+    return {"KIND": _KINDS[kind], "GROUP_BYTES": _GROUP_BYTES[kind]}
+
+
 def multiply(x: Tensor, weight: Planes) -> Tensor:
     """Return x @ weight.T: (num_tokens, in) to (num_tokens, out), 1 to MAX_TOKENS tokens."""
     num_tokens = x.shape[0]
@@ -277,8 +283,7 @@ def multiply(x: Tensor, weight: Planes) -> Tensor:
         num_tokens,
         num_rows,
         num_columns,
-        KIND=_KINDS[weight.ggml_type],
-        GROUP_BYTES=_GROUP_BYTES[weight.ggml_type],
+        **_constants(weight),
         TOKENS=1 if num_tokens == 1 else tile(num_tokens),
         ROWS=rows,
         BYTES=_BYTES if num_tokens <= _FEW_TOKENS else _BYTES // 2,
@@ -302,8 +307,7 @@ def dequantize_rows(weight: Planes, dtype: torch.dtype, rows: Tensor | tuple[int
         out,
         begin,
         num_columns,
-        KIND=_KINDS[weight.ggml_type],
-        GROUP_BYTES=_GROUP_BYTES[weight.ggml_type],
+        **_constants(weight),
         HAS_IDS=ids is not None,
         BYTES=bytes_per_program,
         num_warps=4,

@@ -9,7 +9,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from actors.front import stream
+from actors.front import written
 from cortexd.errors import ModelLoadFailed, NonFiniteLogits, Overloaded, ShuttingDown
 from cortexd.messages import Cancel, EndRequest, Route, TokenBatch
 from cortexd.messages.inference import SequenceDelta
@@ -232,7 +232,7 @@ async def test_router_restart_is_waited_out() -> None:
 @async_test
 async def test_request_timeout_ends_the_request() -> None:
     """No request outlives gateway.request_timeout_s, streaming or not."""
-    async with served_front(request_timeout_s=0.05, first_byte_hold_ms=5) as front:
+    async with served_front(request_timeout_s=0.5, first_byte_hold_ms=5) as front:
         front.fleet.pause_after = 2
         status, answer, _ = await front.chat()
         assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
@@ -244,7 +244,7 @@ async def test_request_timeout_ends_the_request() -> None:
 @async_test
 async def test_client_that_does_not_read_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream whose socket does not drain is cut, and its engine work with it."""
-    monkeypatch.setattr(stream, "WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(written, "WRITE_TIMEOUT_S", 0.05)
     async with served_front(send_buffer_bytes=4096) as front:
         front.fleet.context = 10_000
         front.fleet.reply = b"x" * 5000

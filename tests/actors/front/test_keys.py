@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from actors.front.app import build_app
+from actors.front.app import Listener
 from cortexd.keys import Key, Window, key_digest
 from cortexd.settings import NeuronEntry
 from tests.actors.front.test_proxy import CHAT, replica, upstream
@@ -85,7 +85,7 @@ async def test_every_route_but_the_probes_asks_for_a_key() -> None:
     async with served_front(keys=[key("good"), key("gw", gateway=True)]) as front:
         for listener in ("api", "neuron"):
             base = front.url if listener == "api" else front.neuron_url
-            for route in build_app(front.services, listener).router.routes():
+            for route in Listener(front.services, listener).app.router.routes():
                 assert route.resource is not None
                 path = route.resource.canonical.replace("{model_id}", "m")
                 if path in open_paths - ({"/health"} if listener == "neuron" else set()):

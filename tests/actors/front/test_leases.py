@@ -11,6 +11,7 @@ from tests.actors.front.test_proxy import MODEL as REMOTE
 from tests.actors.front.test_proxy import NEURONS, replica, upstream
 from tests.doubles.fleet import MODEL
 from tests.doubles.front import ServedFront, async_test, served_front
+from tests.waiting import DEADLINE_S
 
 
 def announced(front: ServedFront) -> list[HeldLease]:
@@ -29,7 +30,7 @@ async def test_running_local_request_is_announced_until_it_ends() -> None:
     async with served_front() as front:
         front.fleet.pause_after = 2
         asking = asyncio.create_task(front.chat())
-        await asyncio.wait_for(front.fleet.paused.wait(), 5)
+        await asyncio.wait_for(front.fleet.paused.wait(), DEADLINE_S)
         (lease,) = announced(front)
         assert lease.model_id == MODEL
         assert lease.node == ""
@@ -52,7 +53,7 @@ async def test_request_at_a_node_is_announced_with_it() -> None:
     async with upstream(handler) as url, served_front(neurons=NEURONS) as front:
         front.fleet.replicas = [replica("a", url)]
         asking = asyncio.create_task(front.chat(model=REMOTE))
-        await asyncio.wait_for(reached.wait(), 5)
+        await asyncio.wait_for(reached.wait(), DEADLINE_S)
         (lease,) = announced(front)
         assert (lease.model_id, lease.node) == (REMOTE, "a")
         go_on.set()

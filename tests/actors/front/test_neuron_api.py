@@ -7,7 +7,7 @@ from typing import Any
 from cortexd.errors import InsufficientMemory, InvalidRequest, ModelAlreadyLoaded, ModelNotFound
 from cortexd.messages import LoadModel, SleepModel, UnloadModelNow, WakeModel
 from cortexd.models import LoadOptions, ModelPolicy
-from tests.doubles.fleet import ALIAS, CONTEXT, LEADER, MODEL
+from tests.doubles.fleet import ALIAS, CONTEXT, MODEL
 from tests.doubles.front import ServedFront, async_test, chat_body, served_front
 
 
@@ -159,24 +159,36 @@ async def test_unload_passes_force_on() -> None:
 
 
 @async_test
-async def test_sleep_and_wake_are_asked_of_the_leader() -> None:
-    """By name or alias; what it refuses, and a model that is not loaded, have their status."""
+async def test_sleeping_model_is_shown_as_such_and_serves() -> None:
+    """A request wakes it, so it is servable; it holds no device memory."""
+    async with served_front() as front:
+        front.fleet.is_asleep = True
+        model = (await front.get("/models", neuron=True))[1][0]
+        assert (model["status"], model["servable"]["ok"]) == ("sleeping", True)
+        assert model["vram_used_mb"] is None
+        assert (await front.get(f"/models/{MODEL}/endpoint", neuron=True))[0] == 200
+        card = (await front.get("/v1/models"))[1]["data"][0]
+        assert (card["loaded"], card["locations"][0]["status"]) == (False, "sleeping")
+
+
+@async_test
+async def test_sleep_and_wake_are_asked_of_the_router() -> None:
+    """By name or alias; what it refuses has its status."""
     async with served_front() as front:
         assert await post(front, "/models/sleep", {"model_id": ALIAS}) == (
             200,
-            {"status": "asleep"},
+            {"status": "sleeping"},
         )
         assert await post(front, "/models/wake", {"model_id": MODEL}) == (
             200,
             {"status": "loaded"},
         )
-        assert (LEADER, SleepModel()) in front.fleet.sent
-        assert (LEADER, WakeModel()) in front.fleet.sent
+        assert ("router", SleepModel(ALIAS)) in front.fleet.sent
+        assert ("router", WakeModel(MODEL)) in front.fleet.sent
         front.fleet.load_error = InvalidRequest("the model cannot sleep: it runs on the cpu")
         status, body = await post(front, "/models/sleep", {"model_id": MODEL})
         assert status == 400
         assert "runs on the cpu" in body["error"]["message"]
-        assert (await post(front, "/models/sleep", {"model_id": "other"}))[0] == 404
         status, body = await post(front, "/models/wake", {})
         assert (status, body["error"]["param"]) == (400, "model_id")
 

@@ -9,6 +9,7 @@ import torch
 
 from engine.kernels import cpu
 from engine.kernels.cpu import library
+from tests.engine.kernels.instruction_set import force_isa
 
 
 @pytest.fixture(autouse=True)
@@ -18,13 +19,13 @@ def _few_threads() -> Iterator[None]:
     cpu.set_num_threads(2)
     best = library.isa()
     yield
-    library.force_isa(best)
+    force_isa(best)
 
 
 @pytest.fixture(params=library.ISA_NAMES)
 def isa(request: pytest.FixtureRequest) -> str:
     """Force one instruction set; the best there is stands in for those this CPU lacks."""
     name: str = request.param
-    if not library.force_isa(name):
+    if not force_isa(name):
         name = library.isa()
     return name

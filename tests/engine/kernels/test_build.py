@@ -14,7 +14,9 @@ import torch
 from cortexd.errors import ConfigError
 from engine.kernels import cpu
 from engine.kernels.cpu import build, library
+from tests.engine.kernels.instruction_set import force_isa
 from tests.engine.kernels.quantized import random_rows
+from tests.waiting import DEADLINE_S
 
 FindLibrary = Callable[[], Path]
 
@@ -63,7 +65,7 @@ def test_no_compiler_means_unavailable_with_a_reason(fresh: pytest.MonkeyPatch) 
         "cpu kernels: torch reference (no C++ compiler found (/nowhere/c++); "
         "install g++ for fast CPU inference)"
     )
-    assert cpu.pack(random_rows("Q8_0", 16, 64), None) is None
+    assert cpu.pack([random_rows("Q8_0", 16, 64)], None) is None
 
 
 def test_failing_compiler_means_unavailable_with_its_error(
@@ -100,7 +102,7 @@ def test_processes_that_start_together_compile_once(
         subprocess.Popen(command, cwd=build.SOURCE_DIR, stdout=subprocess.PIPE, text=True)
         for _ in range(4)
     ]
-    paths = {child.communicate(timeout=60)[0].strip() for child in children}
+    paths = {child.communicate(timeout=DEADLINE_S)[0].strip() for child in children}
     assert [child.returncode for child in children] == [0] * 4
     assert len(paths) == 1
     assert (fake_compiler.parent / "links.log").read_text() == "linked\n"
@@ -137,7 +139,7 @@ def test_key_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_instruction_set_can_be_forced_by_the_environment(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    has_it = library.force_isa(name)
+    has_it = force_isa(name)
     monkeypatch.setenv(library.ISA_ENV, name)
     library._load.cache_clear()
     try:
@@ -165,7 +167,7 @@ def test_unknown_instruction_set_is_an_error_that_lists_them(fresh: pytest.Monke
 
 def test_forked_child_gets_its_own_threads() -> None:
     # Processes fork from a server that may have used the kernels; a child has none of its threads.
-    packed = cpu.pack(random_rows("Q4_1", 512, 256), None)
+    packed = cpu.pack([random_rows("Q4_1", 512, 256)], None)
     assert packed is not None
     x = torch.ones(3, 256)
     expected = cpu.linear(packed, x)

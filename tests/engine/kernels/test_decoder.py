@@ -11,9 +11,11 @@ from torch import Tensor
 from engine.kernels import cpu
 from engine.kernels.cpu import (
     AttentionRow,
+    NativeAttention,
     NativeBatch,
     NativeDecoder,
     NativeLayer,
+    NativeMLP,
     NativeShape,
     PackedLinear,
 )
@@ -28,7 +30,7 @@ EMBEDDING = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_s
 
 def packed(name: str, out_features: int, in_features: int, seed: int) -> PackedLinear:
     bias = torch.randn(out_features, generator=torch.Generator().manual_seed(seed)) * 0.1
-    result = cpu.pack(random_rows(name, out_features, in_features, seed), bias)
+    result = cpu.pack([random_rows(name, out_features, in_features, seed)], bias)
     assert result is not None
     return result
 
@@ -42,16 +44,20 @@ def make_layer(index: int, has_head_norm: bool) -> NativeLayer:
     attended, kv_size = NUM_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM
     return NativeLayer(
         input_norm=norm(seed, HIDDEN),
-        qkv=[  # three types, as mixed GGUF files have them
-            packed("Q4_1", attended, HIDDEN, seed + 1),
-            packed("Q4_0", kv_size, HIDDEN, seed + 2),
-            packed("Q8_0", kv_size, HIDDEN, seed + 3),
-        ],
-        head_norm=norm(seed, NUM_HEADS + NUM_KV_HEADS, HEAD_DIM) if has_head_norm else None,
-        output=[packed("Q4_1", HIDDEN, attended, seed + 4)],
+        mixer=NativeAttention(
+            qkv=[  # three types, as mixed GGUF files have them
+                packed("Q4_1", attended, HIDDEN, seed + 1),
+                packed("Q4_0", kv_size, HIDDEN, seed + 2),
+                packed("Q8_0", kv_size, HIDDEN, seed + 3),
+            ],
+            head_norm=norm(seed, NUM_HEADS + NUM_KV_HEADS, HEAD_DIM) if has_head_norm else None,
+            output=[packed("Q4_1", HIDDEN, attended, seed + 4)],
+        ),
         mlp_norm=norm(seed + 1, HIDDEN),
-        gate_up=[packed("Q4_1", 2 * INTERMEDIATE, HIDDEN, seed + 5)],
-        down=[packed("Q5_0", HIDDEN, INTERMEDIATE, seed + 6)],
+        feed_forward=NativeMLP(
+            gate_up=[packed("Q4_1", 2 * INTERMEDIATE, HIDDEN, seed + 5)],
+            down=[packed("Q5_0", HIDDEN, INTERMEDIATE, seed + 6)],
+        ),
     )
 
 
@@ -67,17 +73,20 @@ class Model:
     def separate(self, hidden: Tensor, batch: NativeBatch, cache: Tensor) -> Tensor:
         """Compute what `native.step` does with one call per operation."""
         for layer, cache_layer in zip(self.layers, cache, strict=True):
+            mixer, mlp = layer.mixer, layer.feed_forward
+            assert isinstance(mixer, NativeAttention)
+            assert isinstance(mlp, NativeMLP)
             x = cpu.rms_norm(hidden, layer.input_norm, SHAPE.norm_eps)
-            qkv = torch.cat([cpu.linear(part, x) for part in layer.qkv], 1)
+            qkv = torch.cat([cpu.linear(part, x) for part in mixer.qkv], 1)
             heads = qkv.view(len(hidden), -1, HEAD_DIM)
             cpu.rope_and_kv_write(
                 heads, batch.positions, batch.slots, cache_layer, ROTARY,
-                head_norm=layer.head_norm, eps=SHAPE.norm_eps,
+                head_norm=mixer.head_norm, eps=SHAPE.norm_eps,
             )  # fmt: skip
             out = cpu.paged_attention(heads[:, :NUM_HEADS], cache_layer, batch.rows, SHAPE.scale)
-            hidden += cpu.linear(layer.output[0], out)
+            hidden += cpu.linear(mixer.output[0], out)
             x = cpu.rms_norm(hidden, layer.mlp_norm, SHAPE.norm_eps)
-            hidden += cpu.linear(layer.down[0], cpu.silu_mul(cpu.linear(layer.gate_up[0], x)))
+            hidden += cpu.linear(mlp.down[0], cpu.silu_mul(cpu.linear(mlp.gate_up[0], x)))
         x = cpu.rms_norm(hidden[batch.logit_rows], self.final_norm, SHAPE.norm_eps)
         return cpu.linear(self.head[0], x)
 

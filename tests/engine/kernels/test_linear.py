@@ -16,7 +16,7 @@ ODD_SHAPE = (37, 288)  # rows not in sixteens, columns not in sixty-fours
 
 
 def packed_of(rows: Rows, bias: Tensor | None = None, *, is_exact: bool = False) -> PackedLinear:
-    packed = cpu.pack(rows, bias, is_exact=is_exact)
+    packed = cpu.pack([rows], bias, is_exact=is_exact)
     assert packed is not None
     return packed
 
@@ -85,7 +85,7 @@ def test_linear_of_dense_weights_is_exact_and_row_invariant(
     # 117 rows: groups of 16 side by side, single ones, and a part of one.
     weight = (tokens(117, 288, seed=2) * 0.05).to(dtype)
     bias = tokens(1, 117)[0]
-    packed = cpu.pack(weight, bias, is_exact=is_exact)
+    packed = cpu.pack([weight], bias, is_exact=is_exact)
     assert packed is not None
     assert packed.num_bytes == 128 * 288 * weight.element_size()
     x = tokens(45, 288)
@@ -102,11 +102,39 @@ def test_linear_of_dense_weights_is_exact_and_row_invariant(
 @pytest.mark.parametrize("dtype", DENSE_DTYPES)
 def test_linear_of_dense_weights_takes_rows_that_are_not_adjacent(dtype: torch.dtype) -> None:
     weight = tokens(40, 64).to(dtype)
-    every_second, copied = cpu.pack(weight[::2], None), cpu.pack(weight[::2].contiguous(), None)
+    every_second, copied = cpu.pack([weight[::2]], None), cpu.pack([weight[::2].contiguous()], None)
     assert every_second is not None
     assert copied is not None
     x = tokens(2, 64)
     assert torch.equal(cpu.linear(every_second, x), cpu.linear(copied, x))
+
+
+# Matrices end inside of a group of 16, between two groups, after a single row, after none.
+HEIGHTS = [16, 5, 1, 0, 30, 32]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_quantised_matrices_on_top_of_each_other_are_packed_as_one(name: str) -> None:
+    rows = random_rows(name, sum(HEIGHTS), 256)
+    parts = [
+        Rows(rows.ggml_type, (len(packed), 256), packed.clone())
+        for packed in rows.packed.split(HEIGHTS)
+    ]
+    stacked = cpu.pack(parts, None)
+    assert stacked is not None
+    x = tokens(3, 256)
+    assert torch.equal(cpu.linear(stacked, x), cpu.linear(packed_of(rows), x))
+
+
+@pytest.mark.parametrize("dtype", DENSE_DTYPES)
+def test_dense_matrices_on_top_of_each_other_are_packed_as_one(dtype: torch.dtype) -> None:
+    whole = (tokens(sum(HEIGHTS), 96, seed=3) * 0.05).to(dtype)
+    parts = [part.clone() for part in whole.split(HEIGHTS)]
+    stacked, one = cpu.pack(parts, None), cpu.pack([whole], None)
+    assert stacked is not None
+    assert one is not None
+    x = tokens(3, 96)
+    assert torch.equal(cpu.linear(stacked, x), cpu.linear(one, x))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
@@ -134,7 +162,7 @@ def test_linear_of_zeros_and_of_tiny_values_is_the_bias() -> None:
 
 @pytest.mark.parametrize("dtype", DENSE_DTYPES)
 def test_linear_of_dense_weights_keeps_a_poisoned_token_alone(dtype: torch.dtype, isa: str) -> None:
-    packed = cpu.pack(tokens(32, 96).to(dtype), None)
+    packed = cpu.pack([tokens(32, 96).to(dtype)], None)
     assert packed is not None
     x = tokens(3, 96)
     clean = cpu.linear(packed, x)
@@ -168,10 +196,10 @@ def test_linear_uses_the_extreme_integers_exactly(is_exact: bool, isa: str) -> N
 def test_pack_declines_what_it_has_no_kernel_for() -> None:
     rows = random_rows("Q8_0", 16, 64)
     rows.ggml_type.name = "IQ1_S"
-    assert cpu.pack(rows, None) is None
-    assert cpu.pack(torch.zeros(16, 40), None) is None  # columns not in thirty-twos
-    assert cpu.pack(torch.zeros(16, 64).double(), None) is None
-    assert cpu.pack(random_rows("Q8_0", 16, 64), None) is not None
+    assert cpu.pack([rows], None) is None
+    assert cpu.pack([torch.zeros(16, 40)], None) is None  # columns not in thirty-twos
+    assert cpu.pack([torch.zeros(16, 64).double()], None) is None
+    assert cpu.pack([random_rows("Q8_0", 16, 64)], None) is not None
 
 
 def test_pack_reads_rows_that_are_not_adjacent() -> None:

@@ -117,7 +117,7 @@ def test_backend_auto_lets_go_of_a_packed_weight(monkeypatch: pytest.MonkeyPatch
         out_features, num_bytes = ROWS, 1
 
     monkeypatch.setattr(native, "available", lambda: True)
-    monkeypatch.setattr(native, "pack", lambda weight, bias, is_exact: Packed())
+    monkeypatch.setattr(native, "pack", lambda weights, bias, is_exact: Packed())
     weight = _quantized(GGMLType.Q4_0)
     original = weakref.ref(weight.packed)
     layer = Linear(weight, backend="auto")

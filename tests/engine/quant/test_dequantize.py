@@ -48,7 +48,6 @@ def test_dequantize_rows_equals_those_rows_of_the_whole(ggml_type: GGMLType) -> 
     ids = torch.tensor([5, 0, 5, 3])
     assert torch.equal(tensor.dequantize(torch.float32, ids), whole[ids])
     assert torch.equal(tensor.dequantize(torch.float32, slice(2, 5)), whole[2:5])
-    assert torch.equal(tensor.row_slice(2, 5).dequantize(torch.float32), whole[2:5])
     assert tensor.dequantize(torch.float32, ids[:0]).shape == (0, COLUMNS)
 
 

@@ -9,9 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 
@@ -34,6 +33,7 @@ from tests.engine.sources.wheels import (
     make_wheel,
     record_digest,
 )
+from tests.waiting import DEADLINE_S, wait_for
 
 
 @pytest.fixture
@@ -251,13 +251,6 @@ def test_resolve_unwritable_cache_is_named(client: Client) -> None:
         client.resolve()
 
 
-def _wait_until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting until {what}"
-        threading.Event().wait(0.01)
-
-
 def _is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -301,12 +294,12 @@ def test_resolve_killed_process_leaves_nothing_complete(client: Client) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
-        _wait_until(lambda: client.calls, "the client has started")
+        wait_for(lambda: client.calls, "the client's start")
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     pid = int(client.calls[0].split()[0])
-    _wait_until(lambda: not _is_alive(pid), "the client is dead")
+    wait_for(lambda: not _is_alive(pid), "the client's death")
     [leftover] = client.leftovers
     assert leftover.startswith(".tiny-model-1.0.tmp-")
     client.mode = "copy"
@@ -324,7 +317,7 @@ def test_resolve_twice_at_once_fetches_once(client: Client) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(DEADLINE_S)
     assert results == [str(client.folder / GGUF_NAME)] * 3
     assert len(client.calls) == 1
 

@@ -23,9 +23,9 @@ from engine.tp.comm import Comm
 from engine.tp.shard_runner import ShardRunner
 from engine.tp.sharding import Shard
 from engine.tp.step_codec import StepEncoder
+from tests.waiting import DEADLINE_S
 
 CPU = torch.device("cpu")
-TIMEOUT_S = 20.0
 
 
 def settings_of(**fields: Any) -> EngineSettings:
@@ -49,7 +49,9 @@ def quiet(fraction: float, stage: str) -> None:
     """Take no notice of progress."""
 
 
-def joined(world_size: int, work: Callable[[Comm], Any], timeout_s: float = TIMEOUT_S) -> list[Any]:
+def joined(
+    world_size: int, work: Callable[[Comm], Any], timeout_s: float = DEADLINE_S
+) -> list[Any]:
     """Run `work` on every rank of a new group; return the results by rank, errors included."""
     results: list[Any] = [None] * world_size
     with TemporaryDirectory() as folder:
@@ -85,7 +87,7 @@ class ThreadLockstep:
             inbox.put(order)
 
     def _collect(self) -> list[int]:
-        answers = [self.answers.get(timeout=TIMEOUT_S) for _ in self.orders]
+        answers = [self.answers.get(timeout=DEADLINE_S) for _ in self.orders]
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
@@ -129,7 +131,7 @@ def engine_of(files: ModelFiles, world_size: int, **fields: Any) -> Iterator[Eng
 
         def work(rank: int) -> None:
             try:
-                comm = Comm.join(address, Shard(rank, world_size), CPU, timeout_s=TIMEOUT_S)
+                comm = Comm.join(address, Shard(rank, world_size), CPU, timeout_s=DEADLINE_S)
                 runner = ShardRunner.load(files, spec, settings, comm, device=CPU, progress=quiet)
                 lockstep.runners.append(runner)
                 lockstep.answers.put(runner.free_bytes)
@@ -142,7 +144,7 @@ def engine_of(files: ModelFiles, world_size: int, **fields: Any) -> Iterator[Eng
         for thread in threads:
             thread.start()
         try:
-            comm = Comm.join(address, Shard(0, world_size), CPU, timeout_s=TIMEOUT_S)
+            comm = Comm.join(address, Shard(0, world_size), CPU, timeout_s=DEADLINE_S)
             yield Engine.load(files, spec, settings, quiet, comm=comm, lockstep=lockstep)
         finally:
             lockstep._all(None)
