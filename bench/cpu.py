@@ -22,11 +22,12 @@ from typing import Final
 
 from bench import llama_cpp
 from bench.machine import commit, cpu_name, default_cache_dir
-from bench.model_files import FORMATS, QWEN3_0_6B, model_file
+from bench.model_files import FORMATS, QWEN3_0_6B, QWEN3_5_0_8B, QWEN3_MOE, Shape, model_file
 from bench.runner import Load, Runner, Sample
 
 DEMO: Final = "demo"
 DEFAULT_FORMATS: Final = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", DEMO)
+SHAPES: Final = {"dense": QWEN3_0_6B, "hybrid": QWEN3_5_0_8B, "experts": QWEN3_MOE}
 LOADS: Final = (Load(1, 128, 64), Load(4, 128, 32), Load(8, 128, 32), Load(0, 512, 0))
 BANDWIDTH_MIB: Final = 800
 
@@ -57,25 +58,31 @@ def main(arguments: list[str]) -> int:
     print("tok/s; share: weight bytes per step times steps per second, of the memory bandwidth\n")
     print("| format | load | ours | llama.cpp | ratio (CPU time) | our share | transformers bf16 |")
     print("|---|---|---|---|---|---|---|")
-    for name in options.formats:
-        _measure_format(setup, name)
+    for kind in options.shapes:
+        for name in options.formats:
+            if name == DEMO and kind != "dense":
+                continue  # the demo model has one shape
+            _measure_format(setup, SHAPES[kind], name)
     print(f"\nload of the machine, this run included: {os.getloadavg()[0]:.2f}")
     return 0
 
 
-def _measure_format(setup: Setup, name: str) -> None:
-    path = _demo_file() if name == DEMO else _shape_file(setup, name)
+def _measure_format(setup: Setup, shape: Shape, name: str) -> None:
+    models = setup.cache_dir / "models"
+    path = _demo_file() if name == DEMO else model_file(models, shape, name, setup.driver)
     threads = str(setup.threads)
     sides = [
         Runner([sys.executable, "-m", "bench.engine_side", str(path), threads]),
         Runner([str(setup.driver), "run", str(path), threads]),
     ]
-    if name == "BF16" and setup.has_transformers:
+    if name == "BF16" and setup.has_transformers and shape is QWEN3_0_6B:
         sides.append(Runner([sys.executable, "-m", "bench.transformers_side", threads]))
-    label = "SmolLM2-135M Q4_1" if name == DEMO else f"{QWEN3_0_6B.name} {name}"
+    label = "SmolLM2-135M Q4_1" if name == DEMO else f"{shape.name} {name}"
+    # Which experts a step reads, depends on its tokens.
+    bandwidth_s = None if shape.experts else path.stat().st_size / setup.bandwidth
     try:
         for load in LOADS:
-            print(_row(label, load, _samples(sides, load, setup.rounds), setup, path), flush=True)
+            print(_row(label, load, _samples(sides, load, setup.rounds), bandwidth_s), flush=True)
     finally:
         for side in sides:
             side.close()
@@ -92,24 +99,20 @@ def _samples(sides: Sequence[Runner], load: Load, rounds: int) -> list[list[Samp
     return samples
 
 
-def _row(label: str, load: Load, samples: list[list[Sample]], setup: Setup, path: Path) -> str:
+def _row(label: str, load: Load, samples: list[list[Sample]], bandwidth_s: float | None) -> str:
+    """Return a row; `bandwidth_s`: seconds that reading the step's weights takes, where known."""
     walls = [statistics.median(s.wall_s for s in side) for side in samples]
     cpus = [statistics.median(s.cpu_s for s in side) for side in samples]
     speeds = [load.num_tokens / wall for wall in walls]
     kind = f"decode, batch {load.batch}" if load.batch else f"prefill {load.prompt}"
     share = ""
-    if load.batch:
-        read = path.stat().st_size * load.tokens / walls[0]
-        share = f"{read / setup.bandwidth:.0%}"
+    if load.batch and bandwidth_s is not None:
+        share = f"{bandwidth_s * load.tokens / walls[0]:.0%}"
     third = f"{speeds[2]:.1f}" if len(speeds) > 2 else ""
     return (
         f"| {label} | {kind} | {speeds[0]:.1f} | {speeds[1]:.1f} "
         f"| {walls[1] / walls[0]:.2f} ({cpus[1] / cpus[0]:.2f}) | {share} | {third} |"
     )
-
-
-def _shape_file(setup: Setup, name: str) -> Path:
-    return model_file(setup.cache_dir / "models", QWEN3_0_6B, name, setup.driver)
 
 
 def _demo_file() -> Path:
@@ -137,6 +140,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        default=["dense"],
+        help="dense (qwen3), hybrid (qwen3.5), experts (qwen3moe); the last two take 9 GB more",
+    )
+    parser.add_argument(
         "--formats",
         nargs="+",
         choices=[*FORMATS, DEMO],
@@ -144,7 +154,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         metavar="FORMAT",
         help=f'of {", ".join(FORMATS)}, or "{DEMO}" for the demo model\'s own file',
     )
-    parser.add_argument("--transformers", action="store_true", help="measure transformers too")
+    parser.add_argument(
+        "--transformers", action="store_true", help="measure transformers too (dense)"
+    )
     parser.add_argument(
         "--cache-dir",
         type=Path,
