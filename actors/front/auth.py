@@ -30,8 +30,9 @@ ACCOUNT_HEADER: Final = "x-cortexd-account"
 KEY_ID_HEADER: Final = "x-cortexd-key-id"
 IDENTITY_HEADERS: Final = frozenset({ACCOUNT_HEADER, KEY_ID_HEADER})
 CREDENTIAL_HEADERS: Final = frozenset({"authorization", "x-api-key"})
-# The reloader reads the file as this front starts; longer than this is an outage.
-_KEYS_GRACE_S: Final = 3.0
+# The reloader reads the file as this front starts, on a busy machine seconds later; longer than
+# this is an outage.
+_KEYS_GRACE_S: Final = 10.0
 _RETRY_AFTER_S: Final = 5.0
 
 

@@ -24,8 +24,9 @@ from cortexd.messages.control import Message
 # replaced costs no more than this.
 _ROUTE_SLICE_S = 30.0
 _QUICK_ANSWER_S = 5.0
-# A killed router is back within tens of milliseconds; longer than this is an outage.
-_ROUTER_GRACE_S = 5.0
+# A killed router is back within tens of milliseconds, on a busy machine within seconds; longer than
+# this is an outage.
+_ROUTER_GRACE_S = 10.0
 _ROUTER_PAUSE_S = 0.02
 _LOADING_PAUSE_S = 0.25
 

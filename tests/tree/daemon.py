@@ -132,9 +132,20 @@ class Daemon:
         """Return name → status of every actor."""
         return {actor["name"]: actor for actor in self.admin("status")["actors"]}
 
+    def router_status(self) -> dict[str, Any]:
+        """Return the status with the router's part, once it answers in time for it."""
+
+        def with_models() -> dict[str, Any] | None:
+            status: dict[str, Any] = self.admin("status")
+            return None if status["models"] is None else status
+
+        status = wait_for(with_models, "the router's answer")
+        assert status is not None
+        return status
+
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """Return name → how the gateway sees each node; none while its router begins."""
-        return {node["name"]: dict(node) for node in self.admin("status")["nodes"]}
+        """Return name → how the gateway sees each node."""
+        return {node["name"]: dict(node) for node in self.router_status()["nodes"]}
 
     def has_healthy(self, name: str) -> bool:
         """Tell whether the gateway has heard from a node, and takes it for healthy."""
@@ -142,8 +153,7 @@ class Daemon:
 
     def models(self) -> dict[str, dict[str, Any]]:
         """Return model id → status."""
-        models = self.admin("status")["models"] or []
-        return {model["model_id"]: model for model in models}
+        return {model["model_id"]: model for model in self.router_status()["models"]}
 
     def wait_loaded(self, model_id: str) -> None:
         """Wait until a model serves."""
