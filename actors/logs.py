@@ -35,6 +35,7 @@ _SUPPRESSED_NOTE_S: Final = 1.0
 _DRAIN_AFTER_DEATH_S: Final = 0.1
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
+_object_decoder = msgspec.json.Decoder(dict)
 
 
 class RateLimit:
@@ -83,7 +84,7 @@ def json_line(line: bytes, actor: str, pid: int, time_s: float) -> bytes:
     line = line.strip()[:_MAX_LINE_BYTES]
     if line.startswith(b"{"):
         try:
-            msgspec.json.decode(line, type=dict)
+            _object_decoder.decode(line)
             return line
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             pass  # text that only looks like JSON is wrapped below

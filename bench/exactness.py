@@ -61,7 +61,9 @@ def main(arguments: list[str]) -> int:
     _print_head()
     for architecture in arguments or ARCHITECTURES:
         for stored_as in KERNEL_FORMATS:
-            _print_row(architecture, stored_as, kernel_row(architecture, stored_as))
+            for activations in ("exact", "rounded"):
+                row = kernel_row(architecture, stored_as, activations)
+                _print_row(architecture, f"{stored_as}, {activations}", row)
     print()
     print(f"every figure of the first table below {TOLERANCE:g}: {'yes' if is_exact else 'NO'}")
     return 0 if is_exact else 1
@@ -74,10 +76,14 @@ def exact_row(architecture: str, stored_as: str) -> Row:
         return {column: _worst(architecture, model, column) for column in COLUMNS}
 
 
-def kernel_row(architecture: str, stored_as: str) -> Row:
-    """Return the difference of one pass to transformers, and of the other ways to that pass."""
+def kernel_row(architecture: str, stored_as: str, activations: str) -> Row:
+    """Return the difference of one pass to transformers, and of the other ways to that pass.
+
+    `activations`: whether the kernels round them ("rounded") or not ("exact").
+    """
     with tempfile.TemporaryDirectory(prefix="cx-exact-") as directory:
         model = _store(architecture, stored_as, directory, "auto")
+        model.settings["activations"] = activations
         return {
             column: _worst(architecture, model, column, is_relative=column != "one pass")
             for column in COLUMNS

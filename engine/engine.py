@@ -10,7 +10,6 @@ recurs, and with several ranks any error while they are inside a step.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable
 
@@ -18,7 +17,6 @@ import msgspec
 import torch
 
 from cortexd import errors
-from cortexd.log import event
 from cortexd.messages.fleet import LoadReport
 from cortexd.messages.inference import SequenceDelta, Submit
 from cortexd.models import ModelFiles, ModelLimits, ModelSpec
@@ -34,17 +32,16 @@ from engine.kv_room import KVRoom
 from engine.largest_step import activation_bytes
 from engine.load_figures import LoadFigures
 from engine.model_load import Model, load_model
-from engine.outbox import Outbox
-from engine.row_results import RowResult, not_finite, nothing_allowed, read_results
+from engine.open_sequences import OpenSequences
+from engine.row_results import RowResult, read_results
 from engine.run_ahead import RunAhead
-from engine.sampler import SampledToken, Sampler
+from engine.sampler import Sampler
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence
 from engine.sleep import Asleep, check_can_sleep, may_sleep, tensors_of
 from engine.slot_pool import SlotPool
 from engine.snapshots import StateCopy
 from engine.step_faults import StepFaults
-from engine.step_plan import PlannedRow, StepPlan
+from engine.step_plan import StepPlan
 from engine.submission import make_sequence
 from engine.tp.comm import Comm
 from engine.tp.lockstep import Alone, Lockstep
@@ -96,7 +93,6 @@ class Engine:
             steps = DecodeSteps(capturable, self.cache, max_blocks, device)
             self._ahead = RunAhead(steps, self.scheduler)
         self.sampler = Sampler()
-        self._constraints = Constraints(grammars, device, settings.max_queue_depth)
         self.limits = ModelLimits(context=size.context, output=size.context - 1)
         self.memory_bytes = weight_bytes + self.cache.memory_bytes
         self.memory_bytes += self._lockstep.make_cache(size)
@@ -106,12 +102,12 @@ class Engine:
         self._device = device
         self._weight_bytes = weight_bytes
         self._asleep: Asleep | None = None
-        self._sequences: dict[tuple[str, int], Sequence] = {}
-        self._outbox = Outbox()
         self._faults = StepFaults(device)
         # Of a split model's step that failed before the workers heard of it: the next one's to do.
         self._owed_copies: list[StateCopy] = []
         self.figures = LoadFigures(settings, self.limits, self.scheduler)
+        constraints = Constraints(grammars, device, settings.max_queue_depth)
+        self._sequences = OpenSequences(self.scheduler, self.sampler, constraints, self.figures)
 
     @classmethod
     @torch.inference_mode()
@@ -159,40 +155,25 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to deliver."""
-        return self.scheduler.has_work or bool(self._outbox) or self._constraints.has_waiting
+        return self._sequences.has_work
 
     def submit(self, owner: str, submit: Submit) -> None:
         """Queue one sequence; a model that sleeps wakes first.
 
         Raises: InvalidValue, ContextLengthExceeded, Overloaded; InsufficientMemory from waking.
         """
-        key = (owner, submit.sequence_id)
-        if key in self._sequences:
-            raise errors.InvalidValue(
-                f"sequence {submit.sequence_id} of {owner} is running already; use a new id"
-            )
+        self._sequences.check_new(owner, submit.sequence_id)
         sequence = make_sequence(owner, submit, self.spec, self.limits)
         self.wake()
-        if submit.grammar:
-            self.scheduler.check_queue()
-            self._constraints.add(sequence)
-        else:
-            self.scheduler.submit(sequence)
-        self._sequences[key] = sequence
-        self.figures.num_prompt_tokens += sequence.num_prompt_tokens
+        self._sequences.add(sequence)
 
     def cancel(self, owner: str, sequence_id: int) -> None:
         """Free the sequence now; the next step says "cancelled". An unknown id is ignored."""
-        sequence = self._sequences.get((owner, sequence_id))
-        if sequence is not None:
-            self._finish(sequence)
-            self._outbox.add_end(sequence, "cancelled")
+        self._sequences.cancel(owner, sequence_id)
 
     def cancel_owner(self, owner: str) -> None:
         """Free all sequences of an owner that is gone; nothing is delivered to it any more."""
-        for sequence in [s for s in self._sequences.values() if s.owner == owner]:
-            self._finish(sequence)
-        self._outbox.drop_owner(owner)
+        self._sequences.cancel_owner(owner)
 
     @torch.inference_mode()
     def step(self) -> dict[str, list[SequenceDelta]]:
@@ -200,7 +181,7 @@ class Engine:
 
         Raises: what cannot be survived; the engine is then unusable.
         """
-        self._begin_constrained()
+        self._sequences.begin_constrained()
         if self.scheduler.has_work:
             started = time.perf_counter()
             plan = self._plan()
@@ -210,9 +191,9 @@ class Engine:
                 self._faults.clear()
                 self.scheduler.complete(plan)
                 for row, result in zip(plan.rows, results, strict=True):
-                    self._deliver(row, result)
+                    self._sequences.deliver(row, result)
                 self.figures.count_step(plan, time.perf_counter() - started)
-        return self._outbox.take()
+        return self._sequences.take()
 
     @property
     def sleep_bytes(self) -> int:
@@ -269,26 +250,7 @@ class Engine:
 
     def close(self) -> None:
         """Drop all sequences; the process's end frees the memory."""
-        for sequence in list(self._sequences.values()):
-            self._finish(sequence)
-        self._constraints.close()
-        self._outbox.take()
-
-    def _begin_constrained(self) -> None:
-        """Queue the sequences whose grammars are compiled; wait a moment if all work waits so."""
-        if not self._constraints.has_waiting:
-            return
-        if not self.scheduler.has_work and not self._outbox:
-            self._constraints.wait()
-        for sequence in self._constraints.ready():
-            try:
-                self.scheduler.check_queue()
-                self._constraints.begin(sequence)
-            except errors.CortexError as error:
-                self._fail(sequence, error)
-                continue
-            self.scheduler.submit(sequence)
-            self.sampler.constrain(sequence, self._constraints.mask)
+        self._sequences.close()
 
     def _plan(self) -> StepPlan:
         """Return the next step, which may run already; end who could not begin in time."""
@@ -297,7 +259,7 @@ class Engine:
             plan = self.scheduler.plan()
             # After the plan: who can begin now is not late.
             for sequence, error in self.scheduler.overdue():
-                self._fail(sequence, error)
+                self._sequences.fail(sequence, error)
         return plan
 
     def _execute(self, plan: StepPlan) -> list[RowResult] | None:
@@ -330,7 +292,7 @@ class Engine:
             if verdict == "end":
                 raise
             if verdict == "fail":
-                self._fail_step(plan, error)
+                self._sequences.fail_step(plan, error)
         # Only here, past the handler, are the failed step's tensors free.
         devices.release_cached_memory(self._device)
         if verdict == "shrink":
@@ -341,23 +303,6 @@ class Engine:
         self.cache.copy_states(plan.state_copies)
         self._owed_copies = []
 
-    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        """End all requests of a step that raised; nothing that it computed is kept."""
-        sequences = [row.sequence for row in plan.rows]
-        request_ids = sorted({sequence.submit.request_id for sequence in sequences})
-        event(
-            logging.getLogger("cortexd.engine"),
-            "engine.step_failed",
-            logging.ERROR,
-            exc_info=True,
-            error=repr(error),
-            requests=request_ids,
-        )
-        for sequence in sequences:
-            name = sequence.submit.request_id
-            fault = errors.Internal(f"request {name}: a step of the engine failed; see its log")
-            self._fail(sequence, fault)
-
     def _shrink(self, plan: StepPlan) -> None:
         sequence = self.scheduler.reduce(plan)
         if sequence is not None:
@@ -365,55 +310,4 @@ class Engine:
                 f"request {sequence.submit.request_id} does not fit into the device's memory, "
                 "even alone and with the smallest step; shorten the prompt"
             )
-            self._fail(sequence, error)
-
-    def _deliver(self, row: PlannedRow, result: RowResult) -> None:
-        sequence, token, scores = row.sequence, result.token, result.scores
-        if scores is not None and len(scores.logprobs) < row.num_scored:
-            # Those of this row are counted as scored already.
-            index = sequence.num_scored - row.num_scored + len(scores.logprobs) + 1
-            self._fail(sequence, not_finite(sequence, index), is_tainted=True)
-            return
-        if scores is not None or (token is None and sequence.num_output_tokens == 0):
-            self._outbox.add_progress(sequence, scores)
-        if token is None:
-            return
-        if token.token_id is None and not token.is_finite:
-            error = not_finite(sequence, len(sequence.token_ids))
-            self._fail(sequence, error, is_tainted=True)
-        elif sequence.max_tokens == 0:
-            self._finish(sequence)
-            self._outbox.add_end(sequence, "length")
-        elif token.token_id is None:
-            self._fail(sequence, nothing_allowed(sequence))
-        elif token.token_id in sequence.stop_token_ids:
-            self._finish(sequence)
-            self._outbox.add_end(sequence, "stop")
-        else:
-            self._add_token(sequence, token, token.token_id)
-
-    def _add_token(self, sequence: Sequence, token: SampledToken, token_id: int) -> None:
-        sequence.token_ids.append(token_id)
-        self.figures.num_generated_tokens += 1
-        reason = "length" if sequence.num_output_tokens >= sequence.max_tokens else None
-        try:
-            if self._constraints.advance(sequence):
-                reason = "stop"
-        except errors.InvalidValue as error:
-            self._fail(sequence, error)
-            return
-        if reason is not None:
-            self._finish(sequence)
-        self._outbox.add_token(sequence, token, reason)
-
-    def _fail(
-        self, sequence: Sequence, error: errors.CortexError, *, is_tainted: bool = False
-    ) -> None:
-        self._finish(sequence, is_tainted=is_tainted)
-        self._outbox.add_end(sequence, "error", error)
-
-    def _finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
-        if not self._constraints.release(sequence):
-            self.scheduler.finish(sequence, is_tainted=is_tainted)
-        self.sampler.release(sequence)
-        del self._sequences[sequence.owner, sequence.sequence_id]
+            self._sequences.fail(sequence, error)

@@ -28,6 +28,7 @@ class NodeAnswer:
     def __init__(self, connection: NodeConnection) -> None:
         self._connection = connection
         self._parser = AnswerParser()
+        self.status = 0  # 0: the head has not come
         self._waiting: list[bytes] = []
         self._num_waiting = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -38,11 +39,6 @@ class NodeAnswer:
 
     def __repr__(self) -> str:
         return f"NodeAnswer({self.status}, ended={self._is_ended}, error={self._error!r})"
-
-    @property
-    def status(self) -> int:
-        """Return the status, 0 before the head has come."""
-        return self._parser.status
 
     @property
     def headers(self) -> CIMultiDict[str]:
@@ -122,6 +118,10 @@ class NodeAnswer:
         """Take in what the node sent; return True when the answer is whole. Raises: BadAnswer."""
         parser = self._parser
         body = parser.push(data)
+        if not self.status:
+            self.status = parser.status
+            if self._waiter is not None and self.status:
+                self._wake()
         if body:
             if self._on_data is not None:
                 self._on_data(body)
@@ -129,8 +129,6 @@ class NodeAnswer:
                 self._gather(body)
                 if self._num_waiting > _MAX_WAITING_BYTES:
                     self._connection.pause()
-        if self._waiter is not None and parser.status and self._on_data is None:
-            self._wake()  # it waits for the head
         return parser.is_complete
 
     def end_of_input(self) -> None:

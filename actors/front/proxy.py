@@ -32,7 +32,7 @@ from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.relayed import Relay, RelayedStream, read_whole
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.splice import Splice
-from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection
+from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection, tell_fault
 from actors.front.upstream import returned_fields
 from actors.front.whole_answer import WholeAnswer
 from actors.front.written import Fields, WrittenAnswer, write_head, write_whole
@@ -62,6 +62,9 @@ class _Wanted(msgspec.Struct):
     stream: Any = None
 
 
+_wanted_decoder = msgspec.json.Decoder(_Wanted)
+
+
 async def forward(
     request: web.Request, record: RequestRecord, dialect: Dialect, body: bytes
 ) -> web.StreamResponse | None:
@@ -70,7 +73,7 @@ async def forward(
     A body that names no model is not handed on: the caller's own checks say what is wrong with it.
     """
     try:
-        wanted = msgspec.json.decode(body, type=_Wanted)
+        wanted = _wanted_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     record.principal.check_model(wanted.model)
@@ -101,13 +104,8 @@ class _Forwarding:
         self._model = wanted.model
         self._dispatch = Dispatch(request, record, body, wanted.model, is_stream=self._is_stream)
         self._opening: asyncio.Task[NodeAnswer | None] | None = None
-        self._answer = Answer(
-            id=dialect.id_prefix + self._dispatch.lease_id,
-            created=self._services.created,
-            model=wanted.model,
-            request_id=request[REQUEST_ID],
-        )
-        self._encoder = dialect.encoder(self._answer)
+        self._dialect = dialect
+        self._answer_id = dialect.id_prefix + self._dispatch.lease_id
 
     def release(self) -> None:
         """Close the node's socket at once and end the lease; nothing here waits."""
@@ -198,9 +196,8 @@ class _Forwarding:
         if self._dispatch.is_translated:
             if status >= 400:
                 raise self._answered(upstream, body)
-            answer = self._answer
             body = whole_message(
-                body, message_id=answer.id, model=answer.model, node=self._dispatch.node
+                body, message_id=self._answer_id, model=self._model, node=self._dispatch.node
             )
         elif status >= 400:
             error = self._answered(upstream, body)
@@ -267,7 +264,14 @@ class _Forwarding:
 
     def _begin(self, fields: Fields) -> tuple[WrittenAnswer, EventWriter]:
         response = write_head(self._request, 200, fields)
-        return response, EventWriter(self._request, response, self._encoder, self._record)
+        answer = Answer(
+            id=self._answer_id,
+            created=self._services.created,
+            model=self._model,
+            request_id=self._request[REQUEST_ID],
+        )
+        encoder = self._dialect.encoder(answer)
+        return response, EventWriter(self._request, response, encoder, self._record)
 
     async def _guarded(
         self, response: web.StreamResponse, writer: EventWriter, work: Awaitable[None]
@@ -281,6 +285,10 @@ class _Forwarding:
         except CortexError as error:
             self._record.fail(error, status=response.status)
             await writer.write_error(error)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await tell_fault(self._services, self._record, writer, error)
         return response
 
     async def _relay(self, upstream: NodeAnswer, writer: EventWriter) -> None:
@@ -311,8 +319,9 @@ class _Forwarding:
     def _new_relay(self) -> Relay:
         if not self._dispatch.is_translated:
             return RelayedStream()
-        answer = self._answer
-        return ForeignStream(message_id=answer.id, model=answer.model, node=self._dispatch.node)
+        return ForeignStream(
+            message_id=self._answer_id, model=self._model, node=self._dispatch.node
+        )
 
     async def _on_silence(self, stream: Relay, writer: EventWriter, silence_s: float) -> None:
         """Fill a silence, or give up on the node. Raises: UpstreamStalled."""

@@ -20,7 +20,7 @@ from actors.front.dialect import Answer, ChunkEncoder, encoded
 from actors.front.generation import Generation
 from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
-from actors.front.services import SERVICES
+from actors.front.services import SERVICES, Services
 from actors.front.written import WrittenAnswer, drained, write_head
 from cortexd.errors import Cancelled, CortexError, Internal
 from cortexd.log import event
@@ -68,15 +68,21 @@ async def stream_answer(
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception as error:
-        # Too late for a status: the client gets an error event, the log the traceback.
-        services = request[SERVICES]
-        event(
-            services.log, "http.failed", 40, exc_info=True, id=record.request_id, error=repr(error)
-        )
-        fault = Internal("the server failed; see its log")
-        record.fail(fault, status=response.status)
-        await writer.write_error(fault)
+        await tell_fault(request[SERVICES], record, writer, error)
     return response
+
+
+async def tell_fault(
+    services: Services, record: RequestRecord, writer: EventWriter, error: Exception
+) -> None:
+    """End a stream that failed in a way nobody foresaw: called where the error is handled.
+
+    It is too late for a status: the client gets an error event, the log the traceback.
+    """
+    event(services.log, "http.failed", 40, exc_info=True, id=record.request_id, error=repr(error))
+    fault = Internal("the server failed; see its log")
+    record.fail(fault, status=record.status)
+    await writer.write_error(fault)
 
 
 def _chunks(encoder: ChunkEncoder, outputs: list[ChoiceOutput]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -13,16 +14,17 @@ def tree(pid: int) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
-def cpu_ns(pid: int) -> int:
-    """Return the CPU time of a process tree, in ns (schedstat of every thread)."""
-    total = 0
+def cpu_ns(pid: int) -> Counter[str]:
+    """Return the CPU time of a process tree by name, in ns (schedstat of every thread)."""
+    used: Counter[str] = Counter()
     for process in tree(pid):
-        for stat in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+        folder = Path(f"/proc/{process.pid}")
+        for stat in folder.glob("task/*/schedstat"):
             try:
-                total += int(stat.read_text().split()[0])
+                used[(folder / "comm").read_text().strip()] += int(stat.read_text().split()[0])
             except OSError:  # the thread has ended
                 continue
-    return total
+    return used
 
 
 def rss_bytes(pid: int) -> int:

@@ -37,6 +37,7 @@ class Figures:
     unary_p50: list[float] = field(default_factory=list)
     unary_p99: list[float] = field(default_factory=list)
     unary_cpu: list[float] = field(default_factory=list)
+    unary_split: dict[str, list[float]] = field(default_factory=dict)  # CPU by process
     unary_rate: list[float] = field(default_factory=list)
     first_token_p50: list[float] = field(default_factory=list)
     first_token_p99: list[float] = field(default_factory=list)
@@ -80,6 +81,10 @@ def run(arguments: Sequence[str]) -> int:
             _memory_round(target, figures[target.name])
     print(f"load after: {os.getloadavg()[0]:.2f}")
     _print_tables(figures)
+    for name, one in figures.items():
+        parts = {process: statistics.median(parts) for process, parts in one.unary_split.items()}
+        shown = sorted(parts.items(), key=lambda part: -part[1])
+        print(f"CPU µs/request, {name}: " + ", ".join(f"{p} {us:.1f}" for p, us in shown if us > 1))
     broken = sum(one.num_broken for one in figures.values())
     if broken:
         print(f"{broken} streams did not get all their chunks", file=sys.stderr)
@@ -102,21 +107,25 @@ def _one_round(target: Target, figures: Figures, options: argparse.Namespace) ->
     uvloop.run(unary(target.port, _CHAT, concurrency=8, count=64))  # warm-up
     before = cpu_ns(target.pid)
     latencies = uvloop.run(unary(target.port, _CHAT, concurrency=8, count=options.requests))
-    used_s = (cpu_ns(target.pid) - before) / 1e9
+    used = cpu_ns(target.pid)
+    used.subtract(before)
+    used_s = used.total() / 1e9
+    for name, used_ns in used.items():
+        figures.unary_split.setdefault(name, []).append(used_ns / len(latencies) / 1e3)
     figures.unary_p50.append(_quantile(latencies, 0.5) * 1e3)
     figures.unary_p99.append(_quantile(latencies, 0.99) * 1e3)
     figures.unary_cpu.append(used_s / len(latencies) * 1e6)
     figures.unary_rate.append(len(latencies) / used_s)
-    seen, used = _stream_round(target, _CHAT, options)
+    seen, used_us = _stream_round(target, _CHAT, options)
     figures.first_token_p50.append(_quantile(seen.first_token_s, 0.5) * 1e3)
     figures.first_token_p99.append(_quantile(seen.first_token_s, 0.99) * 1e3)
     figures.chunk_p50.append(_quantile(seen.chunk_delay_s, 0.5) * 1e3)
     figures.chunk_p99.append(_quantile(seen.chunk_delay_s, 0.99) * 1e3)
-    figures.chunk_cpu.append(used)
+    figures.chunk_cpu.append(used_us)
     figures.num_broken += seen.num_broken
     if target.speaks_anthropic:
-        seen, used = _stream_round(target, _MESSAGES, options)
-        figures.message_cpu.append(used)
+        seen, used_us = _stream_round(target, _MESSAGES, options)
+        figures.message_cpu.append(used_us)
         figures.num_broken += seen.num_broken
 
 
@@ -134,7 +143,7 @@ def _stream_round(
             stagger_s=_CHUNK_INTERVAL_S / options.streams,
         )
     )
-    used_ns = cpu_ns(target.pid) - before
+    used_ns = cpu_ns(target.pid).total() - before.total()
     return seen, used_ns / 1e3 / max(1, len(seen.chunk_delay_s))
 
 

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from actors.front.relayed import RelayedStream
 from cortexd.errors import ModelNotFeasible
 from cortexd.messages import (
     EndRequest,
@@ -204,6 +205,30 @@ async def test_clients_that_leave_a_busy_stream_disturb_nothing(
             await asyncio.gather(*(leave() for _ in range(8)))
         await front.fleet.wait_for_finished(40)
     assert [record.message for record in caplog.records if record.levelno > logging.INFO] == []
+
+
+@async_test
+async def test_fault_of_ours_in_mid_stream_is_its_last_event(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is told in the stream that has begun, and the log has the cause."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices":[]}\n\n')
+        return response
+
+    def fail(self: RelayedStream, chunk: bytes) -> bytes:
+        raise ZeroDivisionError("nobody foresaw this")
+
+    monkeypatch.setattr(RelayedStream, "push", fail)
+    async with upstream(handler) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", url)]
+        events = await front.stream(CHAT, chat_body(model=MODEL, stream=True))
+        assert events[-1]["error"]["code"] == "internal_error"
+        assert (await finished(front)).error_code == "internal_error"
+        assert "nobody foresaw this" in caplog.text
 
 
 @async_test
