@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "packed.h"
 
@@ -26,20 +27,45 @@ struct BlockInfo {
     int32_t negative_half_sums[2];
 };
 
+// The same block of kTileTokens tokens, for products of many tokens: what one instruction takes of
+// each of them stands side by side. 8 bits only.
+constexpr int64_t kTileTokens = 8;
+struct alignas(64) TileBlock {
+    int8_t quads[kBlock / 4][kTileTokens][4];
+    float scale[kTileTokens];
+    int32_t offset[kTileTokens];  // -128 * (q[0] + ..): all stored weights have the offset 128 there
+    float scaled_sum[kTileTokens];
+    int32_t half_offsets[2][kTileTokens];
+
+    // Takes the block of one token, quantised to 8 bits.
+    void set(int64_t token, const int8_t* values, const BlockInfo& info) {
+        for (int64_t quad = 0; quad < kBlock / 4; ++quad) {
+            std::memcpy(quads[quad][token], values + quad * 4, 4);
+        }
+        scale[token] = info.scale;
+        offset[token] = info.negative_sum * 128;
+        scaled_sum[token] = info.scaled_sum;
+        half_offsets[0][token] = info.negative_half_sums[0] * 128;
+        half_offsets[1][token] = info.negative_half_sums[1] * 128;
+    }
+};
+
 // `num_tokens` rows of `columns / 32` blocks, kBlockBytes * blocks apart, and as many infos (null when
 // no matrix needs them); and where each token's floats lie.
+// `tiles`: instead of values and infos (null when not), the blocks of tokens 0..7, of 8..15, ...
 // `rounded`: the rows in bfloat16, without gaps (null when no matrix takes them).
 struct Activation {
     const int8_t* values;
     const BlockInfo* infos;
+    const TileBlock* tiles;
     const float* const* rows;
     const uint16_t* rounded;
 
-    // The same from row `first` on.
+    // The same from row `first` on; not of tiles.
     Activation from(int64_t first, int64_t columns) const {
         const int64_t blocks = columns / kBlock;
-        return {values + first * blocks * kBlockBytes, infos + first * blocks, rows + first,
-                rounded + first * columns};
+        return {values + first * blocks * kBlockBytes, infos + first * blocks, nullptr,
+                rows + first, rounded + first * columns};
     }
 };
 

@@ -11,8 +11,6 @@
 namespace cortexd {
 namespace {
 
-// Query tokens that walk a partition together while it is in the L2 cache.
-constexpr int64_t kQueryTile = 8;
 // Multiplications under which another thread is not worth waking.
 constexpr int64_t kSmallWork = 40000;
 
@@ -97,21 +95,51 @@ class Attention {
             partition_of(unit, unit.token, unit.partition, scratch_.data() + unit.partials);
             return;
         }
-        static thread_local std::vector<float> states;
-        states.resize(static_cast<size_t>((unit.num_tokens + 1) * group_floats_));
-        float* const next = states.data() + unit.num_tokens * group_floats_;
-        const int64_t last = unit.token + unit.num_tokens - 1;
-        for (int64_t p = 0; p * kPartition < visible(*unit.row, last); ++p) {
-            for (int64_t i = 0; i < unit.num_tokens; ++i) {
-                if (p * kPartition >= visible(*unit.row, unit.token + i)) continue;
-                float* const state = states.data() + i * group_floats_;
-                partition_of(unit, unit.token + i, p, p == 0 ? state : next);
-                if (p > 0) merge(next, state);
+        if (unit.num_tokens == 1) {
+            run_token(unit);
+        } else {
+            run_tile(unit);
+        }
+    }
+
+    void run_token(const Unit& unit) const {
+        float* const state = states(2);
+        float* const next = state + group_floats_;
+        for (int64_t p = 0; p * kPartition < visible(*unit.row, unit.token); ++p) {
+            partition_of(unit, unit.token, p, p == 0 ? state : next);
+            if (p > 0) merge(next, state);
+        }
+        finish(state, unit.token, unit.kv_head);
+    }
+
+    void run_tile(const Unit& unit) const {
+        float* const state = states(2 * kQueryTile);
+        float* const next = state + kQueryTile * group_floats_;
+        const int64_t first_visible = visible(*unit.row, unit.token);
+        const int64_t last_visible = first_visible + unit.num_tokens - 1;
+        const QueryTile tile{query_of(unit.token, unit.kv_head), query_stride_, unit.num_tokens,
+                             first_visible, group_floats_};
+        for (int64_t begin = 0; begin < last_visible; begin += kPartition) {
+            const int64_t left = last_visible - begin;
+            const int64_t end = begin + (left < kPartition ? left : kPartition);
+            kernels().attend_tile(shape_, *unit.row, cache_layer_, unit.kv_head, tile, begin, end,
+                                  begin == 0 ? state : next);
+            for (int64_t i = 0; i < unit.num_tokens && begin > 0; ++i) {
+                if (begin >= first_visible + i) continue;
+                merge(next + i * group_floats_, state + i * group_floats_);
             }
         }
         for (int64_t i = 0; i < unit.num_tokens; ++i) {
-            finish(states.data() + i * group_floats_, unit.token + i, unit.kv_head);
+            finish(state + i * group_floats_, unit.token + i, unit.kv_head);
         }
+    }
+
+    // Memory of this thread for as many tokens' partials.
+    float* states(int64_t tokens) const {
+        static thread_local std::vector<float> memory;
+        const auto floats = static_cast<size_t>(tokens * group_floats_);
+        if (memory.size() < floats) memory.resize(floats);
+        return memory.data();
     }
 
     void merge_split(const Unit& unit) const {

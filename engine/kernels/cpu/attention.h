@@ -36,6 +36,17 @@ struct SequenceRow {
 // Stored one after the other for the heads that share a KV head.
 constexpr int64_t partial_floats(int64_t head_dim) { return head_dim + 16; }
 
+// Some tokens of a sequence that walk its positions together. Token i's query heads of one KV head lie
+// at query + i * stride, its partials partials_stride apart; it sees positions before first_visible + i.
+constexpr int64_t kQueryTile = 32;
+struct QueryTile {
+    const float* query;
+    int64_t stride;
+    int64_t num_tokens;  // at most kQueryTile
+    int64_t first_visible;
+    int64_t partials_stride;
+};
+
 // out (num_tokens, num_heads * head_dim), rows dense; query rows `query_stride` floats apart.
 void attend(const AttentionShape& shape, const float* query, int64_t query_stride,
             const float* cache_layer, const SequenceRow* rows, int64_t num_rows, float* out);

@@ -134,6 +134,28 @@ void attend_group(const KeyPointer& keys, const float* query, int64_t heads, int
     }
 }
 
+// Head sizes in sixteens, and the heads whose sums the registers hold beside one vector.
+template <int Chunks, int Heads>
+struct HeadSize {
+    static constexpr int kChunks = Chunks;
+    static constexpr int kHeads = Heads;
+};
+
+// Calls `visitor(HeadSize<..>{})`; false when there is no kernel for `head_dim`.
+template <class Visitor>
+bool visit_head_dim(int64_t head_dim, const Visitor& visitor) {
+    switch (head_dim) {
+        case 16: visitor(HeadSize<1, 4>{}); return true;
+        case 32: visitor(HeadSize<2, 4>{}); return true;
+        case 64: visitor(HeadSize<4, 4>{}); return true;
+        case 80: visitor(HeadSize<5, 2>{}); return true;
+        case 96: visitor(HeadSize<6, 2>{}); return true;
+        case 128: visitor(HeadSize<8, 2>{}); return true;
+        case 256: visitor(HeadSize<16, 1>{}); return true;
+        default: return false;
+    }
+}
+
 // Partials of the query heads of one token and KV head over positions begin..end-1.
 // False when head_dim has no kernel.
 template <class Isa>
@@ -142,16 +164,10 @@ bool attend_partition(const AttentionShape& shape, const SequenceRow& row,
                       int64_t begin, int64_t end, float* partials) {
     const KeyPointer keys{shape, row, cache_layer + kv_head * shape.head_dim};
     const int64_t heads = shape.num_heads / shape.num_kv_heads;
-    switch (shape.head_dim) {
-        case 16: attend_group<Isa, 1, 4>(keys, query, heads, begin, end, partials); return true;
-        case 32: attend_group<Isa, 2, 4>(keys, query, heads, begin, end, partials); return true;
-        case 64: attend_group<Isa, 4, 4>(keys, query, heads, begin, end, partials); return true;
-        case 80: attend_group<Isa, 5, 2>(keys, query, heads, begin, end, partials); return true;
-        case 96: attend_group<Isa, 6, 2>(keys, query, heads, begin, end, partials); return true;
-        case 128: attend_group<Isa, 8, 2>(keys, query, heads, begin, end, partials); return true;
-        case 256: attend_group<Isa, 16, 1>(keys, query, heads, begin, end, partials); return true;
-        default: return false;
-    }
+    return visit_head_dim(shape.head_dim, [&](auto size) {
+        using Size = decltype(size);
+        attend_group<Isa, Size::kChunks, Size::kHeads>(keys, query, heads, begin, end, partials);
+    });
 }
 
 // Folds `next` (one head, later positions) into `state`.

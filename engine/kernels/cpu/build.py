@@ -39,6 +39,7 @@ _AVX512_FLAGS: Final = (
 )  # fmt: skip
 X86_FLAGS: Final = {
     "kernels_avx512.cpp": _AVX512_FLAGS,
+    "kernels_avx512tiles.cpp": _AVX512_FLAGS,
     "kernels_avx512bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
     "kernels_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
 }  # fmt: skip

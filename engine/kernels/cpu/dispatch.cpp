@@ -16,8 +16,13 @@ bool has_avx512() {
 // Every CPU with AVX2 has F16C; FMA is asked for because a hypervisor may hide it.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
+const Kernels* avx512() {
+    static const Kernels set = with_tiles(kAvx512Kernels);
+    return &set;
+}
+
 const Kernels* avx512_bf16() {
-    static const Kernels set = with_bf16(kAvx512Kernels);
+    static const Kernels set = with_bf16(*avx512());
     return &set;
 }
 #endif
@@ -30,7 +35,7 @@ struct Sets {
         int count = 0;
 #if defined(__x86_64__)
         if (has_avx512() && __builtin_cpu_supports("avx512bf16")) sets[count++] = avx512_bf16();
-        if (has_avx512()) sets[count++] = &kAvx512Kernels;
+        if (has_avx512()) sets[count++] = avx512();
         if (has_avx2()) sets[count++] = &kAvx2Kernels;
 #endif
         sets[count] = &kPortableKernels;

@@ -41,7 +41,7 @@ class SparseMlp {
     // Appends each expert's product of its pairs to `products_`.
     void add_products(const SparseWeights& weights, std::vector<float>& output, bool is_down);
 
-    ActivationBuffer pair_activation_;
+    ActivationBuffer pair_activation_{true};  // each expert takes its own part
     ActivationBuffer shared_activation_;
     std::vector<Product> products_;
     std::vector<float> entry_;          // (num_tokens, entry rows)

@@ -20,6 +20,11 @@ struct Kernels {
     void (*multiply_groups)(const Matrix& matrix, const Activation& x, int64_t num_tokens,
                             int64_t begin, int64_t end, float* y, int64_t y_stride,
                             bool accumulate);
+    // The same with 8-bit activations in tiles (x.tiles), for many tokens. Null where the instruction
+    // set has none. The bits are those of multiply_groups.
+    void (*multiply_tiles)(const Matrix& matrix, const Activation& x, int64_t num_tokens,
+                           int64_t begin, int64_t end, float* y, int64_t y_stride,
+                           bool accumulate);
     // The fast products of bfloat16 rows: x (num_tokens, columns), rounded to bfloat16. Null where
     // the instruction set has none; the products are then as exact as multiply_groups.
     void (*round_row)(const float* x, int64_t columns, uint16_t* rounded);
@@ -36,17 +41,23 @@ struct Kernels {
     bool (*attend_partition)(const AttentionShape& shape, const SequenceRow& row,
                              const float* cache_layer, int64_t kv_head, const float* query,
                              int64_t begin, int64_t end, float* partials);
+    // The same for a tile of tokens; see attention_tile.h.
+    bool (*attend_tile)(const AttentionShape& shape, const SequenceRow& row,
+                        const float* cache_layer, int64_t kv_head, const QueryTile& tile,
+                        int64_t begin, int64_t end, float* partials);
     void (*merge_partial)(const float* next, int64_t head_dim, float* state);
     void (*finish_partial)(const float* state, int64_t head_dim, float* out);
     // See delta_net_kernel.h.
     void (*convolve)(const ConvRun& run);
-    void (*delta_rule)(const DeltaRun& run, int64_t columns);
+    void (*delta_rule)(DeltaRun run, int64_t columns);
 };
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+// `base` with products of tiles.
+Kernels with_tiles(const Kernels& base);
 // `base` with fast products of bfloat16 rows.
 Kernels with_bf16(const Kernels& base);
 #endif

@@ -49,6 +49,9 @@ void multiply_range(const Projection& projection, const Activation& x, int64_t n
         if (range.begin < range.end && is_rounded(matrix)) {
             set.multiply_rounded_groups(matrix, x.rounded, num_tokens, range.begin, range.end,
                                         y + column, y_stride, accumulate);
+        } else if (range.begin < range.end && x.tiles != nullptr && !is_dense(matrix.type)) {
+            set.multiply_tiles(matrix, x, num_tokens, range.begin, range.end, y + column,
+                               y_stride, accumulate);
         } else if (range.begin < range.end) {
             set.multiply_groups(matrix, x, num_tokens, range.begin, range.end, y + column,
                                 y_stride, accumulate);

@@ -2,6 +2,8 @@
 //
 // One output is, over the 32-blocks in ascending order, acc = acc + term in float32, where
 //   term = (scale * x.scale) * float(integer dot product) [+ minimum * x.scaled_sum]
+// or, where the halves of a block have scales of their own,
+//   term = (scale * float(dot product) + second scale * float(second dot product)) * x.scale
 // with an exact integer (at most 255 * 32512 * 32 < 2^31) and no fused multiply-add: the result
 // does not depend on the instruction set, on how many tokens share a pass, or on the thread. Tests
 // hold it equal, bit by bit, to reference.py.
@@ -58,12 +60,13 @@ template <class Isa, class L, class Sum>
 typename Isa::F block_term(const BlockScales<Isa, L>& weights, const BlockInfo& x,
                            const Sum (&dots)[L::kParts]) {
     const auto x_scale = Isa::set1(x.scale);
-    const auto first_scale = Isa::multiply(weights.scale, x_scale);
-    const auto product = Isa::multiply(first_scale, Isa::to_float(dots[0]));
     if constexpr (L::kHalves) {
-        return Isa::add(product, Isa::multiply(Isa::multiply(weights.second, x_scale),
-                                               Isa::to_float(dots[1])));
+        const auto first = Isa::multiply(weights.scale, Isa::to_float(dots[0]));
+        const auto second = Isa::multiply(weights.second, Isa::to_float(dots[1]));
+        return Isa::multiply(Isa::add(first, second), x_scale);
     } else {
+        const auto product =
+            Isa::multiply(Isa::multiply(weights.scale, x_scale), Isa::to_float(dots[0]));
         if constexpr (!L::kHasMin) return product;
         const auto minimum = Isa::multiply(weights.second, Isa::set1(x.scaled_sum));
         return L::kSuperBlocks ? Isa::subtract(product, minimum) : Isa::add(product, minimum);

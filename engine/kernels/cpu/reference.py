@@ -64,8 +64,10 @@ def linear(
     for b in range(num_blocks):
         sums = torch.einsum("rpk,tpk->ptr", blocks[:, b], token_blocks[:, b]).float()
         token_scale = x_scale[:, b, None]
-        terms = [scales[:, b, part] * token_scale * sums[part] for part in range(parts)]
-        term = terms[0] if parts == 1 else terms[0] + terms[1]
+        if parts == 1:
+            term = scales[:, b, 0] * token_scale * sums[0]
+        else:
+            term = (scales[:, b, 0] * sums[0] + scales[:, b, 1] * sums[1]) * token_scale
         if minima is not None:
             term = term + minima[:, b] * (x_scale[:, b] * x_sum[:, b])[:, None]
         out = out + term

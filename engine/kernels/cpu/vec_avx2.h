@@ -18,6 +18,7 @@ struct Avx2 {
     static constexpr int64_t block_bytes(Precision) { return 64; }  // always widened to 16 bits
     static constexpr int kDenseGroups = 2;
     static constexpr int kDenseTokens = 2;
+    static constexpr int kScoreSums = 1;
     // Vectors of 16 columns that the delta rule takes side by side.
     static constexpr int kDeltaVectors = 1;
     // Whether dot() already subtracts the offset of the stored integers.
@@ -68,6 +69,11 @@ struct Avx2 {
         __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
         four = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    }
+    static void keep(const F&) {}
+    template <int Count>
+    static void reduce_each(const F (&values)[Count], float* to) {
+        for (int i = 0; i < Count; ++i) to[i] = reduce_add(values[i]);
     }
     static float reduce_max(const F& value) {
         const __m256 eight = _mm256_max_ps(value.half[0], value.half[1]);

@@ -24,6 +24,8 @@ struct Avx512 {
     // 16 accumulators and 8 weights of the dense kernels.
     static constexpr int kDenseGroups = 4;
     static constexpr int kDenseTokens = 4;
+    // Sums that reduce_each folds side by side.
+    static constexpr int kScoreSums = 16;
     // Vectors of 16 columns that the delta rule takes side by side.
     static constexpr int kDeltaVectors = 2;
     // Whether dot() already subtracts the offset of the stored integers.
@@ -59,6 +61,33 @@ struct Avx512 {
         __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
         four = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    }
+    // Holds a value of several uses in a register: the compiler would load it again for each, and one
+    // load per cycle is all there is.
+    static void keep(F& value) { asm("" : "+v"(value)); }
+    // to[i] = reduce_add(values[i]), with the same additions.
+    template <int Count>
+    static void reduce_each(const F (&values)[Count], float* to) {
+        if constexpr (Count == 16) {
+            F eights[8], fours[4], twos[2];
+            // The order that leaves the sums in theirs.
+            for (int i = 0; i < 8; ++i) {
+                const F &a = values[i % 2 * 8 + i / 2], &b = values[i % 2 * 8 + 4 + i / 2];
+                eights[i] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+            }
+            for (int i = 0; i < 4; ++i) {
+                const F &a = eights[2 * i], &b = eights[2 * i + 1];
+                fours[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+            }
+            for (int i = 0; i < 2; ++i) {
+                const F &a = fours[2 * i], &b = fours[2 * i + 1];
+                twos[i] = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+            }
+            store(to, add(_mm512_shuffle_ps(twos[0], twos[1], 0x88),
+                          _mm512_shuffle_ps(twos[0], twos[1], 0xdd)));
+        } else {
+            for (int i = 0; i < Count; ++i) to[i] = reduce_add(values[i]);
+        }
     }
     static float reduce_max(F value) { return _mm512_reduce_max_ps(value); }
     static F power_of_two(F biased) {
@@ -123,11 +152,9 @@ struct Avx512 {
     static void add_products(I weights, const int8_t* x, FastSum& sum) {
         sum.value = _mm512_dpbusd_epi32(sum.value, weights, broadcast_quad(x));
     }
-    template <class L, int Quad, int Tokens, class Sum>
-    static void dot_line(const uint8_t* payload, const int8_t* x, int64_t stride,
-                         Sum (&sums)[Tokens][L::kParts]) {
-        // Quad and Quad + 4: the two nibbles of one line, or two lines of 8-bit integers.
-        I first, second;
+    // The stored integers of Quad and Quad + 4: the two nibbles of one line, or two lines.
+    template <class L, int Quad>
+    static void unpack(const uint8_t* payload, I& first, I& second) {
         if constexpr (L::kBits == 8) {
             first = _mm512_loadu_si512(payload + Quad * 64);
             second = _mm512_loadu_si512(payload + (Quad + 4) * 64);
@@ -146,6 +173,12 @@ struct Avx512 {
                 second = _mm512_shuffle_epi8(table, second);
             }
         }
+    }
+    template <class L, int Quad, int Tokens, class Sum>
+    static void dot_line(const uint8_t* payload, const int8_t* x, int64_t stride,
+                         Sum (&sums)[Tokens][L::kParts]) {
+        I first, second;
+        unpack<L, Quad>(payload, first, second);
         for (int m = 0; m < Tokens; ++m) {
             const int8_t* q = x + m * stride + Quad * 4;
             add_products(first, q, sums[m][0]);

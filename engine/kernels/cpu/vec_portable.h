@@ -16,6 +16,7 @@ struct Portable {
     static constexpr int64_t block_bytes(Precision) { return 64; }  // always of two bytes each
     static constexpr int kDenseGroups = 1;
     static constexpr int kDenseTokens = 2;
+    static constexpr int kScoreSums = 1;
     // Vectors of 16 columns that the delta rule takes side by side.
     static constexpr int kDeltaVectors = 1;
     // Whether dot() already subtracts the offset of the stored integers.
@@ -75,6 +76,11 @@ struct Portable {
             for (int i = 0; i < width; ++i) value.lane[i] += value.lane[i + width];
         }
         return value.lane[0];
+    }
+    static void keep(const F&) {}
+    template <int Count>
+    static void reduce_each(const F (&values)[Count], float* to) {
+        for (int i = 0; i < Count; ++i) to[i] = reduce_add(values[i]);
     }
     static float reduce_max(const F& value) {
         float largest = value.lane[0];

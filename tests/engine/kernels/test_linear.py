@@ -61,6 +61,22 @@ def test_linear_row_is_the_same_alone_and_in_any_batch(name: str, is_exact: bool
     assert torch.equal(alone, whole)
 
 
+@pytest.mark.parametrize("shape", [(37, 768), (100, 256)])
+@pytest.mark.parametrize("name", SHAPES)
+def test_linear_row_is_the_same_in_a_long_prefill(
+    name: str, shape: tuple[int, int], isa: str
+) -> None:
+    # Many tokens take another path: more than one pass, a tile that is not full, a part of a panel.
+    rows = random_rows(name, *shape)
+    packed = packed_of(rows, tokens(1, shape[0])[0])
+    x = tokens(301, shape[1])
+    x[280, 3] = torch.nan
+    whole = cpu.linear(packed, x)
+    few = torch.cat([cpu.linear(packed, part) for part in x.split(32)])
+    assert whole[280].isnan().all()
+    assert torch.equal(whole.nan_to_num(7.0), few.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("is_exact", [True, False])
 @pytest.mark.parametrize("dtype", DENSE_DTYPES)
 def test_linear_of_dense_weights_is_exact_and_row_invariant(
