@@ -167,6 +167,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help=f'of {", ".join(FORMATS)}, or "{DEMO}" for the demo model\'s own file',
     )
     parser.add_argument(
+        "--loads", nargs="+", choices=LOADS, default=list(LOADS), help="default: all"
+    )
+    parser.add_argument(
         "--transformers", action="store_true", help="measure transformers too (dense)"
     )
     parser.add_argument(
