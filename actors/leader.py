@@ -96,6 +96,7 @@ class Leader(SyncActor):
             memory_bytes=self.engine.memory_bytes,
             context=self.engine.limits.context,
             ranks=self.context.world_size,
+            collectives="nothing" if comm is None else comm.backend,
         )
 
     def _meet_workers(self, device: Device) -> Comm:

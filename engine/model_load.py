@@ -17,6 +17,7 @@ from cortexd.settings import Engine as EngineSettings
 from engine import device as devices
 from engine.batch import StepBatch
 from engine.decode_steps import CapturableModel
+from engine.kernels import cpu as native
 from engine.kv_cache import KVCache
 from engine.loader import Weights
 from engine.models.decoder import Decoder
@@ -67,6 +68,9 @@ def load_model(
     Raises: BadModelFile, UnsupportedArchitecture, InsufficientMemory, ConfigError.
     """
     devices.set_num_threads(settings, comm.world_size)
+    if device.type == "cpu":
+        is_possible = settings.backend != "reference" and native.available()
+        comm.share_memory(is_possible=is_possible)
     is_quantized = files.format == "gguf" or files.quant is not None
     dtype = devices.choose_dtype(settings, device, spec, is_quantized)
     weights = Weights.open(

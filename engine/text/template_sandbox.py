@@ -41,9 +41,9 @@ _deadline: ContextVar[float] = ContextVar("template_deadline")
 
 
 def start_deadline() -> None:
-    """Give the render that follows in this context `MAX_RENDER_S` seconds, a quick one less."""
+    """Give the render that follows here `MAX_RENDER_S` seconds of this thread, a quick one less."""
     budget_s = quick_budget_s()
-    _deadline.set(time.monotonic() + (MAX_RENDER_S if budget_s is None else budget_s))
+    _deadline.set(time.thread_time() + (MAX_RENDER_S if budget_s is None else budget_s))
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -87,7 +87,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def check_deadline(self) -> None:
         """Raise `TemplateTooCostly` when the render has run for too long, or SlowTemplateError."""
-        if time.monotonic() > _deadline.get():
+        if time.thread_time() > _deadline.get():
             if quick_budget_s() is not None:
                 raise SlowTemplateError
             raise TemplateTooCostly(f"the template ran for more than {MAX_RENDER_S:g} s")

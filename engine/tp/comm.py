@@ -1,4 +1,4 @@
-"""The collectives of one tensor-parallel group: gloo on the CPU, NCCL on CUDA.
+"""The collectives of one tensor-parallel group: shared memory or gloo on the CPU, NCCL on CUDA.
 
 Made by the leader and the workers from the address that the leader minted, called by the parallel
 layers. A group is an object of its own, not torch's global default, so nothing else in the process
@@ -7,6 +7,7 @@ depends on it. Any failure is a RuntimeError: the ranks are then out of step and
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
 from typing import Any, Final
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from cortexd.errors import ConfigError, DeadlineExceeded
+from cortexd.log import event
 from engine.tp.sharding import Shard
+from engine.tp.shared_memory import SharedMemory, memory_bytes
 
 INIT_TIMEOUT_S: Final = 60.0
+_log = logging.getLogger("cortexd.ranks")
 # Substrings of what NCCL says when a driver was updated and the machine not restarted since.
 _DRIVER_MISMATCH: Final = ("driver/library version mismatch", "CUDA driver version is insufficient")
 
@@ -32,6 +36,7 @@ class Comm:
         assert self.shard.is_whole or group is not None, f"{shard} needs a process group"
         self._group = group
         self._timeout = timedelta(seconds=timeout_s)
+        self._memory: SharedMemory | None = None
 
     @classmethod
     def join(cls, address: str, shard: Shard, device: torch.device, *, timeout_s: float) -> Comm:
@@ -74,7 +79,42 @@ class Comm:
     @property
     def backend(self) -> str:
         """What carries the tensors."""
+        if self._memory is not None:
+            return "shared memory"
         return "nothing" if self._group is None else str(self._group.name())
+
+    def share_memory(self, *, is_possible: bool) -> None:
+        """Use shared memory instead of gloo from now on, if all ranks can; a collective on a CPU.
+
+        A kernel may forbid that one process opens another's memory: then gloo goes on.
+        """
+        if self.shard.is_whole:
+            return
+        size = memory_bytes(self.world_size)
+        fd = os.memfd_create("cortexd-ranks", os.MFD_CLOEXEC) if self.rank == 0 else -1
+        try:
+            if fd >= 0:
+                os.ftruncate(fd, size)
+            place = self.broadcast(torch.tensor([os.getpid(), fd]))
+            memory = self._opened(*place.tolist()) if is_possible else None
+            num_ready = int(self.all_reduce(torch.tensor([int(memory is not None)])))
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        if num_ready == self.world_size:
+            self._memory = memory
+
+    def _opened(self, pid: int, fd: int) -> SharedMemory | None:
+        try:
+            own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            event(_log, "ranks.no_shared_memory", logging.WARNING, error=str(error))
+            return None
+        try:
+            timeout_s = self._timeout.total_seconds()
+            return SharedMemory.opened(own, self.rank, self.world_size, timeout_s)
+        finally:
+            os.close(own)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         """Return the sum over all ranks, in the dtype of `partial`, which may be overwritten.
@@ -85,6 +125,8 @@ class Comm:
             return partial
         is_exact = partial.is_cuda or not partial.is_floating_point()
         total = partial.contiguous() if is_exact else partial.float().contiguous()
+        if self._memory is not None:
+            return self._memory.add_up(total).to(partial.dtype)
         options = _options("AllreduceOptions", self._timeout)
         self._group.allreduce([total], options).wait()
         return total.to(partial.dtype)
@@ -108,6 +150,9 @@ class Comm:
         padded = part.contiguous()
         if part.shape[1] < part_size:
             padded = torch.nn.functional.pad(part, (0, part_size - part.shape[1]))
+        if self._memory is not None:
+            parts = self._memory.gather(padded)
+            return torch.cat(parts, 1)[:, :total_size] if parts else part[:, :0]
         options = _options("GatherOptions", self._timeout)
         options.rootRank = 0
         if self.rank:

@@ -5,6 +5,7 @@ Without a compiler and without a built library `available()` is False, and the c
 torch reference.
 """
 
+from engine.kernels.cpu.barrier import Barrier
 from engine.kernels.cpu.decoder import NativeBatch, NativeDecoder
 from engine.kernels.cpu.library import available, num_threads, set_num_threads, status
 from engine.kernels.cpu.linear import PackedLinear, linear, pack
@@ -28,6 +29,7 @@ from engine.kernels.cpu.ops import (
 
 __all__ = [
     "AttentionRow",
+    "Barrier",
     "NativeAttention",
     "NativeBatch",
     "NativeDecoder",

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <new>
 
+#include "barrier.h"
 #include "decoder.h"
 #include "kernels.h"
 #include "linear.h"
@@ -97,4 +98,9 @@ CORTEXD_EXPORT int cortexd_attend(const AttentionShape* shape, const float* quer
 CORTEXD_EXPORT int cortexd_decoder_step(const DecoderWeights* weights, const DecoderStep* step) {
     if (!is_valid(*weights, *step)) return -2;
     return guarded([&] { run_step(*weights, *step); });
+}
+
+CORTEXD_EXPORT int cortexd_barrier(uint32_t* words, int rank, int world_size, uint32_t round,
+                                   int num_spins, int64_t timeout_us) {
+    return wait_at_barrier(words, rank, world_size, round, num_spins, timeout_us);
 }

@@ -13,6 +13,7 @@
 namespace cortexd {
 namespace {
 
+// Columns of S that one thread takes over a run of tokens: as many as its first-level cache holds.
 constexpr int64_t kColumns = 2 * kRows;
 // Multiplications that are worth a turn of another thread; see linear.cpp.
 constexpr int64_t kMacsPerChunk = 60000;
@@ -41,7 +42,11 @@ class Layer {
     Layer(const DeltaNetShape& shape, const DeltaNetWeights& weights, const DeltaNetRows& rows,
           float* projected, const DeltaNetStates& states, float* attended, Gates& gates)
         : shape_(shape), weights_(weights), rows_(rows), projected_(projected), states_(states),
-          attended_(attended), gates_(gates) {}
+          attended_(attended), gates_(gates), columns_(shape.value_dim) {
+        for (int64_t i = 0; i < rows.num_rows; ++i) {
+            if (rows.rows[i].end - rows.rows[i].start > 1) columns_ = kColumns;
+        }
+    }
 
     // Units: for each row its query, key and value heads, and its gates.
     int64_t num_conv_heads() const {
@@ -77,12 +82,12 @@ class Layer {
     }
 
     // Units: for each row the blocks of columns of its value heads.
-    int64_t blocks_per_head() const { return (shape_.value_dim + kColumns - 1) / kColumns; }
+    int64_t blocks_per_head() const { return (shape_.value_dim + columns_ - 1) / columns_; }
     int64_t blocks_per_row() const { return shape_.num_value_heads * blocks_per_head(); }
     void attend(int64_t unit, float* scratch) const {
         const int64_t i = unit / blocks_per_row();
         const int64_t head = unit % blocks_per_row() / blocks_per_head();
-        const int64_t column = unit % blocks_per_head() * kColumns;
+        const int64_t column = unit % blocks_per_head() * columns_;
         const int64_t left = shape_.value_dim - column;
         const SequenceRow& row = rows_.rows[i];
         const float* const first = token(row.start);
@@ -105,7 +110,7 @@ class Layer {
         run.state_stride = shape_.value_dim;
         run.is_fresh = rows_.is_fresh[i] != 0;
         run.scratch = scratch;
-        kernels().delta_rule(run, left < kColumns ? left : kColumns);
+        kernels().delta_rule(run, left < columns_ ? left : columns_);
     }
 
    private:
@@ -135,6 +140,7 @@ class Layer {
     const DeltaNetStates& states_;
     float* attended_;
     Gates& gates_;
+    int64_t columns_;  // of a unit
 };
 
 }  // namespace

@@ -81,7 +81,7 @@ struct ConvRun {
     float norm_scale;
 };
 
-// One value head's run of tokens, over `columns` (16 or 32) of its S.
+// One value head's run of tokens, over some columns of its S.
 struct DeltaRun {
     const float* query;
     const float* key;

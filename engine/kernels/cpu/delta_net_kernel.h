@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "delta_net.h"
 #include "elementwise_kernel.h"
@@ -121,22 +122,25 @@ void delta_columns(const DeltaRun& run) {
                                     remembered);
 }
 
-// `columns` is 16 or 32; which, changes no bit.
+// All columns of `run`; how many side by side, changes no bit.
 template <class Isa>
-void delta_rule(const DeltaRun& run, int64_t columns) {
-    if constexpr (Isa::kDeltaVectors == 2) {
-        if (columns == 2 * kRows) {
-            delta_columns<Isa, 2>(run);
-            return;
+void delta_rule(DeltaRun run, int64_t columns) {
+    const auto take = [&](auto vectors) {
+        constexpr int kVectors = decltype(vectors)::value;
+        constexpr int64_t kWidth = kVectors * kRows;
+        for (; columns >= kWidth; columns -= kWidth) {
+            delta_columns<Isa, kVectors>(run);
+            run.value += kWidth;
+            run.out += kWidth;
+            run.state += kWidth;
         }
+    };
+    if constexpr (Isa::kDeltaVectors == 2) {
+        // S of a single token comes from memory, and goes back: whole rows are read at full speed.
+        if (run.num_tokens == 1 && !run.is_fresh) take(std::integral_constant<int, 8>{});
+        take(std::integral_constant<int, 2>{});
     }
-    for (int64_t c = 0; c < columns; c += kRows) {
-        DeltaRun part = run;
-        part.value += c;
-        part.out += c;
-        part.state += c;
-        delta_columns<Isa, 1>(part);
-    }
+    take(std::integral_constant<int, 1>{});
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ struct Kernels {
     void (*finish_partial)(const float* state, int64_t head_dim, float* out);
     // See delta_net_kernel.h.
     void (*convolve)(const ConvRun& run);
-    void (*delta_rule)(const DeltaRun& run, int64_t columns);
+    void (*delta_rule)(DeltaRun run, int64_t columns);
 };
 
 extern const Kernels kPortableKernels;

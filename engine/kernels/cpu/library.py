@@ -50,6 +50,11 @@ _SIGNATURES: Final[dict[str, tuple[list[type], type | None]]] = {
         ctypes.c_int,
     ),
     "cortexd_decoder_step": ([_POINTER, _POINTER], ctypes.c_int),
+    "cortexd_barrier": (
+        # words, rank, world size, round, spins, microseconds
+        [_POINTER, ctypes.c_int, ctypes.c_int, ctypes.c_uint32, ctypes.c_int, _SIZE],
+        ctypes.c_int,
+    ),
 }
 
 

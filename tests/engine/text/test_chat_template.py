@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from typing import Any
 
 import pytest
@@ -240,6 +242,25 @@ def test_render_endless_template_ends_at_the_deadline(
     monkeypatch.setattr(template_sandbox, "MAX_RENDER_S", 0.05)
     with pytest.raises(InvalidRequest, match=r"ran for more than 0\.05 s"):
         _template(source).render([USER])
+
+
+def test_render_is_not_charged_for_the_time_that_others_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a busy machine a thread may stand still for long."""
+
+    class Busy:
+        """Each look at the clock is a minute after the one before, of which we had none."""
+
+        minutes = itertools.count()
+        thread_time = time.thread_time
+
+        @classmethod
+        def monotonic(cls) -> float:
+            return 60.0 * next(cls.minutes)
+
+    monkeypatch.setattr(template_sandbox, "time", Busy)
+    assert _template(CHATML).render([USER])
 
 
 @pytest.mark.parametrize("source", LARGE)
