@@ -34,10 +34,15 @@ class BuildWithKernels(build_py):
         build = _load_build_module()
         try:
             if self.editable_mode:
-                build.find_or_build()  # an editable install has no build folder: fill the cache
+                # An editable install has no build folder: fill the cache.
+                build.find_or_build(timeout_s=build.INSTALL_TIMEOUT_S)
                 return
             folder = Path(self.build_lib) / "engine" / "kernels" / "cpu"
-            build.compile_library(folder / build.packaged_name(), build.find_compiler())
+            build.compile_library(
+                folder / build.packaged_name(),
+                build.find_compiler(),
+                timeout_s=build.INSTALL_TIMEOUT_S,
+            )
         except build.BuildError as error:
             self.warn(f"native CPU kernels are not built: {error}")
 

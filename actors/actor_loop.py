@@ -46,8 +46,9 @@ from cortexd.messages.envelope import Address, Envelope
 # Messages taken in before the loop may look at anything else (timers, HTTP).
 _DRAIN_BATCH: Final = 256
 _WELCOME_TIMEOUT_S: Final = 10.0
-# How long the root has to take in a fatal error before the process ends.
-FATAL_ACK_S: Final = 0.5
+# How long the root has to take in a fatal error before the process ends. It answers at once, on a
+# busy machine when it gets a turn; an error that it misses is taken for a crash, and tried again.
+FATAL_ACK_S: Final = 5.0
 # Drain time at a SIGTERM that the root did not send.
 _SIGTERM_DRAIN_S: Final = 5.0
 

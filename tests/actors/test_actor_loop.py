@@ -362,6 +362,21 @@ def test_failed_start_tells_the_root_why() -> None:
     asyncio.run(play())
 
 
+def test_failed_start_waits_for_a_root_that_gets_its_turn_late() -> None:
+    """On a busy machine; an error that the root misses would be taken for a crash."""
+
+    async def play() -> None:
+        async with scripted(FailingStart, is_welcome=False, is_stopped=False) as bus:
+            bus.tell(Welcome(0, []))
+            await bus.root_hears(ErrorInfo)
+            await asyncio.sleep(0.7)  # its turn comes late: that is the subject
+            assert not bus.exit_code.done()
+            bus.tell(Stop())
+            assert await bus.exit_code == 1
+
+    asyncio.run(play())
+
+
 def test_failing_constructor_is_a_failed_start() -> None:
     """Its cause reaches the root as well."""
 

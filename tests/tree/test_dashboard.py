@@ -86,7 +86,7 @@ def make_traffic(daemon: Daemon, model: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         statuses = list(
             pool.map(
-                lambda n: daemon.chat(model, f"q{n}", max_tokens=200, ignore_eos=True)[0], range(6)
+                lambda n: daemon.chat(model, f"q{n}", max_tokens=1000, ignore_eos=True)[0], range(6)
             )
         )
     assert set(statuses) - {200}, "one seat and one place in the queue were enough for six"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,19 @@ def test_killed_fork_server_harms_nobody_and_is_replaced() -> None:
         assert exited["exit"] == "killed by SIGKILL"
         daemon.wait_ready("peer", after=1)
         assert daemon.actor("router")["pid"] == pids["router"]
+
+
+def test_exit_code_is_known_though_the_fork_server_gets_its_turn_late() -> None:
+    """As on a busy machine: the server, whose child it was, is who can tell it."""
+    with ToyDaemon(toys("router", "peer")) as daemon:
+        server = next(one for one in daemon.family() if "forkserver.light" in str(one.cmdline()))
+        server.suspend()
+        daemon.kill("peer")
+        time.sleep(0.5)  # its turn comes late: that is the subject
+        server.resume()
+        exited = daemon.wait_event("actor.exited", actor="peer")
+        assert exited["exit"] == "killed by SIGKILL"
+        daemon.wait_ready("peer", after=1)
 
 
 def test_what_a_dead_actor_leaves_behind_is_killed() -> None:

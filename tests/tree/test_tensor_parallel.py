@@ -18,7 +18,7 @@ import pytest
 
 from cortexd.errors import CortexError
 from tests.tree.daemon import Daemon, streamed_text
-from tests.tree.tiny_model import make_tiny_model
+from tests.tree.tiny_model import LONG, make_tiny_model
 from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
@@ -113,7 +113,7 @@ def test_abandoned_stream_frees_its_seat_on_all_ranks(
     split: Daemon, model: str, answers: list[str]
 ) -> None:
     """A client that goes away cancels; the next answer is right."""
-    stream = split.stream(model, "hello", max_tokens=400, ignore_eos=True)
+    stream = split.stream(model, "hello", max_tokens=LONG, ignore_eos=True)
     next(stream)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def test_killed_rank_ends_streams_retriably_and_the_group_is_back(
     split: Daemon, model: str, answers: list[str], rank: int
 ) -> None:
     """The stream gets an error event that may be retried, and then the same answer."""
-    stream = split.stream(model, "hello", max_tokens=400, ignore_eos=True)
+    stream = split.stream(model, "hello", max_tokens=LONG, ignore_eos=True)
     events: list[Any] = [next(stream), next(stream)]
     split.kill(_rank(split, rank))
     events += list(stream)
@@ -142,7 +142,7 @@ def test_stopped_worker_misses_the_step_deadline_and_the_group_is_back(
     # Afresh: a group that failed twice waits seconds before its third start.
     assert split.post("/models/unload", {"model_id": model}, port=split.neuron_port)[0] == 200
     assert _load(split, model, tensor_parallel=2, devices=[0, 1])[0] == 200
-    stream = split.stream(model, "hello", max_tokens=400, ignore_eos=True)
+    stream = split.stream(model, "hello", max_tokens=LONG, ignore_eos=True)
     events: list[Any] = [next(stream), next(stream)]
     os.kill(int(split.actors()[_rank(split, 1)]["pid"]), signal.SIGSTOP)
     events += list(stream)

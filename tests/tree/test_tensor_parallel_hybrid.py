@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.tree.daemon import Daemon, streamed_text
-from tests.tree.tiny_model import make_tiny_model
+from tests.tree.tiny_model import LONG, make_tiny_model
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.tree
@@ -72,7 +72,7 @@ def test_hybrid_over_two_ranks_is_served_as_over_one(
         together = [future.result()[1]["choices"][0]["message"]["content"] for future in asked]
     assert together == expected
 
-    stream = daemon.stream(model, "hello", max_tokens=400, ignore_eos=True)
+    stream = daemon.stream(model, "hello", max_tokens=LONG, ignore_eos=True)
     next(stream)
     next(stream)
     stream.close()  # type: ignore[attr-defined]

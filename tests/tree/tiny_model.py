@@ -11,8 +11,9 @@ TEMPLATE = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Long enough that a stream is still running when a test has done something to it.
 CONTEXT = 4096
+# Tokens of a stream that is still running when a test has done something to it.
+LONG = 3000
 HYBRIDS = ("qwen3_5", "qwen3_next")
 HYBRID_SIZES = {
     "layer_types": ["linear_attention", "full_attention"],

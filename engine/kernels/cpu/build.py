@@ -27,7 +27,10 @@ from typing import Final
 
 SOURCE_DIR: Final = Path(__file__).resolve().parent
 CACHE_ENV: Final = "CORTEXD_KERNELS_DIR"
-COMPILE_TIMEOUT_S: Final = 90.0  # under the supervisor's patience with a loading model
+# Of one file. On first use: under the supervisor's patience with a loading model. An installation
+# has time: what it gives up is slow for good, and a busy machine takes minutes.
+COMPILE_TIMEOUT_S: Final = 90.0
+INSTALL_TIMEOUT_S: Final = 1800.0
 
 # -ffp-contract=off: a compiler that fuses a multiply and an add where it likes would give results
 # that differ between instruction sets and between tile sizes.
@@ -84,7 +87,9 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found ({names}); install g++ for fast CPU inference")
 
 
-def compile_library(destination: Path, compiler: list[str]) -> None:
+def compile_library(
+    destination: Path, compiler: list[str], *, timeout_s: float = COMPILE_TIMEOUT_S
+) -> None:
     """Compile and link to `destination`, which appears complete or not at all.
 
     Raises: BuildError with the compiler's first error line.
@@ -95,13 +100,13 @@ def compile_library(destination: Path, compiler: list[str]) -> None:
         def compile_one(job: tuple[Path, Path]) -> None:
             source, target = job
             flags = [*COMMON_FLAGS, *X86_FLAGS.get(source.name, ())]
-            _run([*compiler, *flags, "-c", str(source), "-o", str(target)])
+            _run([*compiler, *flags, "-c", str(source), "-o", str(target)], timeout_s)
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(compile_one, jobs))
         linked = Path(folder) / "linked.so"
         objects = [str(target) for _, target in jobs]
-        _run([*compiler, "-shared", "-pthread", "-o", str(linked), *objects])
+        _run([*compiler, "-shared", "-pthread", "-o", str(linked), *objects], timeout_s)
         os.replace(linked, destination)
 
 
@@ -110,7 +115,7 @@ def packaged_name() -> str:
     return f"libcortexd_cpu-{source_key()}.so"
 
 
-def find_or_build() -> Path:
+def find_or_build(*, timeout_s: float = COMPILE_TIMEOUT_S) -> Path:
     """Return a library for these sources: installed, cached, or compiled now.
 
     Raises: BuildError.
@@ -132,7 +137,7 @@ def find_or_build() -> Path:
     if not target.is_file():
         with _only_one_builder(target.with_suffix(".lock")):
             if not target.is_file():
-                compile_library(target, compiler)
+                compile_library(target, compiler, timeout_s=timeout_s)
     return target
 
 
@@ -176,13 +181,13 @@ def _only_one_builder(lock: Path) -> Iterator[None]:
         yield
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], timeout_s: float) -> None:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+            command, capture_output=True, text=True, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{command[0]} took longer than {COMPILE_TIMEOUT_S:.0f} s") from error
+        raise BuildError(f"{command[0]} took longer than {timeout_s:g} s") from error
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
     if done.returncode != 0:

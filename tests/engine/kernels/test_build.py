@@ -79,6 +79,17 @@ def test_failing_compiler_means_unavailable_with_its_error(
     assert not any((tmp_path / "cache").glob("*.so"))
 
 
+def test_compiler_that_takes_too_long_is_given_up(
+    fresh: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "slow-c++"
+    script.write_text("#!/bin/sh\nexec sleep 600\n")
+    script.chmod(0o755)
+    fresh.setenv("CXX", str(script))
+    with pytest.raises(build.BuildError, match=r"slow-c\+\+ took longer than 0\.1 s"):
+        build.find_or_build(timeout_s=0.1)
+
+
 def test_library_that_does_not_load_means_unavailable(
     fresh: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -53,11 +53,11 @@ def test_native_logits_match_the_reference(
     assert difference < tolerance * logits["reference"].norm()
 
 
-# What a kernel has code of its own for: columns of S by 16 and by 32, tails of 1 to 7 inputs.
+# What a kernel has code of its own for: columns of S by 16, 32 and 128, tails of 1 to 7 inputs.
 SHAPES = [
     {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 2},
     {"linear_key_head_dim": 32, "linear_value_head_dim": 48, "linear_conv_kernel_dim": 4},
-    {"linear_key_head_dim": 48, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 8},
+    {"linear_key_head_dim": 48, "linear_value_head_dim": 176, "linear_conv_kernel_dim": 8},
 ]
 
 
@@ -70,8 +70,8 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> ModelFiles:
 
 def test_every_instruction_set_matches_the_reference(files: ModelFiles, isa: str) -> None:
     """Prefill in chunks and decode, on sizes for each of the kernels."""
-    reference = prefill_and_decode(load_engine(files, backend="reference"))
-    native = load_engine(files)
+    reference = prefill_and_decode(load_engine(files, backend="reference", kv_cache_mib=16))
+    native = load_engine(files, kv_cache_mib=16)
     assert native.backend_name == "native"
     assert (prefill_and_decode(native) - reference).abs().max() < 1e-4
 
@@ -79,10 +79,10 @@ def test_every_instruction_set_matches_the_reference(files: ModelFiles, isa: str
 def test_bits_do_not_depend_on_chunks_and_threads(files: ModelFiles, isa: str) -> None:
     """The rule runs over a sequence's tokens in one order, whoever computes them."""
     whole = prefill_and_decode(
-        load_engine(files, max_num_batched_tokens=128, max_prefill_chunk=128)
+        load_engine(files, kv_cache_mib=16, max_num_batched_tokens=128, max_prefill_chunk=128)
     )
     for num_threads, chunk in ((1, 33), (3, 64), (2, 1)):
-        engine = load_engine(files, max_prefill_chunk=chunk)
+        engine = load_engine(files, kv_cache_mib=16, max_prefill_chunk=chunk)
         cpu.set_num_threads(num_threads)
         assert torch.equal(prefill_and_decode(engine), whole)
 
@@ -113,7 +113,7 @@ class Row:
 @torch.inference_mode()
 def test_poisoned_sequence_stays_alone(files: ModelFiles) -> None:
     """NaN in a sequence's own state reaches its logits, and nobody else's."""
-    engine = load_engine(files, kv_cache_mib=8)
+    engine = load_engine(files, kv_cache_mib=16)
     states = engine.cache.states
     assert states is not None
     rows = [Row(1, block_table=(1,)), Row(2, block_table=(2,))]
@@ -131,7 +131,7 @@ def test_poisoned_sequence_stays_alone(files: ModelFiles) -> None:
 @pytest.mark.parametrize("slot", [-1, 10**6])
 def test_state_slot_out_of_range_is_refused(files: ModelFiles, slot: int) -> None:
     """A wrong slot would overwrite foreign memory."""
-    engine = load_engine(files)
+    engine = load_engine(files, kv_cache_mib=16)
     batch = build_batch([Row(slot)], 8, torch.device("cpu"))
     with torch.inference_mode(), pytest.raises(AssertionError, match="out of range"):
         engine.model.forward(batch, engine.cache)
