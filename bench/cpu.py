@@ -28,7 +28,12 @@ from bench.runner import Load, Runner, Sample
 DEMO: Final = "demo"
 DEFAULT_FORMATS: Final = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", DEMO)
 SHAPES: Final = {"dense": QWEN3_0_6B, "hybrid": QWEN3_5_0_8B, "experts": QWEN3_MOE}
-LOADS: Final = (Load(1, 128, 64), Load(4, 128, 32), Load(8, 128, 32), Load(0, 512, 0))
+LOADS: Final = {
+    "batch-1": Load(1, 128, 64),
+    "batch-4": Load(4, 128, 32),
+    "batch-8": Load(8, 128, 32),
+    "prefill": Load(0, 512, 0),
+}
 BANDWIDTH_MIB: Final = 800
 
 
@@ -41,6 +46,7 @@ class Setup:
     threads: int
     rounds: int
     has_transformers: bool
+    loads: tuple[Load, ...]
     bandwidth: float  # bytes per second
 
 
@@ -50,7 +56,13 @@ def main(arguments: list[str]) -> int:
     driver = llama_cpp.find_or_build(options.cache_dir)
     bandwidth = _bandwidth(driver, options.threads)
     setup = Setup(
-        driver, options.cache_dir, options.threads, options.rounds, options.transformers, bandwidth
+        driver=driver,
+        cache_dir=options.cache_dir,
+        threads=options.threads,
+        rounds=options.rounds,
+        has_transformers=options.transformers,
+        loads=tuple(LOADS[name] for name in options.loads),
+        bandwidth=bandwidth,
     )
     print(f"{time.strftime('%Y-%m-%d %H:%M')}, commit {commit()}")
     print(f"{cpu_name()}, {os.cpu_count()} CPUs, {options.threads} threads")
@@ -81,7 +93,7 @@ def _measure_format(setup: Setup, shape: Shape, name: str) -> None:
     # Which experts a step reads, depends on its tokens.
     bandwidth_s = None if shape.experts else path.stat().st_size / setup.bandwidth
     try:
-        for load in LOADS:
+        for load in setup.loads:
             print(_row(label, load, _samples(sides, load, setup.rounds), bandwidth_s), flush=True)
     finally:
         for side in sides:
@@ -153,6 +165,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         default=DEFAULT_FORMATS,
         metavar="FORMAT",
         help=f'of {", ".join(FORMATS)}, or "{DEMO}" for the demo model\'s own file',
+    )
+    parser.add_argument(
+        "--loads", nargs="+", choices=LOADS, default=list(LOADS), help="default: all"
     )
     parser.add_argument(
         "--transformers", action="store_true", help="measure transformers too (dense)"

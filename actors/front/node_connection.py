@@ -16,6 +16,8 @@ from actors.front.answer_parser import AnswerParser, BadAnswer
 
 # What may wait in memory for somebody who reads it; a stream that nobody follows is held back.
 _MAX_WAITING_BYTES: Final = 256 * 1024
+# A whole answer is held in memory; 128 choices of 100,000 tokens with their probabilities fit.
+MAX_BODY_BYTES: Final = 256 * 2**20
 
 
 class AnswerBroken(Exception):
@@ -63,7 +65,7 @@ class NodeAnswer:
         return self.status > 0
 
     async def read(self) -> bytes:
-        """Return the whole body. Raises: AnswerBroken."""
+        """Return the whole body. Raises: AnswerBroken, also for one over `MAX_BODY_BYTES`."""
         self._on_data = self._gather
         self._connection.resume()
         while not self._is_ended:
@@ -151,8 +153,10 @@ class NodeAnswer:
             self._on_end(error)
 
     def _gather(self, body: bytes) -> None:
-        self._waiting.append(body)
         self._num_waiting += len(body)
+        if self._num_waiting > MAX_BODY_BYTES:
+            raise BadAnswer(f"its body is over {MAX_BODY_BYTES} bytes")
+        self._waiting.append(body)
 
     async def _wait(self, timeout_s: float | None) -> None:
         """Return when something has come, or after the time."""

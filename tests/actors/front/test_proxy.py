@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from actors.front import node_connection
 from actors.front.relayed import RelayedStream
 from cortexd.errors import ModelNotFeasible
 from cortexd.messages import (
@@ -148,6 +149,31 @@ async def test_connection_closed_before_the_head_is_tried_once_more() -> None:
         assert (status, body["error"]["code"], tries) == (502, "upstream_unavailable", 2)
         status, body, _ = await front.chat(model=MODEL)
         assert (status, body["tries"]) == (200, 3)
+
+
+@async_test
+async def test_answer_without_end_does_not_fill_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A whole answer has a bound; past it the node's connection is closed and the client told."""
+    monkeypatch.setattr(node_connection, "MAX_BODY_BYTES", 2**20)
+    closed = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(bytes(2**16))
+        finally:
+            closed.set()
+
+    async with upstream(handler) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", url)]
+        status, body, _ = await front.post(CHAT, chat_body(model=MODEL))
+        assert (status, body["error"]["code"]) == (502, "upstream_interrupted")
+        assert "body is over 1048576 bytes" in body["error"]["message"]
+        await asyncio.wait_for(closed.wait(), DEADLINE_S)
 
 
 @async_test

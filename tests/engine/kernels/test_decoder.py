@@ -14,6 +14,7 @@ from engine.kernels.cpu import (
     NativeAttention,
     NativeBatch,
     NativeDecoder,
+    NativeExperts,
     NativeLayer,
     NativeMLP,
     NativeShape,
@@ -168,6 +169,41 @@ def test_step_logits_are_the_same_alone_among_sixteen_and_chunk_by_chunk(
     prefilled = model.native.step(*step_inputs(prefills), cache)
     decoded = model.native.step(*step_inputs(decodes), cache)
     assert torch.equal(torch.cat([prefilled[:24], decoded[:1]]), whole)
+
+
+def test_step_of_a_long_prompt_has_the_bits_of_short_ones_with_experts(isa: str) -> None:
+    # K-quants take another path for many tokens; an expert gets any few of them.
+    size = 256
+    experts = [
+        NativeMLP([packed("Q4_K", 2 * size, size, 10 + i)], [packed("Q6_K", size, size, 20 + i)])
+        for i in range(3)
+    ]
+    layer = NativeLayer(
+        input_norm=norm(1, size),
+        mixer=NativeAttention(
+            qkv=[packed("Q5_K", (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, size, 2)],
+            head_norm=None,
+            output=[packed("Q8_0", size, NUM_HEADS * HEAD_DIM, 3)],
+        ),
+        mlp_norm=norm(4, size),
+        feed_forward=NativeExperts([packed("Q8_0", 3, size, 5)], experts, None, 2, True),
+    )
+    native = NativeDecoder(SHAPE, [layer], norm(6, size), [packed("Q8_0", VOCABULARY, size, 7)])
+    sequence = make_sequences([200])[0]
+    embedding = torch.randn(VOCABULARY, size, generator=torch.Generator().manual_seed(8))
+
+    def logits(chunk: int) -> Tensor:
+        cache = make_cache()[:1]
+        parts = []
+        for begin in range(0, 200, chunk):
+            _, batch = step_inputs([(sequence, begin, begin + chunk)])
+            hidden = embedding[sequence.tokens[begin : begin + chunk]]
+            parts.append(native.step(hidden, batch, cache))
+        return torch.cat(parts)
+
+    whole = logits(200)
+    assert whole.isfinite().all()
+    assert torch.equal(whole, logits(40))
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
