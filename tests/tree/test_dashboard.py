@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cortexd.metrics import FAMILIES
 from tests.tree.daemon import Daemon
 from tests.tree.test_keys import table
+from tests.tree.tiny_model import LONG
 from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
@@ -111,7 +112,7 @@ def leave_a_stream(daemon: Daemon, model: str) -> None:
     """Begin a long answer and go away."""
     body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True}
     connection = http.client.HTTPConnection("127.0.0.1", daemon.api_port, timeout=DEADLINE_S)
-    body |= {"max_tokens": 400, "ignore_eos": True}
+    body |= {"max_tokens": LONG, "ignore_eos": True}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     response = connection.getresponse()
     response.readline()

@@ -157,7 +157,8 @@ def test_time_to_live_of_the_catalogue_holds_at_the_neuron(pair: Pair) -> None:
 def test_draining_neuron_gets_nothing_new(pair: Pair) -> None:
     """What it alone serves is 503 while it drains, and served again after."""
     right = pair.models["right"]
-    assert pair.ask("right")[0] == 200
+    status, answer = pair.ask("right")
+    assert status == 200, answer
     wait_for(lambda: pair.neuron.models()[right]["in_flight"] == 0, "the lease being closed")
     events = pair.host.stream(right, "x", max_tokens=1500, ignore_eos=True)
     next(events)
