@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ssl
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -107,6 +108,7 @@ class Upstream:
     def __init__(self) -> None:
         self._idle: dict[Origin, list[NodeConnection]] = {}
         self._sweep_timer: asyncio.TimerHandle | None = None
+        self._trust: ssl.SSLContext | None = None
 
     def __repr__(self) -> str:
         return f"Upstream({sum(map(len, self._idle.values()))} idle)"
@@ -139,7 +141,7 @@ class Upstream:
                     lambda: NodeConnection(lambda freed: self._keep(origin, freed)),
                     origin.host,
                     origin.port,
-                    ssl=origin.is_tls or None,
+                    ssl=self._trusted() if origin.is_tls else None,
                 )
         except TimeoutError:
             what = f"no connection within {_CONNECT_TIMEOUT_S:g} s"
@@ -148,6 +150,12 @@ class Upstream:
         else:
             return connection
         raise ConnectFailed(f'node "{node}" cannot be reached: {what}', retry_after_s=2)
+
+    def _trusted(self) -> ssl.SSLContext:
+        """Return the certificates that the host trusts; they take tens of milliseconds to read."""
+        if self._trust is None:
+            self._trust = ssl.create_default_context()
+        return self._trust
 
     def _take(self, origin: Origin) -> NodeConnection | None:
         """Return the connection that was used last: the node has had the least time to close it."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,6 +28,7 @@ from cortexd.messages import (
     RoutedRemote,
 )
 from cortexd.settings import NeuronEntry
+from tests.doubles.certificate import serving_context, write_certificate
 from tests.doubles.front import ServedFront, async_test, chat_body, parse_events, served_front
 from tests.waiting import DEADLINE_S
 
@@ -36,17 +39,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def upstream(handler: Handler) -> AsyncIterator[str]:
+async def upstream(handler: Handler, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """Serve a handler on all paths; yield the base URL."""
     app = web.Application(client_max_size=2**24)
     app.router.add_route("*", "/{path:.*}", handler)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()
     address = runner.addresses[0]
     try:
-        yield f"http://{address[0]}:{address[1]}"
+        yield f"http{'s' if tls else ''}://{address[0]}:{address[1]}"
     finally:
         await runner.cleanup()
 
@@ -174,6 +177,40 @@ async def test_answer_without_end_does_not_fill_the_memory(
         assert (status, body["error"]["code"]) == (502, "upstream_interrupted")
         assert "body is over 1048576 bytes" in body["error"]["message"]
         await asyncio.wait_for(closed.wait(), DEADLINE_S)
+
+
+@async_test
+async def test_node_behind_tls_is_checked_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unary and stream over https, on one connection; a certificate nobody trusts is told of."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if not (await request.json()).get("stream"):
+            assert request.transport is not None
+            peer = request.transport.get_extra_info("peername")
+            return web.json_response({"peer": list(peer)})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"n": 1}\n\n' + b'data: {"n": 2}\n\n' + b"data: [DONE]\n\n")
+        return response
+
+    tls = serving_context(tmp_path)
+    async with upstream(handler, tls) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", url)]
+        status, body, _ = await front.post(CHAT, chat_body(model=MODEL))
+        assert (status, body["error"]["code"]) == (503, "no_healthy_node")
+        (failed,) = front.fleet.all_sent(NodeFailed)
+        assert isinstance(failed, NodeFailed)
+        assert "certificate verify failed" in failed.reason
+    monkeypatch.setenv("SSL_CERT_FILE", str(write_certificate(tmp_path)))
+    async with upstream(handler, tls) as url, served_front(neurons=NEURONS) as front:
+        front.fleet.replicas = [replica("a", url)]
+        answers = [await front.post(CHAT, chat_body(model=MODEL)) for _ in range(2)]
+        assert [status for status, _, _ in answers] == [200, 200]
+        assert answers[0][1] == answers[1][1], "the connection is kept"
+        events = await front.stream(CHAT, chat_body(model=MODEL, stream=True))
+        assert events == [{"n": 1}, {"n": 2}, "[DONE]"]
 
 
 @async_test
