@@ -48,6 +48,8 @@ _LEADER_TARGET = "actors.leader:Leader"
 _WORKER_TARGET = "actors.worker:Worker"
 _SLOWEST_READ_BYTES_PER_S = 50e6
 _CONTROL_DEADLINE_S = 10.0
+# The poller looks once a second; without it what was freed is not waited for any longer.
+_LOOKS_DEADLINE_S = 10.0
 
 
 class ModelLoader:
@@ -57,11 +59,22 @@ class ModelLoader:
         self._router = router
         self.rooms = RoomMaker(router)
         self.sleep = ModelSleep(router, self)
-        self.unloaded_at = -math.inf  # when memory was freed last, by the loop's clock
+        # When memory was freed last, by the loop's clock, and how many looks there had been.
+        self._freed_at = -math.inf
+        self._looks_before = 0
 
     def noticed_room(self) -> None:
         """Note that memory was freed now: devices show it only at the poller's next look."""
-        self.unloaded_at = asyncio.get_running_loop().time()
+        self._freed_at = asyncio.get_running_loop().time()
+        self._looks_before = self._router.num_looks
+
+    @property
+    def has_looked_since(self) -> bool:
+        """Tell whether the last look at the devices shows what was freed last."""
+        # The first look to come may have begun before.
+        if self._router.num_looks >= self._looks_before + 2:
+            return True
+        return asyncio.get_running_loop().time() - self._freed_at > _LOOKS_DEADLINE_S
 
     async def ensure_loaded(self, model: ManagedModel) -> None:
         """Return when loaded; raise what made the load fail."""

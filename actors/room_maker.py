@@ -35,8 +35,6 @@ _HOST_DEADLINE_S: Final = 5.0  # the poller answers from what it saw last
 # Longer than most answers take: whoever asked waits for the load anyway.
 _MAX_WAIT_S: Final = 120.0
 _RECHECK_S: Final = 0.25
-# What an unload has freed shows at the poller's next look.
-_SETTLED_S: Final = 3.0
 
 
 class RoomMaker:
@@ -53,18 +51,19 @@ class RoomMaker:
         """
         deadline = asyncio.get_running_loop().time() + _MAX_WAIT_S
         while True:
+            shows_freed = self._router.loader.has_looked_since
             async with self._turn:
                 room = await self._room(model.options, resolved)
                 if room is not None and room.missing:
                     model.stage = "making room"
                     if await self._evict(model, room):
+                        shows_freed = False
                         room = await self._room(model.options, resolved)
                 if room is None or not room.missing:
                     self._reserve(model, room)
                     return
             now = asyncio.get_running_loop().time()
-            is_settled = now - self._router.loader.unloaded_at > _SETTLED_S
-            if (is_settled and not self._may_come_free(model)) or now > deadline:
+            if (shows_freed and not self._may_come_free(model)) or now > deadline:
                 settings = self._router.context.settings.engine
                 raise room.refusal(model.options, resolved, settings)
             if model.stage != "waiting for room":

@@ -102,6 +102,7 @@ class Router(AsyncActor):
         self.default_models = args.default_models if self._serves_here else []
         self.local = LocalModels(context.runtime_dir)
         self.host: HostReport | None = None
+        self.num_looks = 0  # how many there were
         self.is_draining = is_draining(context.runtime_dir)
         self.requests = LocalRequests(self)
         self.loader = ModelLoader(self)
@@ -336,6 +337,7 @@ class Router(AsyncActor):
     def on_host_report(self, message: HostReport, envelope: Envelope) -> None:
         """Keep the last look at the devices, and what the engines now offer."""
         self.host = message
+        self.num_looks += 1
         for load in message.loads:
             model = self.models.get(load.model_id)
             if model is not None and model.state == "loaded":

@@ -564,6 +564,38 @@ def test_load_waits_for_a_busy_model_to_make_room(
     run(work)
 
 
+@pytest.mark.parametrize("is_freed", [True, False])
+def test_load_is_refused_only_after_a_look_at_what_an_unload_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_freed: bool
+) -> None:
+    """However late the look comes; the first one to come may have begun before the unload."""
+    monkeypatch.setattr("actors.room_maker._RECHECK_S", 0.01)
+    monkeypatch.setattr("actors.model_loader._LOOKS_DEADLINE_S", 3600.0)
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router, "r1", OTHER)
+        router.on_end_request(EndRequest("r1"), envelope())
+        await router.unload(OTHER, force=False)
+        world.used_bytes, world.size_bytes = 3 * GIB, 2 * GIB
+        look = HostReport("h", "Linux", "6", None, [], [])
+        waiting = asyncio.create_task(routed(router, "r2"))
+        for _ in range(2):
+            is_done, _ = await asyncio.wait({waiting}, timeout=0.1)
+            assert not is_done
+            router.on_host_report(look, envelope())
+        if is_freed:
+            world.used_bytes = 0
+            await waiting
+            assert state_of(router) == "loaded"
+        else:
+            with pytest.raises(ModelLoadFailed, match="are free"):
+                await waiting
+
+    run(work)
+
+
 def test_two_loads_at_once_do_not_count_on_the_same_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
