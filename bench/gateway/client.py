@@ -59,6 +59,35 @@ async def unary(port: int, path: str, *, concurrency: int, count: int) -> list[f
     return latencies
 
 
+async def paced(
+    port: int, path: str, *, concurrency: int, count: int, interval_s: float
+) -> list[float]:
+    """Return the latencies, in seconds, of requests that come at fixed times: an open loop.
+
+    Each connection has one every `interval_s`, the connections in turn. A request that is held up
+    by the one before it counts from when it was due.
+    """
+    latencies: list[float] = []
+    request = request_bytes(path, stream=False, max_tokens=16)
+    # Not the loop's clock: uvloop's counts whole milliseconds.
+    begin = time.perf_counter() + 0.1
+
+    async def one_connection(number: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for turn in range(count // concurrency):
+            started = due = begin + (turn + number / concurrency) * interval_s
+            if (early_s := due - time.perf_counter()) > 0:
+                await asyncio.sleep(early_s)
+                started = time.perf_counter()
+            writer.write(request)
+            await _read_answer(reader)
+            latencies.append(time.perf_counter() - started)
+        writer.close()
+
+    await asyncio.gather(*(one_connection(number) for number in range(concurrency)))
+    return latencies
+
+
 async def streams(
     port: int, path: str, *, num_streams: int, num_chunks: int, stagger_s: float
 ) -> StreamFigures:

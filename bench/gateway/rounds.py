@@ -19,7 +19,7 @@ from typing import Final
 import uvloop
 
 from bench.gateway import targets
-from bench.gateway.client import StreamFigures, streams, unary
+from bench.gateway.client import StreamFigures, paced, streams, unary
 from bench.gateway.processes import cpu_ns, rss_bytes
 from bench.gateway.targets import Target
 
@@ -28,6 +28,9 @@ _MESSAGES: Final = "/v1/messages"
 # 100 streams of 50 chunks a second; the memory round has 1,000 of five.
 _CHUNK_INTERVAL_S: Final = 0.02
 _MANY_STREAMS: Final = 1000
+# Latency is that of an open loop: eight connections with 25 requests a second each, and streams
+# that begin evenly over the time that one takes. Capacity is that of a closed one.
+_UNARY_INTERVAL_S: Final = 0.04
 
 
 @dataclass(slots=True)
@@ -36,11 +39,13 @@ class Figures:
 
     unary_p50: list[float] = field(default_factory=list)
     unary_p99: list[float] = field(default_factory=list)
+    full_p50: list[float] = field(default_factory=list)  # unary, closed loop
     unary_cpu: list[float] = field(default_factory=list)
     unary_split: dict[str, list[float]] = field(default_factory=dict)  # CPU by process
     unary_rate: list[float] = field(default_factory=list)
     first_token_p50: list[float] = field(default_factory=list)
     first_token_p99: list[float] = field(default_factory=list)
+    burst_p50: list[float] = field(default_factory=list)  # first tokens, all streams at once
     chunk_p50: list[float] = field(default_factory=list)
     chunk_p99: list[float] = field(default_factory=list)
     chunk_cpu: list[float] = field(default_factory=list)
@@ -112,13 +117,23 @@ def _one_round(target: Target, figures: Figures, options: argparse.Namespace) ->
     used_s = used.total() / 1e9
     for name, used_ns in used.items():
         figures.unary_split.setdefault(name, []).append(used_ns / len(latencies) / 1e3)
-    figures.unary_p50.append(_quantile(latencies, 0.5) * 1e3)
-    figures.unary_p99.append(_quantile(latencies, 0.99) * 1e3)
+    figures.full_p50.append(_quantile(latencies, 0.5) * 1e3)
     figures.unary_cpu.append(used_s / len(latencies) * 1e6)
     figures.unary_rate.append(len(latencies) / used_s)
+    latencies = uvloop.run(
+        paced(
+            target.port,
+            _CHAT,
+            concurrency=8,
+            count=options.requests,
+            interval_s=_UNARY_INTERVAL_S,
+        )
+    )
+    figures.unary_p50.append(_quantile(latencies, 0.5) * 1e3)
+    figures.unary_p99.append(_quantile(latencies, 0.99) * 1e3)
     seen, used_us = _stream_round(target, _CHAT, options)
-    figures.first_token_p50.append(_quantile(seen.first_token_s, 0.5) * 1e3)
-    figures.first_token_p99.append(_quantile(seen.first_token_s, 0.99) * 1e3)
+    figures.burst_p50.append(_quantile(seen.first_token_s, 0.5) * 1e3)
+    _steady_round(target, figures, options)
     figures.chunk_p50.append(_quantile(seen.chunk_delay_s, 0.5) * 1e3)
     figures.chunk_p99.append(_quantile(seen.chunk_delay_s, 0.99) * 1e3)
     figures.chunk_cpu.append(used_us)
@@ -147,6 +162,23 @@ def _stream_round(
     return seen, used_ns / 1e3 / max(1, len(seen.chunk_delay_s))
 
 
+def _steady_round(target: Target, figures: Figures, options: argparse.Namespace) -> None:
+    """Begin streams at even times; once as many run as are wanted, note their first tokens."""
+    seen = uvloop.run(
+        streams(
+            target.port,
+            _CHAT,
+            num_streams=2 * options.streams,
+            num_chunks=options.chunks,
+            stagger_s=_CHUNK_INTERVAL_S * options.chunks / options.streams,
+        )
+    )
+    first_token_s = seen.first_token_s[options.streams :]
+    figures.first_token_p50.append(_quantile(first_token_s, 0.5) * 1e3)
+    figures.first_token_p99.append(_quantile(first_token_s, 0.99) * 1e3)
+    figures.num_broken += seen.num_broken
+
+
 def _memory_round(target: Target, figures: Figures) -> None:
     """Hold 1,000 streams and look at the memory in their middle."""
     figures.idle_mib = rss_bytes(target.pid) / 2**20
@@ -172,10 +204,12 @@ def _print_tables(figures: dict[str, Figures]) -> None:
     columns: list[tuple[str, Callable[[Figures], str]]] = [
         ("unary +p50 ms", lambda one: _added(one.unary_p50, direct.unary_p50)),
         ("unary +p99 ms", lambda one: _added(one.unary_p99, direct.unary_p99)),
+        ("unary +p50 ms, closed loop", lambda one: _added(one.full_p50, direct.full_p50)),
         ("CPU µs/request", lambda one: _median(one.unary_cpu)),
         ("requests/s/core", lambda one: _median(one.unary_rate, 0)),
         ("TTFT +p50 ms", lambda one: _added(one.first_token_p50, direct.first_token_p50)),
         ("TTFT +p99 ms", lambda one: _added(one.first_token_p99, direct.first_token_p99)),
+        ("TTFT +p50 ms, burst", lambda one: _added(one.burst_p50, direct.burst_p50)),
         ("chunk +p50 ms", lambda one: _added(one.chunk_p50, direct.chunk_p50)),
         ("chunk +p99 ms", lambda one: _added(one.chunk_p99, direct.chunk_p99)),
         ("CPU µs/chunk", lambda one: _median(one.chunk_cpu)),
