@@ -184,7 +184,11 @@ class _PolledNeuron:
         self._on_report(self.report)
 
     async def _look_at_neuron(self) -> None:
-        """Read models, load and, until it is known, hardware; only models are indispensable."""
+        """Read models, load and, until it is known, hardware; only models are indispensable.
+
+        A neuron that starts answers before it knows its devices. It is given the time to: without
+        them it would be taken for one that can hold nothing.
+        """
         models_body, health_body, discovery_body = await asyncio.gather(
             self._get("/models"),
             self._get_optional("/health"),
@@ -194,6 +198,8 @@ class _PolledNeuron:
         devices = self._devices or []
         if discovery_body is not None:
             devices = read_devices(discovery_body)
+        if not devices and self._num_successes == 0 and self._num_misses < _MAX_MISSES - 1:
+            raise BadAnswer("/discovery tells no devices yet")
         if health_body is not None:
             devices, models = with_load(health_body, devices, models)
             self._is_draining = is_draining(health_body)

@@ -91,7 +91,7 @@ class RemoteNode:
             name,
             self.is_usable,
             can_load,
-            is_seen=report.num_successes > 0,
+            is_seen=report.num_successes > 0 and (bool(report.devices) or not can_load),
             devices=[Device(item.index, item.total_mib, item.free_mib) for item in report.devices],
             states=states,
             busy=busy,
@@ -131,6 +131,7 @@ def local_view(
         name,
         is_healthy=not is_draining,
         can_load=True,
+        is_seen=host is not None,
         devices=[
             Device(
                 device.index,

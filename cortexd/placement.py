@@ -213,8 +213,9 @@ def _refusal(
     absent = [node for node in nodes if not node.is_healthy]
     suitable = [
         node.name
-        for node in absent
-        if model_id in node.states or may_hold(node, model_id, needs) or _is_unknown(node, needs)
+        for node in nodes
+        if _is_unknown(node, needs)
+        or (not node.is_healthy and (model_id in node.states or may_hold(node, model_id, needs)))
     ]
     if suitable:
         return NoHealthyNode(
@@ -240,7 +241,7 @@ def _refusal(
 
 
 def _is_unknown(node: Node, needs: CatalogueModel | None) -> bool:
-    """Tell whether a node that was never seen may turn out to suit a catalogue model."""
+    """Tell whether a node whose devices are not known may turn out to suit a catalogue model."""
     if needs is None or node.is_seen or not node.can_load:
         return False
     return not needs.pinned_on or node.name in needs.pinned_on

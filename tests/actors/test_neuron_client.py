@@ -29,6 +29,7 @@ class FakeNeuron:
         self.health: dict[str, Any] = {}
         self.status = 200
         self.hangs = False
+        self.devices: list[Any] = [{"index": 0, "vram_total_mb": 8}]
         self.loads: list[Any] = []
 
     async def answer(self, request: web.Request) -> web.Response:
@@ -44,9 +45,10 @@ class FakeNeuron:
         documents = {
             "/models": self.models,
             "/health": {**self.health, "devices": [], "models": [{"id": "m", "in_flight": 2}]},
-            "/discovery": {"devices": [{"index": 0, "vram_total_mb": 8}]},
+            "/discovery": {"devices": self.devices},
         }
-        return web.json_response(documents[request.path], status=self.status)
+        knows = request.path != "/discovery" or self.devices
+        return web.json_response(documents[request.path], status=self.status if knows else 503)
 
 
 class Reports:
@@ -117,6 +119,37 @@ async def test_neuron_is_unhealthy_after_three_misses_and_back_at_the_first_succ
         neuron.status, neuron.models = 200, []
         back = await reports.until("n0", is_healthy=True)
         assert (back.models, back.error) == ([], None)
+
+
+@async_test
+async def test_neuron_that_starts_is_healthy_once_it_knows_its_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its front answers before its poller has looked."""
+    monkeypatch.setattr(neuron_client, "_PERIOD_S", 0.01)
+    monkeypatch.setattr(neuron_client, "_MAX_MISSES", 10**6)
+    neuron = FakeNeuron()
+    devices, neuron.devices = neuron.devices, []
+    async with fleet(neuron) as (_, reports):
+        early = await reports.until("n0", error="/discovery tells no devices yet")
+        assert not early.is_healthy
+        neuron.devices = devices
+        seen = await reports.until("n0", is_healthy=True)
+        assert [device.total_mib for device in seen.devices] == [8]
+
+
+@async_test
+async def test_neuron_that_never_tells_its_devices_is_healthy_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Later than others: what it has loaded can be used."""
+    monkeypatch.setattr(neuron_client, "_PERIOD_S", 0.01)
+    neuron = FakeNeuron()
+    neuron.devices = []
+    async with fleet(neuron) as (_, reports):
+        seen = await reports.until("n0", is_healthy=True)
+        assert seen.sequence >= 3
+        assert (seen.devices, [model.model_id for model in seen.models]) == ([], ["m"])
 
 
 @async_test

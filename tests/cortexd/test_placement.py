@@ -98,6 +98,7 @@ def test_place_chooses(
             needs(min_device_vram_mb=20_000),
             NoHealthyNode,
         ),
+        ([node("a", is_seen=False, devices=())], needs(), NoHealthyNode),
         ([node("a", can_load=False)], needs(), ModelNotFeasible),
     ],
 )

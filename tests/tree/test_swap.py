@@ -87,6 +87,7 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(Daemon.start, (host, neuron)))
         host.wait_loaded(models["own"])
+        wait_for(lambda: host.has_healthy("n"), "seeing the neuron")
         yield Pair(host, neuron, models)
     finally:
         with ThreadPoolExecutor(2) as pool:
