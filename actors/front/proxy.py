@@ -28,16 +28,15 @@ from actors.front.error_response import (
 from actors.front.foreign_messages import ForeignStream, whole_message
 from actors.front.load_note import load_note
 from actors.front.node_connection import AnswerBroken, NodeAnswer
-from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
+from actors.front.record import RequestRecord
 from actors.front.relayed import Relay, RelayedStream, read_whole
 from actors.front.services import REQUEST_ID, SERVICES
 from actors.front.splice import Splice
-from actors.front.stream import STREAM_HEADERS, EventWriter, abort_connection, tell_fault
+from actors.front.stream import STREAM_HEADERS, EventWriter, guarded
 from actors.front.upstream import returned_fields
 from actors.front.whole_answer import WholeAnswer
 from actors.front.written import Fields, WrittenAnswer, write_head, write_whole
 from cortexd.errors import (
-    Cancelled,
     CortexError,
     DeadlineExceeded,
     NoHealthyNode,
@@ -274,22 +273,10 @@ class _Forwarding:
         return response, EventWriter(self._request, response, encoder, self._record)
 
     async def _guarded(
-        self, response: web.StreamResponse, writer: EventWriter, work: Awaitable[None]
+        self, response: WrittenAnswer, writer: EventWriter, work: Awaitable[None]
     ) -> web.StreamResponse:
-        """Run what writes the stream; a failure is its last event, without an end mark."""
-        try:
-            await self._limited(work)
-        except Cancelled as error:
-            self._record.fail(error, status=CLIENT_GONE_STATUS)
-            abort_connection(self._request)
-        except CortexError as error:
-            self._record.fail(error, status=response.status)
-            await writer.write_error(error)
-        except (ConnectionError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            await tell_fault(self._services, self._record, writer, error)
-        return response
+        limited = self._limited(work)
+        return await guarded(self._request, response, writer, self._record, limited)
 
     async def _relay(self, upstream: NodeAnswer, writer: EventWriter) -> None:
         """Pass the bytes on as they arrive. Raises: UpstreamInterrupted, Cancelled."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from functools import partial
 from typing import Final
 
@@ -44,7 +45,9 @@ async def stream_answer(
     outputs = await generation.next(gateway.first_byte_hold_ms / 1000)
     response = write_head(request, 200, STREAM_HEADERS.items())
     writer = EventWriter(request, response, encoder, record)
-    try:
+
+    async def run() -> None:
+        nonlocal outputs
         while True:
             answer.fingerprint = generation.fingerprint
             if outputs:
@@ -59,6 +62,20 @@ async def stream_answer(
                 break
             outputs = await generation.next(gateway.keepalive_s)
         await writer.write_event(encoder.end(generation.usage()))
+
+    return await guarded(request, response, writer, record, run())
+
+
+async def guarded(
+    request: web.Request,
+    response: WrittenAnswer,
+    writer: EventWriter,
+    record: RequestRecord,
+    work: Awaitable[None],
+) -> web.StreamResponse:
+    """Run what writes a stream; a failure is its last event, without an end mark."""
+    try:
+        await work
     except Cancelled as error:
         record.fail(error, status=CLIENT_GONE_STATUS)
         abort_connection(request)
@@ -68,11 +85,11 @@ async def stream_answer(
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception as error:
-        await tell_fault(request[SERVICES], record, writer, error)
+        await _tell_fault(request[SERVICES], record, writer, error)
     return response
 
 
-async def tell_fault(
+async def _tell_fault(
     services: Services, record: RequestRecord, writer: EventWriter, error: Exception
 ) -> None:
     """End a stream that failed in a way nobody foresaw: called where the error is handled.
