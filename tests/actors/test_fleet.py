@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from actors.actor import ActorContext
 from actors.router import Router
-from actors.router_args import RouterArgs
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import (
     BadModelFile,
@@ -46,7 +43,7 @@ from cortexd.messages.control import Message
 from cortexd.messages.neurons import NodeDevice, NodeModel
 from cortexd.models import LoadOptions
 from cortexd.settings import Gateway, NeuronEntry, Settings
-from tests.actors.test_router import World, envelope, run
+from tests.doubles.router_world import World, attached_router, envelope, run
 
 MODEL = "org/small"
 COLD = "org/cold"
@@ -85,19 +82,8 @@ def make_gateway(world: NodesWorld, folder: Path, role: Any = "gateway", **setti
         NeuronEntry(name="x", endpoint="http://x", kind="openai"),
     ]
     catalogue = Catalogue(models=[CatalogueModel(id=COLD, quant="Q8_0")], aliases={"s": MODEL})
-    context = ActorContext(
-        name="router",
-        incarnation=1,
-        settings=Settings(role=role, neurons=neurons, **settings),
-        args=msgspec.msgpack.encode(RouterArgs([], catalogue)),
-        listeners={},
-        log=logging.getLogger("test"),
-        runtime_dir=folder,
-    )
-    router = Router(context)
-    router.attach(world)
-    world.router = router
-    return router
+    wanted = Settings(role=role, neurons=neurons, **settings)
+    return attached_router(world, folder, catalogue, wanted)
 
 
 def report(router: Router, name: str, states: dict[str, Any], **changes: Any) -> None:

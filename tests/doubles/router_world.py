@@ -203,10 +203,15 @@ def make_router(world: World, folder: Path, **settings: Any) -> Router:
     catalogue = Catalogue(
         models=[CatalogueModel(id=MODEL), CatalogueModel(id=OTHER)], aliases={"small": MODEL}
     )
+    return attached_router(world, folder, catalogue, Settings(**settings))
+
+
+def attached_router(world: World, folder: Path, catalogue: Catalogue, settings: Settings) -> Router:
+    """Return a router of this catalogue that talks to `world`."""
     context = ActorContext(
         name="router",
         incarnation=1,
-        settings=Settings(**settings),
+        settings=settings,
         args=msgspec.msgpack.encode(RouterArgs([], catalogue)),
         listeners={},
         log=logging.getLogger("test"),
