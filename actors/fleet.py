@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from actors.router import Router
 
 Answer = RoutedHere | RoutedRemote
-# A gateway that has just started knows nothing yet. Each node's first poll ends within seconds,
-# answered or not; this bound is for a poller that a busy machine starts late.
+# A gateway that has just started knows nothing yet, and neurons are often started with it: one that
+# has not answered any poll may be about to.
 _FIRST_POLL_S: Final = 10.0
 _RECHECK_S: Final = 1.0
 _LOADING_RETRY_AFTER_S: Final = 2.0
@@ -129,7 +129,7 @@ class Fleet:
         except CortexError:
             if not message.wait or not self._is_first_look():
                 raise
-            await self._wait(message, envelope, "no node has been heard of yet")
+            await self._wait(message, envelope, "no node that has the model has answered yet")
             return None
         if placement.action == "load":
             self._loads.check(model_id, placement.node)
@@ -433,9 +433,9 @@ class Fleet:
         return [here, *views]
 
     def _is_first_look(self) -> bool:
-        """Tell whether a node may still be about to be heard of for the first time."""
+        """Tell whether a node may still be about to answer for the first time."""
         is_early = time.monotonic() - self._started_at < _FIRST_POLL_S
-        return is_early and any(node.report is None for node in self._nodes.values())
+        return is_early and not all(node.has_answered for node in self._nodes.values())
 
     def _wake(self) -> None:
         """Something has changed: let all that wait look again."""

@@ -36,6 +36,11 @@ class RemoteNode:
     prefixes: PrefixMemory = field(default_factory=PrefixMemory)
 
     @property
+    def has_answered(self) -> bool:
+        """Tell whether it ever answered a poll."""
+        return self.report is not None and self.report.num_successes > 0
+
+    @property
     def is_healthy(self) -> bool:
         """Tell whether it answers."""
         if self.report is None or self.is_refusing or not self.report.is_healthy:
@@ -91,7 +96,7 @@ class RemoteNode:
             name,
             self.is_usable,
             can_load,
-            is_seen=report.num_successes > 0 and (bool(report.devices) or not can_load),
+            is_seen=self.has_answered and (bool(report.devices) or not can_load),
             devices=[Device(item.index, item.total_mib, item.free_mib) for item in report.devices],
             states=states,
             busy=busy,

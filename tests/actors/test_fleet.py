@@ -295,6 +295,24 @@ def test_first_polls_of_a_busy_machine_are_waited_for_too(
     run(work)
 
 
+def test_node_that_starts_with_the_gateway_is_waited_for(tmp_path: Path) -> None:
+    """Its first polls found nobody: neurons need longer to start than a gateway."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        for _ in range(2):
+            for name in ("a", "b", "x"):
+                report(router, name, {}, is_healthy=False, num_successes=0, error="refused")
+        waiting = asyncio.create_task(placed(router))
+        await asyncio.sleep(0)
+        see_all(router, b={MODEL: "loaded"})
+        answer = await waiting
+        assert isinstance(answer, RoutedRemote)
+        assert answer.node == "b"
+
+    run(work)
+
+
 def test_request_that_ends_while_it_waits_holds_nothing(tmp_path: Path) -> None:
     """A client that leaves during a load frees its place; the load goes on."""
 
