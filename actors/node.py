@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from actors.router_args import RouterArgs
-from actors.runtime_dir import RuntimeDir
-from actors.server_launch import launch_early
-from actors.spec import GROUP_STOP_ORDER, ChildSpec
+from actors.root.runtime_dir import RuntimeDir
+from actors.root.server_launch import launch_early
+from actors.root.spec import GROUP_STOP_ORDER, ChildSpec
+from actors.router.args import RouterArgs
 from cortexd.address import parse_host_port
 from cortexd.catalogue import Catalogue
 from cortexd.demo import served_catalogue
@@ -54,7 +54,7 @@ def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> in
         locked.close()
         raise
     early = launch_early(settings, (spec.target for spec in specs), locked.path)
-    from actors.root import run_root  # takes a while, and the servers import meanwhile
+    from actors.root.root import run_root  # takes a while, and the servers import meanwhile
 
     try:
         return run_root(
@@ -88,7 +88,7 @@ def child_specs(
     router_args = msgspec.msgpack.encode(RouterArgs(default_models, catalogue))
     front_listeners = tuple(name for name in ("api", "neuron") if name in listeners)
     return [
-        ChildSpec(name="router", target="actors.router:Router", args=router_args),
+        ChildSpec(name="router", target="actors.router.router:Router", args=router_args),
         ChildSpec(name="store", target="actors.store:Store"),
         ChildSpec(name="poller", target="actors.poller:Poller"),
         ChildSpec(name="evictor", target="actors.evictor:Evictor"),

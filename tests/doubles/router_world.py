@@ -13,8 +13,8 @@ import msgspec
 
 from actors.actor import ActorContext
 from actors.registry import Registry
-from actors.router import Router
-from actors.router_args import RouterArgs
+from actors.router.args import RouterArgs
+from actors.router.router import Router
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import CortexError
