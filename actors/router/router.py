@@ -396,10 +396,17 @@ class Router(AsyncActor):
         await self.loader.ensure_loaded(model)
 
     async def unload(self, model_id: str, *, force: bool) -> None:
-        """Unload by id or alias, a gateway at its neurons; ModelNotFound when it is not loaded."""
-        if not self._serves_here and await self.fleet.unload(
-            self.local.resolve(model_id), force=force
-        ):
+        """Unload by id or alias, a gateway at its neurons; ModelNotFound when it is not loaded.
+
+        Of a model whose load failed only the failure is forgotten: else a mistyped id would stay in
+        the lists, and the host degraded, until the daemon ends.
+        """
+        wanted = self.local.resolve(model_id)
+        if not self._serves_here and await self.fleet.unload(wanted, force=force):
+            return
+        model = self.models.get(wanted)
+        if model is not None and model.is_in("failed"):
+            await self.loader.clear_failure(model)
             return
         await self.loader.unload(self._running_model(model_id), force=force, reason="operator")
 
