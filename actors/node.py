@@ -6,9 +6,11 @@ or the configuration is bad.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
@@ -30,6 +32,11 @@ from cortexd.settings import Settings
 _FRONT_STOP_ORDER = GROUP_STOP_ORDER + 50
 # Connections wait here while a front restarts, so none is refused.
 _BACKLOG = 512
+_BIND_HINTS: Final = {
+    errno.EADDRINUSE: "stop what uses the port (cortexd status tells if it is cortexd) or ",
+    errno.EADDRNOTAVAIL: "no interface of this machine has the address; ",
+    errno.EACCES: "this user may not use ports below 1024; ",
+}
 
 
 def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> int:
@@ -148,9 +155,10 @@ def _bind(key: str, address: str) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
+        code = error.errno or 0
         raise ConfigError(
-            f"cannot listen on {address} ({key}): {os.strerror(error.errno or 0)}; stop what uses "
-            f"the port (is another cortexd running? see: cortexd status) or set {key}"
+            f"cannot listen on {address} ({key}): {os.strerror(code)}; "
+            f"{_BIND_HINTS.get(code, '')}set {key}"
         ) from error
     return listener
 

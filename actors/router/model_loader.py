@@ -28,6 +28,7 @@ from cortexd.errors import (
     Internal,
     InvalidValue,
     ModelLoadFailed,
+    NotFound,
     Overloaded,
 )
 from cortexd.log import event
@@ -260,6 +261,18 @@ class ModelLoader:
             for other in self._router.models.values():
                 other.num_cycles += 1
         self._router.measure(EVICTIONS.sample(1, reason=reason, **self.labels(model)))
+
+    async def clear_failure(self, model: ManagedModel) -> None:
+        """Take a failed model for unloaded, and forget it if nobody configured it.
+
+        Raises: DeadlineExceeded.
+        """
+        with contextlib.suppress(NotFound):
+            await self.stop_group(model)  # only an unload that took too long has left one
+        if model.is_in("failed"):
+            model.become("unloaded")
+        self._router.local.forget(model)
+        event(self._router.log, "model.failure_cleared", model=model.options.model_id)
 
     async def stop_group(self, model: ManagedModel) -> None:
         """End a model's processes. Raises: DeadlineExceeded."""

@@ -263,6 +263,26 @@ def test_transient_failure_cools_down_then_is_retried(
     run(work)
 
 
+def test_unload_of_a_failed_model_forgets_the_failure(tmp_path: Path) -> None:
+    """What nobody configured leaves the lists, a model of the catalogue may be asked for again."""
+
+    async def work() -> None:
+        world = World()
+        world.resolve_error = ModelSourceError("the hub does not answer")
+        router = make_router(world, tmp_path)
+        for model_id in (MODEL, "typed/wrong"):
+            with pytest.raises(ModelSourceError):
+                await router.load(LoadOptions(model_id=model_id))
+            assert state_of(router, model_id) == "failed"
+            await router.unload(model_id, force=False)
+        assert "typed/wrong" not in router.models
+        assert state_of(router) == "unloaded"
+        world.resolve_error = None
+        assert (await routed(router)).leader
+
+    run(work)
+
+
 def test_group_death_recovers_and_a_given_up_group_fails(tmp_path: Path) -> None:
     """While a group restarts requests wait; when the root gave it up they get its error."""
 
