@@ -31,7 +31,7 @@ _PID_TIMEOUT_S: Final = 30.0
 # The whole start data must fit the pipe, since nobody may block on a slow server.
 _MAX_START_BYTES: Final = 1024 * 1024
 # The server tells it when it gets its turn, on a busy machine not at once; its death ends the wait.
-_EXIT_CODE_TIMEOUT_S: Final = 2.0
+_EXIT_CODE_TIMEOUT_S: Final = 10.0
 _PR_SET_CHILD_SUBREAPER: Final = 36
 UNKNOWN_EXIT: Final = 255
 

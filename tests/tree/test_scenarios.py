@@ -53,6 +53,15 @@ class Fleet:
             )
         )
 
+    def sees_running(self, num: int) -> bool:
+        """Tell whether the gateway knows so many requests of the warm model on each node."""
+        return all(
+            found["in_flight"] == num and node["dispatched"] <= num
+            for node in self.nodes().values()
+            for found in node["models"]
+            if found["model_id"] == MODEL
+        )
+
     def ask(self, text: str = "hello", model: str = MODEL, **fields: object) -> str:
         """Return the name of the node that answered, or the error's code."""
         _, answer = self.gateway.chat(model, text, **fields)
@@ -214,15 +223,29 @@ def test_two_gateways_on_the_same_neurons_share_them(fleet: Fleet, tmp_path: Pat
     """Each counts its own at once and the other's by the polls; nobody is refused."""
     folder = tmp_path / "second"
     folder.mkdir()
-    fleet.one.answer_s = fleet.two.answer_s = 0.05
     with start_gateway(folder, fleet.catalogue, fleet.one, fleet.two) as second:
         other = Fleet(second, fleet.one, fleet.two, fleet.catalogue)
-        wait_for(lambda: other.sees("two", MODEL, "loaded"), "the second gateway's view")
-        with ThreadPoolExecutor(16) as pool:
-            askers = [fleet, other] * 32
-            answers = Counter(pool.map(lambda one: one.ask(os.urandom(4).hex()), askers))
-    assert answers.total() == answers["one"] + answers["two"] == 64
-    assert abs(answers["one"] - 32) <= 8, answers
+        for name in ("one", "two"):
+            wait_for(lambda name=name: other.sees(name, MODEL, "loaded"), f"seeing {name}")
+        for neuron in (fleet.one, fleet.two):
+            neuron.hold()
+        asked: list[Future[str]] = []
+
+        def has_begun() -> bool:
+            return fleet.one.running + fleet.two.running == len(asked)
+
+        with ThreadPoolExecutor(64) as pool:
+            for asker in (fleet, other) * 2:
+                num = len(asked) // 2
+                for each in (fleet, other):
+                    wait_for(lambda each=each, n=num: each.sees_running(n), "the next polls")
+                asked += [pool.submit(asker.ask, os.urandom(4).hex()) for _ in range(16)]
+                wait_for(has_begun, "the burst's start")
+                assert fleet.one.running == num + 8
+            for neuron in (fleet.one, fleet.two):
+                neuron.release()
+        answers = Counter(future.result() for future in asked)
+    assert answers == {"one": 32, "two": 32}
 
 
 def test_catalogue_is_reloaded_under_traffic(fleet: Fleet) -> None:
@@ -261,7 +284,7 @@ def test_node_that_flaps_is_held_down_and_no_request_fails(fleet: Fleet) -> None
         assert set(seen) <= {"two", "one"}, seen
         fleet.one.is_up = True
         wait_for(lambda: fleet.node("one")["is_healthy"], "node one's return")
-    assert "node.breaker_open" in fleet.gateway.log()
+    wait_for(lambda: "node.breaker_open" in fleet.gateway.log(), "the log's line")
     while fleet.node("one")["breaker"] == "open":
         answer = fleet.ask(f"held {time.monotonic()}")
         assert answer == "two" or fleet.node("one")["breaker"] != "open"
