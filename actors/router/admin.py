@@ -104,7 +104,7 @@ class RouterAdmin:
                     "node": node,
                     "front": lease.front,
                 }
-                for node, request, lease in [*here, *router.fleet.leases()]
+                for node, request, lease in [*here, *router.fleet.nodes.leases()]
             ]
         }
 

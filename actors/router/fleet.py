@@ -1,9 +1,8 @@
-"""The router's view of all nodes: remote reports, our own dispatches, who may go where.
+"""Where a request goes: to this host or another node, once the model is up there.
 
-Part of the router actor (same loop). Nothing here is kept on disk: a restarted router knows all of
-it again after one round of polls. The rules are pure (`cortexd.placement`, `cortexd.breaker`,
-`cortexd.affinity`); loads at nodes are `actors.router.remote_loads`, waiting for a seat is
-`actors.router.seat_queue`.
+Part of the router actor (same loop). The rules are pure (`cortexd.placement`, `cortexd.affinity`);
+what is known of the nodes is in `actors.router.remote_nodes`, loads there in
+`actors.router.remote_loads`, waiting for a seat in `actors.router.seat_queue`.
 """
 
 from __future__ import annotations
@@ -12,26 +11,22 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from actors.router.fleet_views import catalogue_cards, known_names, loading_of, node_statuses
+from actors.router.load_errors import loading_error
 from actors.router.managed_model import Lease
 from actors.router.open_waits import OpenWaits
 from actors.router.remote_loads import RemoteLoads
 from actors.router.remote_node import RemoteNode, local_view
+from actors.router.remote_nodes import RemoteNodes
 from actors.router.seat_queue import SeatQueue
 from cortexd.affinity import PrefixMemory
-from cortexd.breaker import BreakerState
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import CortexError, DeadlineExceeded, ModelLoading, QueueTimeout
-from cortexd.log import event
 from cortexd.messages import (
     HeldLease,
     Loading,
-    NeuronReport,
-    NodeFailed,
-    NodeView,
     Place,
     RoutedHere,
     RoutedRemote,
@@ -51,8 +46,6 @@ Answer = RoutedHere | RoutedRemote
 # has not answered any poll may be about to.
 _FIRST_POLL_S: Final = 10.0
 _RECHECK_S: Final = 1.0
-_LOADING_RETRY_AFTER_S: Final = 2.0
-_MAX_RETRY_AFTER_S: Final = 60.0
 # Half of a poll: what the choice rests on is as old as that anyway.
 _OPEN_S: Final = 0.5
 _UNLOAD_DEADLINE_S: Final = 600.0
@@ -66,7 +59,7 @@ class Fleet:
     ) -> None:
         settings = router.context.settings
         self._router = router
-        self._nodes = {entry.name: RemoteNode(entry) for entry in neurons}
+        self.nodes = RemoteNodes(router, neurons, self._wake)
         self._catalogue = {model.id: model for model in catalogue.models}
         self._local_name = local_name
         self._local_prefixes = PrefixMemory()
@@ -114,7 +107,7 @@ class Fleet:
             if placement.action == "load":
                 self._begin_load(model_id, placement.node)
             if not message.wait:
-                raise self._loading_error(model_id, placement.node)
+                raise self._still_loading(model_id, placement.node)
             await self._wait(message, envelope, f'model "{model_id}" is still loading')
 
     async def _placement(
@@ -136,21 +129,15 @@ class Fleet:
         return placement
 
     def _choose(self, model_id: str, message: Place) -> Placement:
-        depths = (
-            {
-                name: node.prefixes.depth(model_id, message.prefix)
-                for name, node in self._nodes.items()
-            }
-            if message.prefix
-            else {}
-        )
+        depths: dict[str, int] = {}  # of the conversation that each node has seen
         if message.prefix:
+            depths = {n.entry.name: n.prefixes.depth(model_id, message.prefix) for n in self.nodes}
             depths[self._local_name] = self._local_prefixes.depth(model_id, message.prefix)
         return place(
             model_id,
             self._views(model_id, exclude=message.exclude),
             self._catalogue.get(model_id),
-            lambda: known_names(self._router, self._catalogue, self._nodes.values()),
+            lambda: known_names(self._router, self._catalogue, self.nodes),
             depths,
         )
 
@@ -158,7 +145,7 @@ class Fleet:
         self, model_id: str, message: Place, front: str, name: str, was_cold: bool
     ) -> Answer:
         """Send a request to a node; a remote one counts there from now on."""
-        node = self._nodes.get(name)
+        node = self.nodes.find(name)
         if node is None:
             self._count_turn(name)
             self._local_prefixes.remember(model_id, message.prefix)
@@ -166,7 +153,8 @@ class Fleet:
         report = node.report
         assert report is not None, "a node that serves has been heard of"
         lease = Lease(model_id, front, message.account)
-        self._count_in(node, message.request_id, lease, message.prefix)
+        self._count_turn(name)
+        self.nodes.begin(node, message.request_id, lease, message.prefix)
         is_open = self._is_open(model_id, node)
         return RoutedRemote(
             name,
@@ -177,12 +165,6 @@ class Fleet:
             was_cold,
             time.monotonic() + _OPEN_S if is_open else 0.0,
         )
-
-    def _count_in(self, node: RemoteNode, request_id: str, lease: Lease, prefix: list[int]) -> None:
-        self._count_turn(node.entry.name)
-        node.leases[request_id] = lease
-        node.breaker.sent(request_id, time.monotonic())
-        node.prefixes.remember(lease.model_id, prefix)
 
     def _count_turn(self, name: str) -> None:
         self._turns[name] = self._turns.total() + 1
@@ -199,15 +181,16 @@ class Fleet:
             return False
         here = self._router.models.get(model_id)
         return here is None and not any(
-            other is not node and other.has_model(model_id) for other in self._nodes.values()
+            other is not node and other.has_model(model_id) for other in self.nodes
         )
 
     def begun(self, held: HeldLease, front: str) -> None:
         """Count a request that a front has sent to a node that was open to it."""
-        node = self._nodes.get(held.node)
+        node = self.nodes.find(held.node)
         if node is not None:
+            self._count_turn(held.node)
             lease = Lease(held.model_id, front, held.account)
-            self._count_in(node, held.request_id, lease, held.prefix)
+            self.nodes.begin(node, held.request_id, lease, held.prefix)
 
     async def _wait_for_seat(
         self, model_id: str, message: Place, front: str, envelope: Envelope
@@ -220,23 +203,15 @@ class Fleet:
     def _serve_queue(self, model_id: str) -> None:
         """Give the free seats of a model to those who wait for one."""
 
-        def running() -> Counter[str]:
-            return Counter(
-                lease.account
-                for node in self._nodes.values()
-                for lease in node.leases.values()
-                if lease.model_id == model_id
-            )
-
         def lease(message: Place, front: str) -> Answer | None:
             placement = self._choose(model_id, message)
             if placement.action == "queue":
                 return None
             if placement.action != "run":
-                raise self._loading_error(model_id, placement.node)  # the front asks again
+                raise self._still_loading(model_id, placement.node)  # the front asks again
             return self._assign(model_id, message, front, placement.node, False)
 
-        self._seats.serve(model_id, running, lease)
+        self._seats.serve(model_id, lambda: self.nodes.num_running(model_id), lease)
 
     async def _wait(self, message: Place, envelope: Envelope, what: str) -> None:
         """Return at the next change, or soon. Raises: DeadlineExceeded, Cancelled."""
@@ -249,91 +224,18 @@ class Fleet:
             async with asyncio.timeout(min(left_s, _RECHECK_S)):
                 await changed.wait()
 
-    def take_over(self, name: str, request_id: str, lease: Lease) -> None:
-        """Hold a lease that was granted before this router was started."""
-        node = self._nodes.get(name)
-        if node is not None:
-            node.leases[request_id] = lease
-
     def end_request(self, request_id: str, *, is_answered: bool = False) -> None:
         """Close a lease, or the wait for one; the next in the queue gets its seat."""
         self._waits.end(request_id)
         self._seats.cancel(request_id)
-        for node in self._nodes.values():
-            lease = node.leases.pop(request_id, None)
-            if lease is None:
-                continue
-            before = node.breaker.state(time.monotonic())
-            if is_answered:
-                node.breaker.succeeded(request_id, time.monotonic())
-            else:
-                node.breaker.ended(request_id)
-            self._tell_breaker(node, before)
-            self._serve_queue(lease.model_id)
-
-    def leases(self) -> Iterator[tuple[str, str, Lease]]:
-        """Yield node, id and lease of every request that runs on another one."""
-        for node in self._nodes.values():
-            for request_id, lease in node.leases.items():
-                yield node.entry.name, request_id, lease
+        for model_id in self.nodes.end(request_id, is_answered=is_answered):
+            self._serve_queue(model_id)
 
     def front_down(self, front: str) -> None:
         """Close the leases of a dead front ("name.incarnation")."""
-        gone = [
-            request_id
-            for node in self._nodes.values()
-            for request_id, lease in node.leases.items()
-            if lease.front == front
-        ]
+        gone = [request_id for _, request_id, lease in self.nodes.leases() if lease.front == front]
         for request_id in gone:
             self.end_request(request_id)
-
-    # What others report
-
-    def on_report(self, report: NeuronReport) -> None:
-        """Take over what a poll saw; say so when the node comes or goes."""
-        node = self._nodes.get(report.name)
-        if node is None:
-            return
-        was_healthy, before = node.is_healthy, node.breaker.state(time.monotonic())
-        node.heard(report)
-        self._tell_breaker(node, before)
-        if node.is_healthy != was_healthy:
-            name = "node.healthy" if node.is_healthy else "node.unhealthy"
-            event(self._router.log, name, node=report.name, error=report.error)
-        self._wake()
-
-    def on_node_failed(self, message: NodeFailed) -> None:
-        """Count a failure; a node that refuses connections is not used until it answers a poll.
-
-        What fails while the polls fail too is the same outage: its end is the polls' to tell.
-        """
-        node = self._nodes.get(message.node)
-        if node is None:
-            return
-        before = node.breaker.state(time.monotonic())
-        if node.report is not None and not node.report.is_healthy:
-            node.breaker.ended(message.request_id)
-        else:
-            node.breaker.failed(message.request_id, time.monotonic())
-        self._tell_breaker(node, before)
-        if message.is_refusing and not node.is_refusing:
-            node.is_refusing = True
-            event(self._router.log, "node.refused", 30, node=message.node, error=message.reason)
-            self._wake()
-
-    def _tell_breaker(self, node: RemoteNode, before: BreakerState) -> None:
-        now = time.monotonic()
-        state = node.breaker.state(now)
-        if state != before:
-            event(
-                self._router.log,
-                f"node.breaker_{state}",
-                30 if state == "open" else 20,
-                node=node.entry.name,
-                hold_s=round(node.breaker.left_s(now), 1),
-            )
-            self._router.show_gauges()
 
     # Loads
 
@@ -359,7 +261,7 @@ class Fleet:
         """Unload wherever it is loaded; False when it is loaded nowhere."""
         holders = [
             node.entry.name
-            for node in self._nodes.values()
+            for node in self.nodes
             if node.entry.kind == "cortex"
             and node.view().states.get(model_id) in {"loaded", "sleeping"}
         ]
@@ -371,39 +273,23 @@ class Fleet:
 
     def _begin_load(self, model_id: str, name: str) -> None:
         needs = self._catalogue.get(model_id)
-        options = load_options(model_id, needs, self._nodes[name].view())
+        node = self.nodes.find(name)
+        assert node is not None, "this host loads by itself"
+        options = load_options(model_id, needs, node.view())
         self._loads.begin(model_id, name, options, None if needs is None else needs.policy)
 
-    def _loading_error(self, model_id: str, node: str) -> ModelLoading:
-        loading = self.loading(model_id)
-        retry_after_s = min(max(loading.eta_s or _LOADING_RETRY_AFTER_S, 1.0), _MAX_RETRY_AFTER_S)
-        return ModelLoading(
-            f'model "{model_id}" is loading on node "{node}" ({loading.stage or "starting"}); '
-            "retry later or stream to wait",
-            retry_after_s=retry_after_s,
-            progress=round(loading.progress or 0.0, 3),
-            eta_s=None if loading.eta_s is None else round(loading.eta_s, 1),
-        )
+    def _still_loading(self, model_id: str, node: str) -> ModelLoading:
+        return loading_error(model_id, f'loading on node "{node}"', self.loading(model_id))
 
     # Views
 
     def loading(self, model_id: str) -> Loading:
         """Return how far the load of a model is at the neurons."""
-        return loading_of(model_id, self._nodes.values(), self._loads.running(model_id))
-
-    def node_view(self, name: str, model_id: str) -> NodeView:
-        """Return what the last poll of a node said of a model's requests."""
-        node = self._nodes.get(name)
-        if node is None or node.report is None:
-            return NodeView(False)
-        found = [model for model in node.report.models if model.model_id == model_id]
-        knows_load = found and found[0].max_in_flight is not None
-        in_flight = found[0].in_flight + found[0].queue_depth if knows_load else None
-        return NodeView(node.is_healthy, in_flight)
+        return loading_of(model_id, self.nodes, self._loads.running(model_id))
 
     def statuses(self) -> list[NodeStatus]:
         """Return every remote node for people and for `/v1/models`."""
-        return node_statuses(self._nodes.values())
+        return node_statuses(self.nodes)
 
     def queue_depths(self) -> dict[str, int]:
         """Return how many requests wait for a seat, by model."""
@@ -418,8 +304,8 @@ class Fleet:
         failed = self._loads.failed_nodes(model_id) if model_id else set()
         views = [
             node.view(self._turns[name], failed_id=model_id if name in failed else None)
-            for name, node in self._nodes.items()
-            if exclude is None or name not in exclude
+            for node in self.nodes
+            if (name := node.entry.name) not in (exclude or ())
         ]
         if not self._serves_here:
             return views
@@ -435,7 +321,7 @@ class Fleet:
     def _is_first_look(self) -> bool:
         """Tell whether a node may still be about to answer for the first time."""
         is_early = time.monotonic() - self._started_at < _FIRST_POLL_S
-        return is_early and not all(node.has_answered for node in self._nodes.values())
+        return is_early and not self.nodes.have_all_answered()
 
     def _wake(self) -> None:
         """Something has changed: let all that wait look again."""

@@ -7,20 +7,23 @@ from typing import Final
 
 from actors.router.managed_model import ManagedModel
 from cortexd.errors import CortexError, ModelLoadFailed, ModelLoading
+from cortexd.messages import Loading
 
 _DEFAULT_RETRY_AFTER_S: Final = 2.0
 _MAX_RETRY_AFTER_S: Final = 60.0  # client SDKs ignore longer hints
 
 
-def loading_error(model: ManagedModel) -> ModelLoading:
-    """Return the answer for a request that does not wait for a loading model."""
-    eta_s = model.eta_s
-    retry_after_s = min(max(eta_s or _DEFAULT_RETRY_AFTER_S, 1.0), _MAX_RETRY_AFTER_S)
+def loading_error(model_id: str, state: str, loading: Loading) -> ModelLoading:
+    """Return the answer for a request that does not wait for a loading model.
+
+    `state` is what the model does, and where if not here.
+    """
+    eta_s = loading.eta_s
     return ModelLoading(
-        f'model "{model.options.model_id}" is {model.state} ({model.stage or "starting"}); '
+        f'model "{model_id}" is {state} ({loading.stage or "starting"}); '
         "retry later or stream to wait",
-        retry_after_s=retry_after_s,
-        progress=round(model.progress or 0.0, 3),
+        retry_after_s=min(max(eta_s or _DEFAULT_RETRY_AFTER_S, 1.0), _MAX_RETRY_AFTER_S),
+        progress=round(loading.progress or 0.0, 3),
         eta_s=None if eta_s is None else round(eta_s, 1),
     )
 

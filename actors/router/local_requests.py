@@ -70,7 +70,7 @@ class LocalRequests:
             raise load_failed(model)
         self._router.loader.bring_up(model)
         if not message.wait:
-            raise loading_error(model)
+            raise loading_error(model.options.model_id, model.state, model.loading)
         await self._wait(model, message, envelope)
         if model.options.model_id not in self._router.models and not model.error:
             raise self._router.local.not_found(message.model)
@@ -141,7 +141,7 @@ class LocalRequests:
 
         def lease(message: Route, front: str) -> Routed | None:
             if model.state != "loaded":
-                raise loading_error(model)
+                raise loading_error(model.options.model_id, model.state, model.loading)
             if len(model.leases) >= self._num_seats:
                 return None
             return self._lease(model, message, front, was_cold=False)

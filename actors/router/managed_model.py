@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cortexd.catalogue import DEFAULT_PRIORITY
 from cortexd.errors import CortexError
-from cortexd.messages import ModelLoaded
+from cortexd.messages import Loading, ModelLoaded
 from cortexd.models import (
     LoadOptions,
     ModelFiles,
@@ -152,6 +152,11 @@ class ManagedModel:
         if self.last_load_s is not None:
             return max(0.0, self.last_load_s - elapsed_s)
         return None
+
+    @property
+    def loading(self) -> Loading:
+        """How far its load is."""
+        return Loading(self.stage, self.progress, self.eta_s)
 
     def status(self) -> ModelStatus:
         """Return the public view."""

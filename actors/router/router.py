@@ -12,29 +12,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
-from collections import Counter
 from collections.abc import Awaitable
 from typing import Final
 
 import msgspec
 
 from actors.actor import ActorContext, AsyncActor, handles
-from actors.open_requests import OpenRequest, take_left
-from actors.router.activation import load_in_order
+from actors.router.activation import activate, adopt
 from actors.router.admin import RouterAdmin
 from actors.router.args import RouterArgs
 from actors.router.fleet import Fleet
+from actors.router.gauges import router_gauges
 from actors.router.local_models import LocalModels, check_devices, quoted
 from actors.router.local_requests import LocalRequests
-from actors.router.managed_model import Lease, ManagedModel, anonymous_by_place
+from actors.router.lost_requests import record_lost_requests
+from actors.router.managed_model import Lease, ManagedModel
 from actors.router.model_loader import ModelLoader
 from actors.router.text_notice import tell_front
-from cortexd.breaker import BreakerState
 from cortexd.desired import is_draining, remember_draining
 from cortexd.errors import ActorDown as ActorDownError
 from cortexd.errors import (
     CortexError,
-    DeadlineExceeded,
     MailboxFull,
     ModelAlreadyLoaded,
     ModelLoadFailed,
@@ -47,7 +45,6 @@ from cortexd.messages import (
     AdminCommand,
     AdminReply,
     CatalogueChanged,
-    DescribeModel,
     EndRequest,
     Gauges,
     GroupDown,
@@ -61,7 +58,6 @@ from cortexd.messages import (
     LoadProgress,
     Measured,
     ModelList,
-    ModelLoaded,
     NeuronReport,
     NodeFailed,
     NodeView,
@@ -82,13 +78,10 @@ from cortexd.messages import (
     WakeModel,
 )
 from cortexd.messages.envelope import Envelope
-from cortexd.metrics import ANONYMOUS, BREAKER_STATE, QUEUE_DEPTH, REQUEST_ERRORS, REQUESTS
 from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.neuron_list import local_node_name, remote_neurons
 
-_DESCRIBE_DEADLINE_S = 10.0
-_GAUGE_PERIOD_S = 2.0
-_BREAKER_VALUES: Final[dict[BreakerState, int]] = {"closed": 0, "half_open": 1, "open": 2}
+_GAUGE_PERIOD_S: Final = 2.0
 
 
 class Router(AsyncActor):
@@ -128,27 +121,9 @@ class Router(AsyncActor):
 
     async def on_start(self) -> None:
         """Adopt what already runs, then load what should run and does not."""
-        desired = self.local.remembered()
-        to_load = self.default_models
-        if desired is not None:
-            to_load = desired
-            for options in to_load:
-                self.local.add(options, is_known=options.model_id in self.models)
-        self.local.remember(to_load)
-        running = {peer.group: peer for peer in self.peers.all() if peer.group and peer.rank == 0}
-        missing = []
-        for options in to_load:
-            model = self.models[options.model_id]
-            peer = running.get(model.group)
-            if peer is None:
-                missing.append(model)
-                continue
-            model.become("recovering", stage="adopting")
-            if peer.state == "ready":
-                self.spawn(self._adopt(model, peer.name, peer.incarnation, peer.epoch))
+        activate(self)
         for peer in self.peers.all():
-            self._record_left(peer.name, before=peer.incarnation)
-        self.spawn(load_in_order(self, missing))
+            record_lost_requests(self, peer.name, before=peer.incarnation)
         self.spawn(self._show_forever())
 
     async def on_stop(self) -> None:
@@ -170,22 +145,8 @@ class Router(AsyncActor):
 
     def show_gauges(self) -> None:
         """Tell metrics who waits, and which nodes are left alone."""
-        depths = Counter(self.fleet.queue_depths()) + Counter(self.requests.queue_depths())
-        samples = [QUEUE_DEPTH.sample(depth, model=model_id) for model_id, depth in depths.items()]
-        samples += [
-            BREAKER_STATE.sample(_BREAKER_VALUES[node.breaker], node=node.name)
-            for node in self.fleet.statuses()
-        ]
-        here = (
-            (self.node_name, lease) for one in self.models.values() for lease in one.leases.values()
-        )
-        elsewhere = ((node, lease) for node, _, lease in self.fleet.leases())
-        samples += [
-            ANONYMOUS.sample(count, node=node, model=model_id)
-            for (node, model_id), count in anonymous_by_place([*here, *elsewhere]).items()
-        ]
         with contextlib.suppress(ActorDownError, MailboxFull):  # it is told again soon
-            self.tell("metrics", Gauges(samples))
+            self.tell("metrics", Gauges(router_gauges(self)))
 
     def measure(self, sample: Sample) -> None:
         """Tell metrics what happened; a metrics actor that is not there misses it."""
@@ -240,7 +201,7 @@ class Router(AsyncActor):
         for held in message.leases:
             lease = Lease(held.model_id, front, held.account)
             if held.node:
-                self.fleet.take_over(held.node, held.request_id, lease)
+                self.fleet.nodes.take_over(held.node, held.request_id, lease)
             else:
                 self.requests.take_over(held.request_id, lease)
 
@@ -258,7 +219,7 @@ class Router(AsyncActor):
     @handles(QueryNode)
     def on_query_node(self, message: QueryNode, envelope: Envelope) -> NodeView:
         """Answer how a node is that a front waits for."""
-        return self.fleet.node_view(message.node, message.model_id)
+        return self.fleet.nodes.view(message.node, message.model_id)
 
     @handles(QueryLoading)
     def on_query_loading(self, message: QueryLoading, envelope: Envelope) -> Loading:
@@ -266,7 +227,7 @@ class Router(AsyncActor):
         model_id = self.local.resolve(message.model)
         model = self.models.get(model_id)
         if model is not None and model.is_in("loading", "recovering"):
-            return Loading(model.stage, model.progress, model.eta_s)
+            return model.loading
         return self.fleet.loading(model_id)
 
     @handles(LoadModel)
@@ -346,12 +307,12 @@ class Router(AsyncActor):
     @handles(NeuronReport)
     def on_neuron_report(self, message: NeuronReport, envelope: Envelope) -> None:
         """Keep the last look at a remote neuron."""
-        self.fleet.on_report(message)
+        self.fleet.nodes.on_report(message)
 
     @handles(NodeFailed)
     def on_node_failed(self, message: NodeFailed, envelope: Envelope) -> None:
         """Leave a neuron alone that refused a connection."""
-        self.fleet.on_node_failed(message)
+        self.fleet.nodes.on_node_failed(message)
 
     @handles(LoadProgress)
     def on_load_progress(self, message: LoadProgress, envelope: Envelope) -> None:
@@ -375,34 +336,12 @@ class Router(AsyncActor):
         holder = f"{down.name}.{down.incarnation}"
         self.fleet.front_down(holder)
         self.requests.front_down(holder)
-        self._record_left(down.name, before=down.incarnation + 1)
+        record_lost_requests(self, down.name, before=down.incarnation + 1)
 
     def on_actor_up(self, up: ActorUp) -> None:
         """Record what an earlier front left when no router was there; prepare a new one."""
         tell_front(self, up.actor.name)
-        self._record_left(up.actor.name, before=up.actor.incarnation)
-
-    def _record_left(self, name: str, *, before: int) -> None:
-        for request in take_left(self.context.runtime_dir, name, before=before):
-            self._record_lost(request, name)
-
-    def _record_lost(self, request: OpenRequest, front: str) -> None:
-        """Write what the front would have written at the request's end, as far as it is known."""
-        labels = {"model": request.model, "node": request.node}
-        event(
-            self.log,
-            "request.finished",
-            30,
-            id=request.request_id,
-            route=request.route,
-            model=request.model,
-            node=request.node,
-            front=front,
-            status=0,
-            error="front_crashed",
-        )
-        self.measure(REQUESTS.sample(1, **labels))
-        self.measure(REQUEST_ERRORS.sample(1, **labels, code="front_crashed"))
+        record_lost_requests(self, up.actor.name, before=up.actor.incarnation)
 
     async def on_group_up(self, up: GroupUp) -> None:
         """Ask a new leader what it runs, then route to it."""
@@ -410,7 +349,7 @@ class Router(AsyncActor):
         peer = self.peers.get(up.leader)
         if model is None or peer is None:
             return
-        self.spawn(self._adopt(model, up.leader, peer.incarnation, up.epoch))
+        self.spawn(adopt(self, model, peer, up.epoch))
 
     def on_group_down(self, down: GroupDown) -> None:
         """Recover, fail, or finish an unload."""
@@ -428,21 +367,6 @@ class Router(AsyncActor):
             self.local.remember()
             event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
         self.requests.serve(model)
-
-    async def _adopt(self, model: ManagedModel, leader: str, incarnation: int, epoch: int) -> None:
-        """Route to a leader that is ready; a busy one is asked until it answers or is gone."""
-        while True:
-            try:
-                loaded = await self.ask(leader, DescribeModel(), deadline_s=_DESCRIBE_DEADLINE_S)
-                break
-            except DeadlineExceeded:
-                peer = self.peers.get(leader)
-                if peer is None or peer.incarnation != incarnation:
-                    return
-        assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
-        if model.is_in("loading", "recovering", "failed"):
-            model.set_loaded(loaded, leader, incarnation, epoch)
-            self.loader.measure_loaded(model, loaded.load_s)
 
     # For the loader and the admin commands
 

@@ -536,7 +536,7 @@ def test_requests_begun_at_an_open_node_count_there(tmp_path: Path) -> None:
         see_all(router, x={MODEL: "loaded"})
         begun = [HeldLease(f"r{number}", MODEL, "x", "acc", [1]) for number in range(3)]
         router.on_lease_report(LeaseReport(begun, []), envelope())
-        assert {request for _, request, _ in router.fleet.leases()} == {"r0", "r1", "r2"}
+        assert {request for _, request, _ in router.fleet.nodes.leases()} == {"r0", "r1", "r2"}
         failed = NodeFailed("x", "HTTP 500", "f", is_refusing=False)
         for _ in range(2):
             router.on_node_failed(failed, envelope())
@@ -546,6 +546,6 @@ def test_requests_begun_at_an_open_node_count_there(tmp_path: Path) -> None:
         assert await node_of(router, "r4") == "x", "the answer in between broke the row"
         front = envelope().src
         router.on_actor_down(ActorDown(1, front.name, front.incarnation, "", 0, "killed"))
-        assert list(router.fleet.leases()) == []
+        assert list(router.fleet.nodes.leases()) == []
 
     run(work)
