@@ -153,9 +153,13 @@ class AnswerParser:
                 if len(data) - at > _MAX_CHUNK_LINE_BYTES or data.find(b"\n", at) >= 0:
                     _refuse(f"a chunk has no size: {data[at : at + 80]!r}")
                 break
-            at = line.end()
-            self._left = int(line[1], 16)
-            self._is_in_trailer = self._left == 0
+            at, size = line.end(), int(line[1], 16)
+            end = at + size
+            if size and data.startswith(b"\r\n", end):
+                pieces.append(data[at:end])
+                at = end + 2
+                continue
+            self._left, self._is_in_trailer = size, size == 0
         self._held = data[at:]
         self._is_before_chunk = self._left == 0 and not self._held and not self._is_in_trailer
         if self.is_complete and self._held:
