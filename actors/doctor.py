@@ -17,8 +17,8 @@ from typing import Final
 import msgspec
 
 from actors.actor import ActorContext, AsyncActor, handles
-from actors.private_tree import NO_MODEL, run_private_tree
-from actors.spec import ChildSpec
+from actors.root.private_tree import NO_MODEL, run_private_tree
+from actors.root.spec import ChildSpec
 from cortexd.errors import Internal
 from cortexd.messages import GroupDown, GroupUp, LoadProgress, StartGroup
 from cortexd.messages.control import GroupStarting

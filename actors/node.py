@@ -6,16 +6,18 @@ or the configuration is bad.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
-from actors.router_args import RouterArgs
-from actors.runtime_dir import RuntimeDir
-from actors.server_launch import launch_early
-from actors.spec import GROUP_STOP_ORDER, ChildSpec
+from actors.root.runtime_dir import RuntimeDir
+from actors.root.server_launch import launch_early
+from actors.root.spec import GROUP_STOP_ORDER, ChildSpec
+from actors.router.args import RouterArgs
 from cortexd.address import parse_host_port
 from cortexd.catalogue import Catalogue
 from cortexd.demo import served_catalogue
@@ -30,6 +32,11 @@ from cortexd.settings import Settings
 _FRONT_STOP_ORDER = GROUP_STOP_ORDER + 50
 # Connections wait here while a front restarts, so none is refused.
 _BACKLOG = 512
+_BIND_HINTS: Final = {
+    errno.EADDRINUSE: "stop what uses the port (cortexd status tells if it is cortexd) or ",
+    errno.EADDRNOTAVAIL: "no interface of this machine has the address; ",
+    errno.EACCES: "this user may not use ports below 1024; ",
+}
 
 
 def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> int:
@@ -54,7 +61,7 @@ def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> in
         locked.close()
         raise
     early = launch_early(settings, (spec.target for spec in specs), locked.path)
-    from actors.root import run_root  # takes a while, and the servers import meanwhile
+    from actors.root.root import run_root  # takes a while, and the servers import meanwhile
 
     try:
         return run_root(
@@ -88,7 +95,7 @@ def child_specs(
     router_args = msgspec.msgpack.encode(RouterArgs(default_models, catalogue))
     front_listeners = tuple(name for name in ("api", "neuron") if name in listeners)
     return [
-        ChildSpec(name="router", target="actors.router:Router", args=router_args),
+        ChildSpec(name="router", target="actors.router.router:Router", args=router_args),
         ChildSpec(name="store", target="actors.store:Store"),
         ChildSpec(name="poller", target="actors.poller:Poller"),
         ChildSpec(name="evictor", target="actors.evictor:Evictor"),
@@ -148,9 +155,10 @@ def _bind(key: str, address: str) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
+        code = error.errno or 0
         raise ConfigError(
-            f"cannot listen on {address} ({key}): {os.strerror(error.errno or 0)}; stop what uses "
-            f"the port (is another cortexd running? see: cortexd status) or set {key}"
+            f"cannot listen on {address} ({key}): {os.strerror(code)}; "
+            f"{_BIND_HINTS.get(code, '')}set {key}"
         ) from error
     return listener
 

@@ -14,7 +14,6 @@ import msgspec
 from msgspec import Meta
 
 JsonObject = dict[str, Any]
-FinishReason = Literal["stop", "length", "tool_calls"]
 
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveInt = Annotated[int, Meta(ge=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
@@ -30,6 +29,7 @@ class Gateway(Section, frozen=True):
 
     listen: str = "127.0.0.1:31313"
     metrics_listen: str = "127.0.0.1:31314"
+    allowed_origins: list[str] | None = None
     fronts: Annotated[int, Meta(ge=1, le=64)] = 1
     max_body_mib: Annotated[int, Meta(ge=1, le=1024)] = 64
     first_byte_hold_ms: NonNegativeInt = 750

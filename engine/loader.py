@@ -48,20 +48,15 @@ class Weights:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        stored: StoredTensors,
         spec: ModelSpec,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
-        progress: ProgressCallback | None = None,
-        quant: str | None = None,
         comm: Comm | None = None,
     ) -> None:
-        """Take the whole model's spec; `comm` says which part of it this rank holds.
-
-        `quant` is what dense matrices are quantised to while they are loaded.
-        """
+        """Take the whole model's spec; `comm` says which part of it this rank holds."""
         self._comm = comm or Comm()
         self.dtype = dtype
         self.device = torch.device(device)
@@ -70,9 +65,7 @@ class Weights:
         self.has_native_layers = False  # whether native kernels compute any of them
         self._spec = spec
         self._slab_types: set[str] = set()  # quantised types without a Triton kernel
-        self._stored = StoredTensors(
-            checkpoint, spec, self._comm.shard, self.device, quant=quant, progress=progress
-        )
+        self._stored = stored
 
     @classmethod
     def open(
@@ -91,21 +84,21 @@ class Weights:
         Raises: BadModelFile listing missing, unexpected or misshapen tensors;
         UnsupportedArchitecture naming tensor types that cannot run.
         """
+        comm = comm or Comm()
         checkpoint = Checkpoint.open(files)
         try:
-            return cls(
+            stored = StoredTensors(
                 checkpoint,
                 spec,
-                device=device,
-                dtype=dtype,
-                backend=backend,
-                progress=progress,
+                comm.shard,
+                torch.device(device),
                 quant=None if checkpoint.is_gguf else files.quant,
-                comm=comm,
+                progress=progress,
             )
         except BaseException:
             checkpoint.close()
             raise
+        return cls(stored, spec, device=device, dtype=dtype, backend=backend, comm=comm)
 
     def check_memory(self) -> None:
         """Raise InsufficientMemory when the device has no room for the weights; none is read."""

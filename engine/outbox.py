@@ -27,12 +27,11 @@ class Outbox:
         self._deltas.pop(owner, None)
 
     def add_progress(self, sequence: Sequence, scores: PromptScores | None = None) -> None:
-        """Tell how much of a prompt is prefilled, and the scores of its next tokens."""
+        """Tell that a prompt is being prefilled, and the scores of its next tokens."""
         delta = SequenceDelta(
             sequence.sequence_id,
             [],
             num_prompt_tokens=sequence.num_prompt_tokens,
-            num_prefilled_tokens=sequence.num_computed,
             prompt_scores=scores,
         )
         self._add(sequence, delta)

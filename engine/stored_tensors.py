@@ -51,8 +51,8 @@ class StoredTensors:
         shard: Shard,
         device: torch.device,
         *,
-        quant: str | None,
-        progress: ProgressCallback | None,
+        quant: str | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         """Check the plan; `quant` is what dense matrices are quantised to while they are read.
 

@@ -135,11 +135,7 @@ def _describe_number(name: str, kind: inspect.IntType | inspect.FloatType) -> st
     if low is None or high is None:
         return name
     above = "above " if kind.gt is not None else ""
-    return f"{name} from {above}{low:g} to {high:g}" if high < 2**31 - 1 else _at_least(name, low)
-
-
-def _at_least(name: str, low: float) -> str:
-    return name if low < -(2**31) else f"{name} of at least {low}"
+    return f"{name} from {above}{low} to {high}"
 
 
 def _describe_list(kind: inspect.ListType) -> str:

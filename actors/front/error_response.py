@@ -7,6 +7,7 @@ import math
 import msgspec
 from aiohttp import web
 
+from actors.front.not_found import no_route
 from cortexd.anthropic import error_document, error_status
 from cortexd.errors import (
     CortexError,
@@ -14,7 +15,6 @@ from cortexd.errors import (
     InvalidApiKey,
     InvalidRequest,
     MethodNotAllowed,
-    NotFound,
     RateLimitExceeded,
     RequestTooLarge,
 )
@@ -88,7 +88,7 @@ def _with_hints(error: CortexError, status: int, body: bytes) -> web.Response:
     return response
 
 
-def from_http_exception(exception: web.HTTPException, request: web.BaseRequest) -> CortexError:
+def from_http_exception(exception: web.HTTPException, request: web.Request) -> CortexError:
     """Return our error for one of the HTTP library's."""
     if isinstance(exception, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(exception.allowed_methods))
@@ -97,7 +97,7 @@ def from_http_exception(exception: web.HTTPException, request: web.BaseRequest) 
             allowed=allowed,
         )
     if isinstance(exception, web.HTTPNotFound):
-        return NotFound(f"no route {request.method} {request.path}")
+        return no_route(request)
     if isinstance(exception, web.HTTPRequestEntityTooLarge):
         return RequestTooLarge("the request body is over the limit")
     if exception.status < 500:

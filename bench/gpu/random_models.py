@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -13,103 +12,62 @@ from cortexd.models import LinearAttentionSpec, ModelSpec, RopeSpec
 from cortexd.settings import Engine as EngineSettings
 from engine.engine import Engine
 from engine.formats.ggml import GGMLType
-from engine.layers.embedding import Embedding
-from engine.layers.linear import Backend, Linear, Weight
-from engine.models.registry import load_class
+from engine.layers.linear import Backend, Weight
+from engine.loader import Weights
+from engine.models.registry import REGISTRY, load_class
 from engine.quant.tensor import QuantizedTensor
-from engine.stored_tensors import RowSelection
+from engine.stored_tensors import StoredRows, StoredTensors
+from engine.tensor_plan import HEAD
 
 # Where the float16 scales of a block stand: random bytes there would be infinite or not a number.
 _SCALES: Final = {GGMLType.Q4_K: (0, 2), GGMLType.Q6_K: (208,)}
 
 
-class RandomWeights:
-    """What the models ask of `engine.loader.Weights`, without a checkpoint."""
-
-    has_native_layers = False
+class RandomTensors(StoredTensors):
+    """Random numbers in place of a checkpoint's, made on the device when a layer asks for them."""
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        device: torch.device,
-        dtype: torch.dtype,
-        backend: Backend,
-        quant: GGMLType | None = None,
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, quant: GGMLType | None
     ) -> None:
         """Make matrices dense, or of random blocks of `quant`; the head is then Q6_K."""
-        self.spec = spec
-        self.device = device
-        self.dtype = dtype
-        self.backend: Backend = backend
-        self.memory_bytes = 0
+        self.in_situ = None
+        self._device = device
+        self._dtype = dtype
         self._quant = quant
+        self._planned = REGISTRY[spec.model_type].plan(spec).required
 
-    def linear(
-        self,
-        name: str,
-        out_features: int,
-        in_features: int,
-        bias_name: str | None = None,
-        *,
-        is_exact: bool = False,
-        sums: bool = True,
-    ) -> Linear:
-        """Return a random layer."""
-        return self._layer(out_features, in_features, None if is_exact else self._quant)
+    def __repr__(self) -> str:
+        return f"RandomTensors({self._quant}, {self._dtype})"
 
-    def merged_linear(
-        self,
-        names: Sequence[str],
-        out_features: Sequence[int],
-        in_features: int,
-        bias_names: Sequence[str | None] | None = None,
-        *,
-        selections: Sequence[RowSelection] | None = None,
-        is_exact: Sequence[bool] | None = None,
-    ) -> Linear:
-        """Return one random layer over all parts."""
-        return self._layer(sum(out_features), in_features, self._quant)
+    def kind(self, name: str) -> object:
+        """Return the one type that all matrices have."""
+        return self._quant
 
-    def embedding(self, name: str, rows: int, columns: int) -> Embedding:
-        """Return a random embedding."""
-        return Embedding(self._dense(rows, columns), dtype=self.dtype)
+    def matrix(self, part: StoredRows, columns: int) -> list[Weight]:
+        """Return a random matrix (num_rows, columns)."""
+        shape = part.num_rows, columns
+        if self._quant is None or part.is_exact:
+            weight = torch.empty(shape, dtype=self._dtype, device=self._device)
+            return [weight.normal_(std=columns**-0.5)]
+        return [self._blocks(*shape, GGMLType.Q6_K if part.name == HEAD else self._quant)]
 
-    def head(self, embedding: Embedding) -> Linear:
-        """Return the embedding's matrix when tied, one of its own otherwise."""
-        if self.spec.tie_word_embeddings:
-            return embedding.as_linear()
-        quant = None if self._quant is None else GGMLType.Q6_K
-        return self._layer(self.spec.vocab_size, self.spec.hidden_size, quant)
+    def numbers(self, name: str) -> Tensor:
+        """Return random numbers, around 1 for norms, around 0 otherwise."""
+        values = torch.randn(math.prod(self._planned[name]), device=self._device) * 0.1
+        return values + 1 if "norm" in name else values
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return random numbers."""
-        return self.vector(name, math.prod(shape), dtype).view(shape)
-
-    def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return numbers around 1 for norms, around 0 otherwise."""
-        values = torch.randn(size, device=self.device) * 0.1
-        return (values + 1 if "norm" in name else values).to(dtype or self.dtype)
+    def own(self, weight: Weight, dtype: torch.dtype | None) -> Weight:
+        """Return what was made here, and on the device."""
+        return weight
 
     def rope_factors(self) -> Tensor | None:
         """Return None: no file, no factors."""
         return None
 
-    def _layer(self, rows: int, columns: int, quant: GGMLType | None) -> Linear:
-        weight: Weight = (
-            self._dense(rows, columns) if quant is None else self._blocks(rows, columns, quant)
-        )
-        linear = Linear(weight, dtype=self.dtype, backend=self.backend)
-        self.memory_bytes += linear.num_bytes
-        return linear
-
-    def _dense(self, rows: int, columns: int) -> Tensor:
-        weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
-        return weight.normal_(std=columns**-0.5)
-
     def _blocks(self, rows: int, columns: int, quant: GGMLType) -> QuantizedTensor:
         shape = (rows, columns // quant.block_elements, quant.block_bytes)
-        blocks = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
-        scale = torch.full((1,), 1e-4, dtype=torch.float16, device=self.device).view(torch.uint8)
+        blocks = torch.randint(0, 256, shape, dtype=torch.uint8, device=self._device)
+        scale = torch.full((1,), 1e-4, dtype=torch.float16, device=self._device).view(torch.uint8)
         for offset in _SCALES[quant]:
             blocks[:, :, offset : offset + 2] = scale
         return QuantizedTensor(quant, (rows, columns), blocks.flatten(1))
@@ -125,7 +83,8 @@ def make_engine(
     **settings: object,
 ) -> Engine:
     """Return an engine over random weights."""
-    weights = RandomWeights(spec, device, dtype, backend, quant)
+    stored = RandomTensors(spec, device, dtype, quant)
+    weights = Weights(stored, spec, device=device, dtype=dtype, backend=backend)
     with torch.inference_mode():
         model = load_class(spec.model_type)(spec, weights)
         return Engine(

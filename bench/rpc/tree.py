@@ -10,8 +10,8 @@ from typing import TypeVar
 import msgspec
 
 from actors.actor import ActorContext, AsyncActor
-from actors.private_tree import NO_MODEL, run_private_tree
-from actors.spec import ChildSpec
+from actors.root.private_tree import NO_MODEL, run_private_tree
+from actors.root.spec import ChildSpec
 from bench.rpc.ranks import RpcCost, RpcTask, StepTask
 from cortexd.messages import GroupDown, GroupUp, StartGroup
 from cortexd.models import LoadOptions, ModelFiles, RankArgs

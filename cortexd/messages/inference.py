@@ -76,8 +76,6 @@ class SequenceDelta(msgspec.Struct, frozen=True, array_like=True):
     num_prompt_tokens: int = 0  # set with the first delta
     num_cached_tokens: int = 0
     error: ErrorInfo | None = None
-    # While a prompt prefills, one delta without tokens per step tells how far it is.
-    num_prefilled_tokens: int = 0
     # Those of the prompt's tokens from the second on come in order, before the first token.
     prompt_scores: PromptScores | None = None
 

@@ -20,7 +20,6 @@ class Embedding:
         weight: Weight,
         *,
         dtype: torch.dtype = torch.float32,
-        backend: Backend = "auto",
         native_head: NativeProduct | None = None,
     ) -> None:
         """Take the matrix in its stored type; `native_head` is the same one packed as a head.
@@ -32,7 +31,6 @@ class Embedding:
         self.vocab_size: int = weight.shape[0]
         self.hidden_size: int = weight.shape[1]
         self._dtype = dtype
-        self._backend: Backend = backend
         self._native_head = native_head
 
     def __repr__(self) -> str:

@@ -35,7 +35,7 @@ from cortexd.messages import (
 )
 from cortexd.messages.control import ActorInfo, Message
 from cortexd.settings import Paths, Settings
-from tests.actors.test_router import envelope
+from tests.doubles.router_world import envelope
 from tests.waiting import DEADLINE_S
 
 KEY = Key(key_id="k", key_sha256=key_digest("k"), account_id="team", hard_cap=100)

@@ -19,7 +19,7 @@ from cortexd.catalogue_diff import catalogue_changes
 from cortexd.messages import ActorUp, AdminCommand, CatalogueChanged, ReloadFiles
 from cortexd.messages.control import ActorInfo, Message
 from cortexd.settings import Settings
-from tests.actors.test_router import envelope
+from tests.doubles.router_world import envelope
 from tests.waiting import DEADLINE_S
 
 GOOD = '[[models]]\nid = "org/a"\n'

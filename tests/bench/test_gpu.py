@@ -12,6 +12,7 @@ from bench.gpu.goals import GOALS
 from bench.gpu.random_models import QWEN3_0_6B, QWEN3_5_27B, make_engine
 from cortexd.models import LinearAttentionSpec, ModelSpec
 from engine.engine import Engine
+from engine.formats.ggml import GGMLType
 
 TINY = {
     "vocab_size": 97,
@@ -34,13 +35,20 @@ HYBRID = msgspec.structs.replace(
 )
 
 
-def engine_of(spec: ModelSpec) -> Engine:
+# Rows of whole blocks, and a head of its own.
+WIDE = msgspec.structs.replace(
+    DENSE, hidden_size=256, intermediate_size=256, head_dim=128, tie_word_embeddings=False
+)
+
+
+def engine_of(spec: ModelSpec, quant: GGMLType | None = None) -> Engine:
     torch.set_num_threads(1)
     return make_engine(
         spec,
         torch.device("cpu"),
         dtype=torch.float32,
         backend="reference",
+        quant=quant,
         kv_cache_mib=8,
     )
 
@@ -61,10 +69,14 @@ def test_goals_are_those_of_the_table() -> None:
         gpu.main(["--goals", "G99"])
 
 
-@pytest.mark.parametrize("spec", [DENSE, HYBRID], ids=["dense", "hybrid"])
-def test_workloads_run_to_their_end(spec: ModelSpec) -> None:
+@pytest.mark.parametrize(
+    ("spec", "quant"),
+    [(DENSE, None), (HYBRID, None), (WIDE, GGMLType.Q4_K)],
+    ids=["dense", "hybrid", "quantised"],
+)
+def test_workloads_run_to_their_end(spec: ModelSpec, quant: GGMLType | None) -> None:
     """Decoding, prefill and turns leave nothing behind; a warm turn takes the cached prefix."""
-    engine = engine_of(spec)
+    engine = engine_of(spec, quant)
     assert len(workloads.decode_step_s(engine, batch=2, context=20, num_steps=3)) == 3
     assert workloads.prefill_tok_s(engine, num_prompts=2, length=40) > 0
     cached = engine.report("m").num_cached_tokens

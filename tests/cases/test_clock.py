@@ -10,13 +10,13 @@ _WALL_CLOCKS = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", 
 # Where a moment is told to people or clients, or must be known after a restart of the host.
 _ALLOWED = {
     "actors/budgets.py",  # windows of the ledger file; within a run from a monotonic base
-    "actors/events.py",
+    "actors/root/events.py",
     "actors/front/inference.py",  # `created` of an answer
     "actors/front/written.py",  # the Date header
     "cortexd/log.py",  # when a line was written
     "actors/front/services.py",  # `created` of a relayed answer
-    "actors/logs.py",
-    "actors/managed_model.py",  # `loaded_at` as it is shown
+    "actors/root/logs.py",
+    "actors/router/managed_model.py",  # `loaded_at` as it is shown
     "engine/text/template_sandbox.py",  # the date that a chat template asks for
 }
 

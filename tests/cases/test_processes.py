@@ -130,8 +130,9 @@ def test_request_is_queued_past_its_deadline(site: Site, dialect: DialectName) -
         finally:
             site.neuron.release()
         assert first.result()[0] == 200
-    site.neuron.seats = 0
     assert site.neuron.num_chats == before + 1
+    site.neuron.seats = 0
+    wait_for(lambda: not site.node()["models"][0]["max_in_flight"], "learning that none counts")
 
 
 def test_case_54_exhausted_descriptors_are_survived(site: Site) -> None:

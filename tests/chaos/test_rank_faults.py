@@ -59,6 +59,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         CORTEXD_SUPERVISION__START_TIMEOUT_S=str(START_TIMEOUT_S),
         CORTEXD_SUPERVISION__LOAD_STALL_TIMEOUT_S=str(START_TIMEOUT_S),
         CORTEXD_SUPERVISION__MAX_GROUP_RESTARTS="1000",
+        CORTEXD_SUPERVISION__KILL_AFTER_S="5",
     ) as running:
         yield running
 

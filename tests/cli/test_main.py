@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from actors.node import bind_listeners
 from cli import exit_code
 from cli.main import main
 from cortexd import __version__, errors
+from cortexd.settings import Gateway, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("start", "status", "stop", "models", "load", "unload", "pull", "chat", "logs", "config")
@@ -121,6 +125,39 @@ def test_module_is_the_command() -> None:
     )
     assert done.returncode == exit_code.NOT_RUNNING
     assert done.stderr.startswith("cortexd: not running")
+
+
+def test_interrupt_while_the_command_is_imported_ends_it_quietly() -> None:
+    """Ctrl-C in the first tenths of a second gives no traceback, but the code of any other."""
+    script = (
+        "import sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'cli.main': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from cortexd.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (exit_code.INTERRUPTED, "")
+
+
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("192.0.2.1:0", "no interface of this machine has the address; set gateway.listen"),
+        ("taken", "stop what uses the port "),
+    ],
+)
+def test_address_that_cannot_be_bound_is_told_with_what_to_do(address: str, hint: str) -> None:
+    """A taken port and an address of another machine are different mistakes."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        if address == "taken":
+            address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(errors.ConfigError, match=re.escape(hint)):
+            bind_listeners(Settings(gateway=Gateway(listen=address)))
 
 
 def test_reader_that_leaves_ends_the_command_quietly() -> None:

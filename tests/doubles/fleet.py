@@ -339,11 +339,11 @@ class Fleet:
         if self.delta_error is not None:
             self._send(submit, [], error=self.delta_error.to_info(), finish_reason="error")
             return
-        self._send(submit, [], num_prefilled=len(prompt))
+        self._send(submit, [])
         await self._send_scores(submit, prompt)
         for position, token in enumerate(tokens):
             await self._pause_at(position)
-            self._send(submit, [token], num_prefilled=len(prompt))
+            self._send(submit, [token])
             await asyncio.sleep(0)
         await self._pause_at(len(tokens))
         self._running.pop(submit.sequence_id, None)
@@ -371,7 +371,6 @@ class Fleet:
         submit: Submit,
         tokens: list[int],
         *,
-        num_prefilled: int = 0,
         finish_reason: str | None = None,
         error: ErrorInfo | None = None,
     ) -> None:
@@ -385,7 +384,6 @@ class Fleet:
             top_logprobs=[[-0.5 - rank for rank in range(wanted)] for _ in tokens],
             num_prompt_tokens=len(array("i", submit.prompt_token_ids)),
             num_cached_tokens=self.num_cached_tokens,
-            num_prefilled_tokens=num_prefilled,
             error=error,
         )
         self.on_batch(TokenBatch(self.epoch, 1, [delta]))

@@ -13,11 +13,11 @@ import msgspec
 
 from actors.actor import ActorContext
 from actors.registry import Registry
-from actors.router import Router
-from actors.router_args import RouterArgs
+from actors.router.args import RouterArgs
+from actors.router.router import Router
 from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import ActorDown as ActorDownError
-from cortexd.errors import CortexError
+from cortexd.errors import CortexError, NotFound
 from cortexd.messages import (
     ActorUp,
     DescribeModel,
@@ -168,6 +168,8 @@ class World:
         self.router.spawn(self.router.on_group_up(GroupUp(0, group, epoch, leader)))
 
     async def _stop_group(self, message: StopGroup) -> Message:
+        if message.group not in self.orders:
+            raise NotFound(f'no group "{message.group}"')
         self.used_bytes = 0
         self.router.on_group_down(
             GroupDown(0, message.group, self.epoch, "stopped", will_restart=False, commanded=True)

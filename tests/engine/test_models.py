@@ -106,7 +106,7 @@ def test_engine_equals_transformers(name: str, tmp_path: Path) -> None:
         recorder.logits.clear()
         tokens = generate(engine, prompt, max_tokens=6, ignore_eos=True)
         assert max_difference(recorder.logits[0], oracle_logits(oracle, prompt)) < TOLERANCE
-        assert tokens == oracle_greedy(oracle, prompt, 6)
+        assert tokens == oracle_greedy(oracle, prompt, tokens, 6)
 
 
 def test_bfloat16_checkpoint_runs_in_float32_or_near_it_in_bfloat16(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_model_of_this_type_equals_transformers(name: str, tmp_path: Path) -> No
     expected = oracle_logits(oracle, prompt)
     assert float(expected.std()) > 0.05, "logits that say nothing"
     assert max_difference(recorder.logits[0], expected) < 1e-4
-    assert tokens == oracle_greedy(oracle, prompt, 2)
+    assert tokens == oracle_greedy(oracle, prompt, tokens, 2)
     stored = sum(parameter.numel() for parameter in oracle.parameters())
     elements, size = BLOCK_SIZES[GGMLType[name]]
     # Dense numbers take the compute type on the torch path; the CPU's kernels keep those as well.

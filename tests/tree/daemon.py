@@ -14,6 +14,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -42,6 +43,9 @@ class Daemon:
             "CORTEXD_PATHS__RUNTIME_DIR": str(self.runtime_dir),
             "CORTEXD_PATHS__STATE_DIR": str(root / "state"),
             "CORTEXD_ENGINE__NUM_THREADS": "1",
+            # A busy machine may stop a healthy process for longer than the default; the tests of
+            # hangs set their own.
+            "CORTEXD_SUPERVISION__KILL_AFTER_S": str(DEADLINE_S),
             "HF_HUB_OFFLINE": "1",
             **environment,
         }
@@ -164,6 +168,20 @@ class Daemon:
             return model.get("state") == "loaded"
 
         wait_for(loaded, f"loading {model_id}")
+
+    @contextmanager
+    def paused(self, actor: str) -> Iterator[None]:
+        """Stop an actor's process for the time of the block: what waits for it cannot end."""
+        pid = int(self.actors()[actor]["pid"])
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def leader(self, model_id: str) -> str:
+        """Return the name of a loaded model's first rank."""
+        return str(self.models()[model_id]["leader"])
 
     def kill(self, actor: str) -> int:
         """SIGKILL an actor; return the pid it had."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.tree.daemon import Daemon
-from tests.tree.tiny_model import CONTEXT
+from tests.tree.tiny_model import CONTEXT, LONG
 from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
@@ -70,7 +70,7 @@ def test_each_ending_leaves_one_line_and_one_count(daemon: Daemon, tiny_model: A
     """Good, refused, wrong, unknown, too long, left in the middle: one of each, no more."""
     model = str(tiny_model)
     before, old = counted(daemon), len(lines(daemon))
-    endless = {"max_tokens": CONTEXT // 2, "ignore_eos": True}
+    endless = {"max_tokens": LONG, "ignore_eos": True}
     endings: dict[str, Callable[[str], object]] = {
         "unary": lambda name: send(daemon, name, body(model, max_tokens=2)).read(),
         "stream": lambda name: send(daemon, name, body(model, max_tokens=2, stream=True)).read(),
@@ -84,7 +84,7 @@ def test_each_ending_leaves_one_line_and_one_count(daemon: Daemon, tiny_model: A
         "bad-value": lambda name: send(daemon, name, body(model, temperature=-1)).read(),
         "unknown": lambda name: send(daemon, name, body("no/such")).read(),
         "too-long": lambda name: send(
-            daemon, name, {"model": model, "prompt": "word " * 9000}, "/v1/completions"
+            daemon, name, {"model": model, "prompt": "word " * CONTEXT}, "/v1/completions"
         ).read(),
         "left-stream": lambda name: leave(daemon, name, **body(model, stream=True, **endless)),
         "left-unary": lambda name: leave(daemon, name, **body(model, **endless)),
@@ -110,7 +110,7 @@ def test_each_ending_leaves_one_line_and_one_count(daemon: Daemon, tiny_model: A
 def test_requests_of_a_killed_front_are_accounted_for(daemon: Daemon, tiny_model: Any) -> None:
     """The router writes the line that the front cannot write any more, even one started since."""
     before, old = counted(daemon), len(lines(daemon))
-    endless = body(str(tiny_model), stream=True, max_tokens=CONTEXT - 64, ignore_eos=True)
+    endless = body(str(tiny_model), stream=True, max_tokens=LONG, ignore_eos=True)
     answers = [send(daemon, f"r{number}", endless) for number in range(3)]
     for answer in answers:
         answer.readline()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.tree.daemon import Daemon, streamed_text
+from tests.tree.tiny_model import LONG
 from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
@@ -54,7 +55,7 @@ def test_killed_leader_ends_streams_with_an_error_event_and_comes_back(
     """A stream gets a retriable error event and no [DONE]; then the model serves again."""
     before = streamed_text(list(daemon.stream(str(tiny_model), "hello")))
     pid = int(daemon.actors()[_leader(daemon)]["pid"])
-    stream = daemon.stream(str(tiny_model), "hello", max_tokens=4000, ignore_eos=True)
+    stream = daemon.stream(str(tiny_model), "hello", max_tokens=LONG, ignore_eos=True)
     events: list[dict[str, Any] | str] = [next(stream), next(stream)]
     os.kill(pid, signal.SIGKILL)
     events += list(stream)
@@ -64,12 +65,13 @@ def test_killed_leader_ends_streams_with_an_error_event_and_comes_back(
     assert streamed_text(list(daemon.stream(str(tiny_model), "hello"))) == before
 
 
-def test_stopped_front_is_dumped_killed_and_replaced(daemon: Daemon, tiny_model: Path) -> None:
+def test_stopped_front_is_dumped_killed_and_replaced(tmp_path: Path) -> None:
     """A hung actor is noticed by its missing heartbeat."""
-    pid = int(daemon.actors()["front.0"]["pid"])
-    os.kill(pid, signal.SIGSTOP)
-    daemon.wait_back("front.0", pid)
-    assert daemon.chat(str(tiny_model), "hello")[0] == 200
+    with Daemon(tmp_path, CORTEXD_SUPERVISION__KILL_AFTER_S="5") as daemon:
+        pid = int(daemon.actors()["front.0"]["pid"])
+        os.kill(pid, signal.SIGSTOP)
+        daemon.wait_back("front.0", pid)
+        assert daemon.get("/livez")[0] == 200
 
 
 def test_second_start_names_the_running_pid(daemon: Daemon) -> None:
@@ -166,7 +168,8 @@ def test_nothing_survives_a_killed_root(tiny_model: Path, tmp_path: Path) -> Non
 
 def test_stop_drains_and_leaves_no_file(tiny_model: Path, tmp_path: Path) -> None:
     """SIGTERM lets a running stream finish, exits 0, and removes the sockets."""
-    with Daemon(tmp_path, "--model", str(tiny_model)) as daemon:
+    patient = {"CORTEXD_SUPERVISION__STOP_TIMEOUT_S": str(DEADLINE_S)}
+    with Daemon(tmp_path, "--model", str(tiny_model), **patient) as daemon:
         daemon.wait_loaded(str(tiny_model))
         stream = daemon.stream(str(tiny_model), "hello", max_tokens=200, ignore_eos=True)
         events: list[dict[str, Any] | str] = [next(stream)]

@@ -14,6 +14,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 
 from tests.tree.daemon import Daemon, NeuronDaemon, streamed_text
 from tests.tree.fleet_stub import ANSWER, EVENTS, MODEL, Stub
-from tests.tree.tiny_model import CONTEXT
+from tests.tree.tiny_model import CONTEXT, LONG
 from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
@@ -149,8 +150,12 @@ def test_models_and_health_are_those_of_the_fleet(hosts: Hosts) -> None:
     assert {model["node"] for model in listed} == {"one", "stub"}
     health = json.loads(hosts.gateway.get("/health")[1])
     assert (health["status"], health["nodes"]) == ("ok", {"healthy": 3, "total": 3})
-    _, metrics = hosts.gateway.get("/metrics", port=hosts.gateway.metrics_port)
-    assert 'cortex_node_healthy{node="two"} 1.0' in metrics
+
+    def is_exported() -> bool:
+        _, metrics = hosts.gateway.get("/metrics", port=hosts.gateway.metrics_port)
+        return 'cortex_node_healthy{node="two"} 1.0' in metrics
+
+    wait_for(is_exported, "the node's gauge")
 
 
 def test_bytes_reach_the_server_as_the_client_sent_them(hosts: Hosts) -> None:
@@ -217,9 +222,13 @@ def test_cold_model_is_loaded_once_on_the_node_it_is_pinned_to(hosts: Hosts) -> 
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda n: hosts.gateway.chat("tier/cold", f"hi {n}"), range(6)))
     assert [status for status, _ in answers] == [200] * 6, answers
-    loads = [line for line in hosts.two.log().splitlines() if '"model.loading"' in line]
-    assert len(loads) == 1, loads
+
+    def loads() -> list[str]:
+        return [line for line in hosts.two.log().splitlines() if '"model.loading"' in line]
+
+    wait_for(loads, "the load's line")
     wait_for(lambda: hosts.requests_by_node()["two"] == 6, "counting the requests")
+    assert len(loads()) == 1, loads()
 
 
 def test_burst_on_two_replicas_is_balanced(hosts: Hosts) -> None:
@@ -229,13 +238,14 @@ def test_burst_on_two_replicas_is_balanced(hosts: Hosts) -> None:
     wait_for(lambda: hosts.loaded_on("two"), "seeing the model on node two")
     assert hosts.loaded_on("one")
     before = hosts.requests_by_node()
-    with ThreadPoolExecutor(64) as pool:
-        answers = list(
-            pool.map(
-                lambda n: hosts.gateway.chat(hosts.model, f"question {n}", max_tokens=64), range(64)
-            )
-        )
-    assert [status for status, _ in answers] == [200] * 64
+    with ThreadPoolExecutor(64) as pool, ExitStack() as burst:
+        for node in (hosts.one, hosts.two):
+            # None ends before the last has begun.
+            burst.enter_context(node.paused(node.leader(hosts.model)))
+        asked = [pool.submit(hosts.gateway.chat, hosts.model, f"question {n}") for n in range(64)]
+        wait_for(lambda: len(hosts.gateway.admin("requests")["requests"]) == 64, "the burst")
+        burst.close()
+        assert [one.result()[0] for one in asked] == [200] * 64
     total = before.total() + 64
     wait_for(lambda: hosts.requests_by_node().total() == total, "counting all requests")
     share = hosts.requests_by_node() - before
@@ -246,10 +256,11 @@ def test_burst_on_two_replicas_is_balanced(hosts: Hosts) -> None:
 def test_node_that_dies_in_the_middle_of_a_stream_ends_it_with_an_error(hosts: Hosts) -> None:
     """The client gets an error event, no [DONE]; then 503 while nobody serves; then it is back."""
     body = json.dumps(
-        {"model": hosts.model, "max_tokens": 4000, "ignore_eos": True}
+        {"model": hosts.model, "max_tokens": LONG, "ignore_eos": True}
         | {"messages": [{"role": "user", "content": "x"}], "stream": True}
     ).encode()
     hosts.two.stop(signal.SIGKILL)
+    wait_for(lambda: not hosts.gateway.has_healthy("two"), "the gateway's missing it")
     request = urllib.request.Request(
         hosts.gateway.url("/v1/chat/completions"),
         data=body,

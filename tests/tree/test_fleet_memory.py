@@ -105,6 +105,9 @@ def trio(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         try:
             with ThreadPoolExecutor(3) as pool:
                 list(pool.map(Daemon.start, daemons))
+            gateway.wait_ready()
+            for name in (*NEURONS, "stub"):
+                wait_for(lambda name=name: gateway.has_healthy(name), f"hearing of {name}")
             yield Trio(gateway, neurons, {node: (one, two) for node, (one, two) in models.items()})
         finally:
             with ThreadPoolExecutor(3) as pool:

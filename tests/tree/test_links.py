@@ -89,8 +89,13 @@ def test_cut_link_costs_no_request_that_another_node_can_serve(links: Links) -> 
     links.relay.mend()
     wait_for(lambda: links.is_healthy("far"), "the node's return")
     assert links.ask(FAR_MODEL) == "far"
-    lines = [line for line in links.gateway.log().splitlines() if '"node":"far"' in line]
-    assert len([line for line in lines if '"node.unhealthy"' in line]) == 1
+
+    def lines(event: str) -> list[str]:
+        found = [line for line in links.gateway.log().splitlines() if '"node":"far"' in line]
+        return [line for line in found if f'"{event}"' in line]
+
+    wait_for(lambda: len(lines("node.healthy")) == 2, "the line of its return")
+    assert len(lines("node.unhealthy")) == 1
     wait_for(lambda: links.num_sockets() <= before + 4, "the sockets' end")
 
 

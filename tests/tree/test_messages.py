@@ -9,6 +9,7 @@ import pytest
 from anthropic.types import MessageParam
 
 from tests.tree.daemon import Daemon
+from tests.tree.tiny_model import CONTEXT
 
 pytestmark = pytest.mark.tree
 
@@ -51,5 +52,7 @@ def test_messages_refuse_what_the_model_cannot_do(daemon: Daemon, tiny_model: Pa
             )
         with pytest.raises(anthropic.BadRequestError, match="prompt is too long: "):
             client.messages.create(
-                model=model, max_tokens=16, messages=[{"role": "user", "content": "word " * 4000}]
+                model=model,
+                max_tokens=16,
+                messages=[{"role": "user", "content": "word " * CONTEXT}],
             )

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.tree.daemon import Daemon, streamed_text
-from tests.tree.tiny_model import CONTEXT
+from tests.tree.tiny_model import CONTEXT, LONG
 from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
@@ -94,7 +94,7 @@ def test_unknown_model_is_404_with_code(daemon: Daemon) -> None:
 
 def test_prompt_over_context_is_400_with_both_numbers(daemon: Daemon, tiny_model: Path) -> None:
     """The error says how long the prompt is and how long it may be."""
-    status, answer = daemon.chat(str(tiny_model), "word " * 4000)
+    status, answer = daemon.chat(str(tiny_model), "word " * CONTEXT)
     assert status == 400
     error = answer["error"]
     assert error["code"] == "context_length_exceeded"
@@ -111,7 +111,7 @@ def test_client_that_vanishes_mid_stream_frees_its_sequence(
             "model": str(tiny_model),
             "messages": [{"role": "user", "content": "hello"}],
             "stream": True,
-            "max_tokens": 4000,
+            "max_tokens": LONG,
             "ignore_eos": True,
         }
     )

@@ -15,7 +15,7 @@ import msgspec
 import psutil
 import pytest
 
-from actors.spec import ChildSpec
+from actors.root.spec import ChildSpec
 from actors.transport.admin_channel import AdminChannel
 from cortexd.errors import NotRunning
 from tests.tree.toy_daemon import REPOSITORY, ToyDaemon, toys

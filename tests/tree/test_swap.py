@@ -73,7 +73,7 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "--role",
         "neuron",
         CORTEXD_ENGINE__MEMORY_LIMIT_MIB=ONE_MODEL_MIB,
-        CORTEXD_ENGINE__KV_CACHE_MIB="8",
+        CORTEXD_ENGINE__KV_CACHE_MIB="24",
     )
     host = Daemon(
         folder,
@@ -161,15 +161,17 @@ def test_draining_neuron_gets_nothing_new(pair: Pair) -> None:
     status, answer = pair.ask("right")
     assert status == 200, answer
     wait_for(lambda: pair.neuron.models()[right]["in_flight"] == 0, "the lease being closed")
-    events = pair.host.stream(right, "x", max_tokens=1500, ignore_eos=True)
-    next(events)
-    assert pair.neuron.admin("drain", on=True) == {"draining": True, "in_flight": 1}
-    status, answer = pair.ask("right")
-    assert (status, answer["error"]["code"]) in {
-        (503, "no_healthy_node"),
-        (502, "upstream_unavailable"),
-    }
-    assert list(events)[-1] == "[DONE]"
+    with ThreadPoolExecutor(1) as pool:
+        with pair.neuron.paused(pair.neuron.leader(right)):
+            stream = pool.submit(lambda: list(pair.host.stream(right, "x", max_tokens=50)))
+            wait_for(lambda: pair.neuron.models()[right]["in_flight"] == 1, "the stream's start")
+            assert pair.neuron.admin("drain", on=True) == {"draining": True, "in_flight": 1}
+            status, answer = pair.ask("right")
+            assert (status, answer["error"]["code"]) in {
+                (503, "no_healthy_node"),
+                (502, "upstream_unavailable"),
+            }
+        assert stream.result()[-1] == "[DONE]"
 
     def health() -> dict[str, Any]:
         return dict(json.loads(pair.host.get("/health")[1]))

@@ -18,7 +18,7 @@ import pytest
 
 from cortexd.errors import CortexError
 from tests.tree.daemon import Daemon, streamed_text
-from tests.tree.tiny_model import LONG, make_tiny_model
+from tests.tree.tiny_model import CONTEXT, LONG, make_tiny_model
 from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
@@ -48,12 +48,18 @@ def answers(model: str, daemon: Daemon) -> list[str]:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A daemon without a model, whose steps may not take long."""
+    """A daemon without a model."""
+    settings = {"CORTEXD_SUPERVISION__MAX_GROUP_RESTARTS": "20"}
+    with Daemon(tmp_path_factory.mktemp("daemon"), **settings) as running:
+        yield running
+
+
+@pytest.fixture
+def hasty(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon without a model, whose steps may not take long: that ends a stopped worker."""
     with Daemon(
-        tmp_path_factory.mktemp("daemon"),
+        tmp_path,
         CORTEXD_SUPERVISION__STEP_TIMEOUT_S=str(STEP_TIMEOUT_S),
-        # So that it is the step's deadline that notices a stopped worker.
-        CORTEXD_SUPERVISION__KILL_AFTER_S="60",
         CORTEXD_SUPERVISION__MAX_GROUP_RESTARTS="20",
     ) as running:
         yield running
@@ -136,25 +142,23 @@ def test_killed_rank_ends_streams_retriably_and_the_group_is_back(
 
 
 def test_stopped_worker_misses_the_step_deadline_and_the_group_is_back(
-    split: Daemon, model: str, answers: list[str]
+    hasty: Daemon, model: str, answers: list[str]
 ) -> None:
     """A rank that hangs in a collective ends the group, not the service."""
-    # Afresh: a group that failed twice waits seconds before its third start.
-    assert split.post("/models/unload", {"model_id": model}, port=split.neuron_port)[0] == 200
-    assert _load(split, model, tensor_parallel=2, devices=[0, 1])[0] == 200
-    stream = split.stream(model, "hello", max_tokens=LONG, ignore_eos=True)
+    assert _load(hasty, model, tensor_parallel=2, devices=[0, 1])[0] == 200
+    stream = hasty.stream(model, "hello", max_tokens=LONG, ignore_eos=True)
     events: list[Any] = [next(stream), next(stream)]
-    os.kill(int(split.actors()[_rank(split, 1)]["pid"]), signal.SIGSTOP)
+    os.kill(int(hasty.actors()[_rank(hasty, 1)]["pid"]), signal.SIGSTOP)
     events += list(stream)
     assert events[-1]["error"]["code"] == "engine_restarting"
-    split.wait_loaded(model)
-    assert _ask(split, model, PROMPTS[0]) == answers[0]
+    hasty.wait_loaded(model)
+    assert _ask(hasty, model, PROMPTS[0]) == answers[0]
 
 
 def test_bad_request_does_not_harm_the_group(split: Daemon, model: str, answers: list[str]) -> None:
     """A prompt that is too long is that client's error; the same processes go on."""
     pids = [split.actors()[_rank(split, rank)]["pid"] for rank in (0, 1)]
-    assert split.chat(model, "word " * 4000)[0] == 400
+    assert split.chat(model, "word " * CONTEXT)[0] == 400
     assert _ask(split, model, PROMPTS[1]) == answers[1]
     assert [split.actors()[_rank(split, rank)]["pid"] for rank in (0, 1)] == pids
 
@@ -223,9 +227,10 @@ def test_three_and_four_ranks_answer_as_one(
 @pytest.mark.slow
 @pytest.mark.chaos
 def test_rank_lost_at_any_moment_leaves_a_group_that_answers_the_same(
-    daemon: Daemon, model: str, answers: list[str]
+    hasty: Daemon, model: str, answers: list[str]
 ) -> None:
     """Killed while loading or while stepping, or stopped: the request ends, the group is back."""
+    daemon = hasty
     random = Random(SEED)
     for _ in range(8):
         if daemon.models().get(model, {}).get("state") == "loaded":

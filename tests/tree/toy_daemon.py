@@ -19,9 +19,9 @@ from typing import Any, Self
 import msgspec
 import psutil
 
-from actors.process import become_subreaper
-from actors.root import run_root
-from actors.spec import ChildSpec
+from actors.root.process import become_subreaper
+from actors.root.root import run_root
+from actors.root.spec import ChildSpec
 from actors.transport.admin_channel import AdminChannel
 from cortexd.errors import CortexError
 from cortexd.settings import Settings

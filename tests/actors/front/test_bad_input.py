@@ -223,7 +223,11 @@ async def test_error_names_value_and_range() -> None:
         _, body, _ = await front.chat(top_p=0)
         assert body["error"]["message"] == "top_p is 0; allowed: a number from above 0 to 1"
         _, body, _ = await front.chat(max_tokens=0)
-        assert body["error"]["message"] == "max_tokens is 0; allowed: an integer of at least 1"
+        assert (
+            body["error"]["message"] == "max_tokens is 0; allowed: an integer from 1 to 2147483647"
+        )
+        _, body, _ = await front.chat(max_tokens=2**31)
+        assert "2147483648; allowed: an integer from 1 to 2147483647" in body["error"]["message"]
         _, body, _ = await front.chat(stop=[1])
         assert body["error"]["message"].startswith("stop[0] is not usable: expected `str`")
 
@@ -316,6 +320,27 @@ async def test_gzip_bomb_is_413() -> None:
         bomb = gzip.compress(b" " * (64 * 2**20))
         status, answer, _ = await front.post(CHAT, bomb, headers={"Content-Encoding": "gzip"})
         assert (status, answer["error"]["code"]) == (413, "request_too_large")
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/v1/chat/completions/", "did you mean /v1/chat/completions?"),
+        ("/v1//chat/completions", "did you mean /v1/chat/completions?"),
+        ("/v1/v1/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/completions", "did you mean /v1/completions?"),
+        ("/openai/v1/messages", "did you mean /v1/messages?"),
+        ("/api/generate", "served here: /health, /livez, /readyz, /v1/chat/completions, "),
+        ("/v1/embeddings", "served here: "),
+    ],
+)
+@async_test
+async def test_unknown_route_names_the_one_that_was_meant_or_all(path: str, hint: str) -> None:
+    """A base URL that is slightly off, and APIs of others: the text is all that a user sees."""
+    async with served_front() as front:
+        status, answer, _ = await front.post(path, chat_body())
+        assert status == 404
+        assert f"no route POST {path}; {hint}" in answer["error"]["message"]
 
 
 @async_test

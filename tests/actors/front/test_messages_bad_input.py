@@ -32,7 +32,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"model": None}, "model is missing"),
     ({"model": 5}, "model is 5"),
     ({"max_tokens": None}, "max_tokens is missing"),
-    ({"max_tokens": 0}, "max_tokens is 0; allowed: an integer of at least 1"),
+    ({"max_tokens": 0}, "max_tokens is 0; allowed: an integer from 1 to 2147483647"),
     ({"messages": None}, "messages is missing"),
     ({"messages": []}, "messages is empty"),
     ({"messages": ["x"]}, "messages[0] is not usable"),

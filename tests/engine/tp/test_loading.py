@@ -17,6 +17,7 @@ from engine.formats.checkpoint import Checkpoint
 from engine.loader import Weights
 from engine.models.registry import REGISTRY, load_class
 from engine.preflight import inspect
+from engine.stored_tensors import StoredTensors
 from engine.tp.comm import Comm
 from engine.tp.sharding import Shard
 from tests.engine.checkpoints import make_oracle
@@ -85,7 +86,8 @@ def _load(files: ModelFiles, spec: ModelSpec, shard: Shard) -> tuple[Weights, Me
     comm.shard = shard  # nothing is computed, so no group is needed
     checkpoint = Checkpoint.open(files)
     views = [torch.frombuffer(t.view(), dtype=torch.uint8) for t in checkpoint.tensors.values()]
-    weights = Weights(checkpoint, spec, comm=comm, backend="reference")
+    stored = StoredTensors(checkpoint, spec, shard, torch.device("cpu"))
+    weights = Weights(stored, spec, comm=comm, backend="reference")
     meter = Meter([(view.data_ptr(), view.data_ptr() + len(view)) for view in views], weights)
     with meter:
         model = load_class(spec.model_type)(shard.local_spec(spec), weights)
