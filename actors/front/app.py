@@ -13,6 +13,7 @@ from actors.front.auth import HEARS_GATEWAYS, KeyRing, with_gateway_key, with_ke
 from actors.front.chat import ChatDialect
 from actors.front.completions import CompletionDialect
 from actors.front.count_tokens import count_tokens
+from actors.front.cross_origin import ORIGIN_FIELDS, CrossOrigin
 from actors.front.error_response import (
     anthropic_error_response,
     error_response,
@@ -37,6 +38,10 @@ class Listener:
         self._services = services
         self._is_neuron = name == "neuron"
         self._forwards = name == "api" and services.has_neurons
+        # Other hosts use the neuron's listener, pages do not.
+        self._cross_origin = CrossOrigin(
+            () if self._is_neuron else services.settings.gateway.allowed_origins or ()
+        )
         # Bodies are read by `read_body`, which has its own limit; the library's must not be lower.
         self.app = web.Application(
             middlewares=[self._middleware()],
@@ -81,8 +86,9 @@ class Listener:
         offered = request.headers.get("x-request-id", "")
         is_usable = offered and _REQUEST_ID.fullmatch(offered)
         request[REQUEST_ID] = offered if is_usable else os.urandom(_ID_BYTES).hex()
+        request[ORIGIN_FIELDS] = self._cross_origin.fields(request)
         try:
-            response = await handler(request)
+            response = self._cross_origin.preflight(request) or await handler(request)
         except CortexError as error:
             response = _answer_error(request, error)
         except web.HTTPException as exception:
@@ -94,6 +100,7 @@ class Listener:
             response = _answer_error(request, Internal("the server failed; see its log"))
         if not response.prepared:
             set_request_id(response, request[REQUEST_ID])
+            response.headers.update(request[ORIGIN_FIELDS])
             if services.is_draining:
                 response.force_close()
         return response
