@@ -88,33 +88,49 @@ class Dispatch:
         failure = NodeFailed(self.node, reason, self.lease_id, is_refusing)
         self._services.tell_quietly("router", failure)
 
+    def begin(self) -> NodeAnswer | None:
+        """Send the request if nobody must be waited for; `open`, which goes on with it, calls this.
+
+        Return the answer to come, None when nothing was sent. Raises: InvalidRequest.
+        """
+        leases = self._services.leases
+        routed = leases.open_node(self._model)
+        if routed is None:
+            return None
+        leases.begin(self._enter(routed))
+        if self._record.estimate is None:  # else it is held first
+            path, body = self._addressed(routed)
+            self._record.note_submitted()
+            self._upstream = self._services.upstream.send_idle(
+                routed.base_url, path, self._headers(routed), body
+            )
+        return self._upstream
+
     async def open(self) -> NodeAnswer | None:
         """Return the head of a node's answer, None when this host is to serve the request.
 
         Raises: what the router refuses with, UpstreamUnavailable, InvalidRequest.
         """
-        routed = await self._place([])
+        if self._routed is None:
+            self.begin()
+        routed = self._routed or await self._place([])
         if isinstance(routed, RoutedHere):
             return None
         try:
             return await self._post(routed)
         except UpstreamUnavailable as error:
+            self._close()
             retry = await self._place_again(routed, error)
         self._record.num_resubmits += 1
         return await self._post(retry)
 
     async def _place(self, exclude: list[str]) -> RoutedHere | RoutedRemote:
-        leases = self._services.leases
-        routed = None if exclude else leases.open_node(self._model)
-        if routed is not None:
-            leases.begin(self._enter(routed))
-            return routed
         answer = await self._ask(exclude)
         if isinstance(answer, RoutedRemote):
             self._record.cold_start = self._record.cold_start or answer.cold_start
             lease = self._enter(answer)
-            leases.hold(lease)
-            leases.note_open(self._model, lease, answer)
+            self._services.leases.hold(lease)
+            self._services.leases.note_open(self._model, lease, answer)
         return answer
 
     async def _ask(self, exclude: list[str]) -> RoutedHere | RoutedRemote:
@@ -172,16 +188,10 @@ class Dispatch:
         return path, with_model(self._body, routed.model_id) if is_alias else self._body
 
     async def _post(self, routed: RoutedRemote) -> NodeAnswer:
-        self._close()
-        path, body = self._addressed(routed)
-        if self._record.estimate is not None:
-            await hold(self._services, self._record, self._record.estimate.total)
         is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
-        self._record.submitted = self._record.submitted or time.monotonic()
         try:
-            self._upstream = await self._services.upstream.send(
-                routed.node, routed.base_url, path, self._headers(routed), body
-            )
+            if self._upstream is None:
+                self._upstream = await self._send(routed)
             await await_head(
                 self._services.bus,
                 self._upstream,
@@ -204,6 +214,15 @@ class Dispatch:
                 "its operator can mend key_file in [[neurons]]"
             )
         return self._upstream
+
+    async def _send(self, routed: RoutedRemote) -> NodeAnswer:
+        path, body = self._addressed(routed)
+        if self._record.estimate is not None:
+            await hold(self._services, self._record, self._record.estimate.total)
+        self._record.note_submitted()
+        return await self._services.upstream.send(
+            routed.node, routed.base_url, path, self._headers(routed), body
+        )
 
     def _headers(self, routed: RoutedRemote) -> list[tuple[str, str]]:
         """Return what the node is sent; whose request it is is told to our own neurons only."""

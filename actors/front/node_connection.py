@@ -34,7 +34,7 @@ class NodeAnswer:
         self._waiting: list[bytes] = []
         self._num_waiting = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._on_data: Callable[[bytes], None] | None = None
+        self._on_data: Callable[[bytes, bool], None] | None = None
         self._on_end: Callable[[Exception | None], None] | None = None
         self._is_ended = False
         self._error: Exception | None = None
@@ -77,16 +77,17 @@ class NodeAnswer:
         return body
 
     def follow(
-        self, on_data: Callable[[bytes], None], on_end: Callable[[Exception | None], None]
+        self, on_data: Callable[[bytes, bool], None], on_end: Callable[[Exception | None], None]
     ) -> None:
         """Hand over each piece of the body, beginning with those that wait; then the end, once.
 
-        `on_end` is given what broke the answer, None when it is whole.
+        `on_data` is told too whether the piece is known to be the last one; `on_end` is given what
+        broke the answer, None when it is whole.
         """
         self._on_data, self._on_end = on_data, on_end
         waiting, self._waiting = self._waiting, []
         if waiting:
-            on_data(b"".join(waiting))
+            on_data(b"".join(waiting), self._parser.is_complete)
         if self._is_ended:
             on_end(self._error)
         else:
@@ -126,9 +127,9 @@ class NodeAnswer:
                 self._wake()
         if body:
             if self._on_data is not None:
-                self._on_data(body)
+                self._on_data(body, parser.is_complete)
             else:
-                self._gather(body)
+                self._gather(body, parser.is_complete)
                 if self._num_waiting > _MAX_WAITING_BYTES:
                     self._connection.pause()
         return parser.is_complete
@@ -152,7 +153,7 @@ class NodeAnswer:
         if self._on_end is not None:
             self._on_end(error)
 
-    def _gather(self, body: bytes) -> None:
+    def _gather(self, body: bytes, is_last: bool) -> None:
         self._num_waiting += len(body)
         if self._num_waiting > MAX_BODY_BYTES:
             raise BadAnswer(f"its body is over {MAX_BODY_BYTES} bytes")

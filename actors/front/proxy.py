@@ -35,7 +35,7 @@ from actors.front.splice import Splice
 from actors.front.stream import STREAM_HEADERS, EventWriter, guarded
 from actors.front.upstream import returned_fields
 from actors.front.whole_answer import WholeAnswer
-from actors.front.written import Fields, WrittenAnswer, write_head, write_whole
+from actors.front.written import Fields, WrittenAnswer, begin_stream, write_whole
 from cortexd.errors import (
     CortexError,
     DeadlineExceeded,
@@ -118,10 +118,15 @@ class _Forwarding:
         """Return the client's answer, None when this host is to serve the request."""
         if not self._is_stream:
             return await self._limited(self._unary())
-        self._opening = asyncio.create_task(self._dispatch.open())
-        if not await is_done_within(self._opening, self._gateway.first_byte_hold_ms / 1000):
-            return await self._stream_from_now(self._opening)
-        upstream = self._opening.result()
+        upstream = self._dispatch.begin()
+        until = asyncio.get_running_loop().time() + self._gateway.first_byte_hold_ms / 1000
+        if upstream is None or not await _is_accepted(upstream, until):
+            self._opening = asyncio.create_task(self._dispatch.open())
+            if not await is_done_by(self._opening, until):
+                return await self._stream_from_now(self._opening)
+            upstream = self._opening.result()
+        else:
+            upstream = await self._dispatch.open()  # its head is there: nothing is waited for
         if upstream is None:
             return None
         if upstream.status != 200:
@@ -243,6 +248,7 @@ class _Forwarding:
     ) -> web.StreamResponse:
         """Begin the answer before the node has: the model loads, or a prompt is read."""
         response, writer = self._begin(STREAM_HEADERS.items())
+        writer.flush()
 
         async def run() -> None:
             while not opening.done():
@@ -262,7 +268,7 @@ class _Forwarding:
         return await self._guarded(response, writer, self._relay(upstream, writer))
 
     def _begin(self, fields: Fields) -> tuple[WrittenAnswer, EventWriter]:
-        response = write_head(self._request, 200, fields)
+        response = begin_stream(self._request, 200, fields)
         answer = Answer(
             id=self._answer_id,
             created=self._services.created,
@@ -347,7 +353,16 @@ class _Forwarding:
         )
 
 
-async def is_done_within(task: asyncio.Task[_Result], timeout_s: float) -> bool:
+async def _is_accepted(upstream: NodeAnswer, until: float) -> bool:
+    """Tell whether a node begins to answer in time, and as it should."""
+    try:
+        is_there = await upstream.has_head(until - asyncio.get_running_loop().time())
+    except AnswerBroken:
+        return False  # the dispatch meets it too, and goes elsewhere
+    return is_there and upstream.status == 200
+
+
+async def is_done_by(task: asyncio.Task[_Result], until: float) -> bool:
     """Wait for a task, but not for longer, and without ending it; a lighter `asyncio.wait`."""
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()
@@ -356,7 +371,7 @@ async def is_done_within(task: asyncio.Task[_Result], timeout_s: float) -> bool:
         if not waiter.done():
             waiter.set_result(None)
 
-    timer = loop.call_later(timeout_s, wake)
+    timer = loop.call_at(until, wake)
     task.add_done_callback(wake)
     try:
         await waiter

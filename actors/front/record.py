@@ -63,6 +63,11 @@ class RequestRecord:
         if self._slot is not None:
             services.reports.update(self._slot, self._opened(services))
 
+    def note_submitted(self) -> None:
+        """Note when it was first handed to what answers it."""
+        if self.submitted is None:
+            self.submitted = time.monotonic()
+
     def fail(self, error: CortexError, *, status: int | None = None) -> None:
         """Note how it failed; `status` when the client saw another one than the error's own."""
         self.error_code = error.code

@@ -52,6 +52,8 @@ class Splice:
         self._timer = self._loop.call_later(self._period_s, self._on_timer)
         self._upstream.follow(self._on_data, self._on_end)
         try:
+            if not self._is_ended:
+                self._writer.flush()
             while True:
                 if self._writer.is_full:
                     await self._writer.drained()
@@ -71,9 +73,9 @@ class Splice:
             raise self._failure
         rest = self._relay.flush()
         if rest:
-            await self._writer.write_event(rest)
+            self._writer.hold(rest)
 
-    def _on_data(self, chunk: bytes) -> None:
+    def _on_data(self, chunk: bytes, is_last: bool) -> None:
         record, relay, writer = self._record, self._relay, self._writer
         self._heard_at = now = time.monotonic()
         try:
@@ -86,7 +88,11 @@ class Splice:
             record.last_token = now
         elif relay.has_data:
             record.first_token = record.last_token = now
-        if lines and writer.send(lines, now):
+        if not lines:
+            return
+        if is_last:
+            writer.hold(lines)
+        elif writer.send(lines, now):
             self._upstream.hold_back()
             self._wake()
 

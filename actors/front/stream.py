@@ -22,7 +22,7 @@ from actors.front.generation import Generation
 from actors.front.load_note import load_note
 from actors.front.record import CLIENT_GONE_STATUS, RequestRecord
 from actors.front.services import SERVICES, Services
-from actors.front.written import WrittenAnswer, drained, write_head
+from actors.front.written import WrittenAnswer, begin_stream, drained
 from cortexd.errors import Cancelled, CortexError, Internal
 from cortexd.log import event
 
@@ -43,8 +43,10 @@ async def stream_answer(
     """Run the generation and write its events; errors before the first byte are raised."""
     gateway = request[SERVICES].settings.gateway
     outputs = await generation.next(gateway.first_byte_hold_ms / 1000)
-    response = write_head(request, 200, STREAM_HEADERS.items())
+    response = begin_stream(request, 200, STREAM_HEADERS.items())
     writer = EventWriter(request, response, encoder, record)
+    if not outputs:
+        writer.flush()
 
     async def run() -> None:
         nonlocal outputs
@@ -61,7 +63,7 @@ async def stream_answer(
             if generation.is_finished:
                 break
             outputs = await generation.next(gateway.keepalive_s)
-        await writer.write_event(encoder.end(generation.usage()))
+        writer.hold(encoder.end(generation.usage()))
 
     return await guarded(request, response, writer, record, run())
 
@@ -73,9 +75,10 @@ async def guarded(
     record: RequestRecord,
     work: Awaitable[None],
 ) -> web.StreamResponse:
-    """Run what writes a stream; a failure is its last event, without an end mark."""
+    """Run what writes a stream and end it; a failure is its last event, without an end mark."""
     try:
         await work
+        response.finish()
     except Cancelled as error:
         record.fail(error, status=CLIENT_GONE_STATUS)
         abort_connection(request)
@@ -107,11 +110,7 @@ def _chunks(encoder: ChunkEncoder, outputs: list[ChoiceOutput]) -> bytes:
 
 
 class EventWriter:
-    """Writes to one stream, with the clocks of both kinds of keep-alive.
-
-    The bytes go to the transport framed here: in the library's way each chunk costs three times as
-    much.
-    """
+    """Writes to one stream, with the clocks of both kinds of keep-alive."""
 
     def __init__(
         self,
@@ -126,7 +125,7 @@ class EventWriter:
         self._request = request
         self._protocol = request.protocol
         self._transport = request.transport
-        self._is_chunked = response.is_chunked
+        self._response = response
         self._event_period_s = request[SERVICES].settings.gateway.event_keepalive_s
         self._encoder = encoder
         self._clock = time.monotonic
@@ -138,15 +137,18 @@ class EventWriter:
         return self._protocol.writing_paused
 
     def send(self, data: bytes, now: float) -> bool:
-        """Write event bytes, which are not empty, without waiting; return `is_full`.
-
-        On a connection that is lost nothing is written: the request's task is cancelled already.
-        """
+        """Write event bytes, which are not empty, without waiting; return `is_full`."""
         self._last_event = now
-        transport = self._transport
-        if not transport.is_closing():
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+        self._response.send(data)
         return self._protocol.writing_paused
+
+    def hold(self, data: bytes) -> None:
+        """Let the last event bytes of a stream go out with its end mark."""
+        self._response.hold(data)
+
+    def flush(self) -> None:
+        """Show the client the head of a stream that has not begun. Raises: ConnectionError."""
+        self._response.flush()
 
     async def drained(self) -> None:
         """Wait until the client has read. Raises: SlowClient, ConnectionError."""

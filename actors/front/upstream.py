@@ -120,8 +120,21 @@ class Upstream:
 
         Raises: ConnectFailed.
         """
+        answer = self.send_idle(base_url, path, fields, body)
+        if answer is not None:
+            return answer
         origin = origin_of(base_url)
-        connection = self._take(origin) or await self._connect(node, origin)
+        connection = await self._connect(node, origin)
+        return connection.send(request_bytes(origin, path, fields, body))
+
+    def send_idle(
+        self, base_url: str, path: str, fields: list[tuple[str, str]], body: bytes
+    ) -> NodeAnswer | None:
+        """Do the same over a connection that is idle; return None when there is none."""
+        origin = origin_of(base_url)
+        connection = self._take(origin)
+        if connection is None:
+            return None
         return connection.send(request_bytes(origin, path, fields, body))
 
     def close(self) -> None:

@@ -28,14 +28,28 @@ Fields = Iterable[tuple[str, str]]
 
 
 class WrittenAnswer(web.StreamResponse):
-    """An answer of which nothing is left for the library to send but a stream's end mark."""
+    """An answer of which nothing is left for the library to send.
 
-    def __init__(self, request: web.Request, status: int, *, is_kept: bool, is_chunked: bool):
+    A stream's head waits for its first piece, and its last piece may wait for the end mark: each
+    write of its own costs as much as the rest of a piece's way.
+    """
+
+    def __init__(
+        self,
+        request: web.Request,
+        status: int,
+        *,
+        is_kept: bool,
+        is_chunked: bool = False,
+        head: bytes = b"",
+    ) -> None:
         # Without the library's own part: it would make what this answer does not have.
         self._transport = request.transport
         self._status = status
         self._keep_alive = is_kept
-        self.is_chunked = is_chunked
+        self._is_chunked = is_chunked
+        self._waiting = head
+        self._end = b"0\r\n\r\n" if is_chunked else b""
 
     @property
     def prepared(self) -> bool:
@@ -46,11 +60,43 @@ class WrittenAnswer(web.StreamResponse):
         """Do nothing: the head has been sent."""
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """End the body. Raises: ConnectionError."""
-        if self.is_chunked:
-            if self._transport is None or self._transport.is_closing():
-                raise ConnectionResetError("the client went away")
-            self._transport.write(b"0\r\n\r\n")
+        """End the body, if that has not been done. Raises: ConnectionError."""
+        self.finish()
+
+    def send(self, data: bytes) -> None:
+        """Write a piece of a stream, which is not empty, after what waits.
+
+        On a connection that is lost nothing is written: the request's task is cancelled already.
+        """
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._waiting:
+            data, self._waiting = self._waiting + data, b""
+        transport.write(data)
+
+    def hold(self, data: bytes) -> None:
+        """Let the last piece of a stream wait for `finish`."""
+        self._waiting += b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
+
+    def flush(self) -> None:
+        """Write what waits, so that a client sees the head of a stream that has not begun."""
+        self._write(b"")
+
+    def finish(self) -> None:
+        """End a stream's body; done twice it is done once. Raises: ConnectionError."""
+        end, self._end = self._end, b""
+        self._write(end)
+
+    def _write(self, end: bytes) -> None:
+        waiting, self._waiting = self._waiting, b""
+        if not waiting and not end:
+            return
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError("the client went away")
+        self._transport.write(waiting + end)
 
 
 async def write_whole(
@@ -68,22 +114,21 @@ async def write_whole(
         transport.writelines((head, body))
     if request.protocol.writing_paused:
         await drained(request)
-    return WrittenAnswer(request, status, is_kept=is_kept, is_chunked=False)
+    return WrittenAnswer(request, status, is_kept=is_kept)
 
 
-def write_head(request: web.Request, status: int, fields: Fields) -> WrittenAnswer:
-    """Write the head of a stream; the end of one to an old client is that of its connection.
+def begin_stream(request: web.Request, status: int, fields: Fields) -> WrittenAnswer:
+    """Begin a stream; the end of one to an old client is that of its connection.
 
     Raises: ConnectionError.
     """
-    transport = _transport(request)
+    _transport(request)
     is_chunked = request.version >= HttpVersion11
     is_kept = is_chunked and request.keep_alive and not request[SERVICES].is_draining
     framing = "Transfer-Encoding: chunked\r\n" if is_chunked else ""
     head = _head(request, status, fields, framing, is_kept=is_kept)
     request.writer.output_size += len(head)
-    transport.write(head)
-    return WrittenAnswer(request, status, is_kept=is_kept, is_chunked=is_chunked)
+    return WrittenAnswer(request, status, is_kept=is_kept, is_chunked=is_chunked, head=head)
 
 
 async def drained(request: web.Request) -> None:

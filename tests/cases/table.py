@@ -18,8 +18,8 @@ _A502: Final = Refusal(502, "api_error", retry=True)
 _A529: Final = Refusal(529, "overloaded_error", retry=True)
 
 _FRONT: Final = "tests/actors/front"
-_ROUTER: Final = "tests/actors/test_router.py"
-_FLEET: Final = "tests/actors/test_fleet.py"
+_ROUTER: Final = "tests/actors/router/test_router.py"
+_FLEET: Final = "tests/actors/router/test_fleet.py"
 _SCENARIOS: Final = "tests/tree/test_scenarios.py"
 
 _ROWS: Final = (
