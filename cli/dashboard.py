@@ -1,7 +1,8 @@
 """`cortexd top`: actors, models, devices and events of the running daemon, redrawn in place.
 
 Reads the admin socket only (`status`, `host`, `events`), so it works whatever the HTTP side does.
-`render` is a pure function of those three answers.
+`render` is a pure function of those three answers and the terminal's height: where that is small,
+actors that are well give way to the events.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from rich.text import Text
 from cli import format as fmt
 from cli.control import Channel, Document, connected, settings_of
 from cli.exit_code import OK, CommandError
+from cli.keypress import quit_key
 from cli.models import documents
 from cortexd.errors import CortexError
 
 _MAX_EVENTS: Final = 200
 _EVENT_LINES: Final = 12
+_MIN_EVENT_LINES: Final = 3
+_MIN_ACTORS: Final = 3
+_BORDERS: Final = 2
 _STYLES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("ok", "ready", "loaded"), "green"),
     **dict.fromkeys(("degraded", "failed", "exited"), "red"),
@@ -37,17 +42,21 @@ _BAD_ENDINGS: Final = (".down", ".failed", ".crashed", ".suspect", ".hung", ".ex
 
 
 def top(args: argparse.Namespace) -> int:
-    """Redraw until Ctrl-C. Raises: NotRunning; CommandError without a terminal."""
+    """Redraw until q or Ctrl-C. Raises: NotRunning; CommandError without a terminal."""
     if not sys.stdout.isatty():
         raise CommandError("top needs a terminal; for scripts use: cortexd status --json")
     console = Console()
     events: deque[Document] = deque(maxlen=_MAX_EVENTS)
     with connected(settings_of(args).settings) as channel, contextlib.suppress(KeyboardInterrupt):
-        first = look(channel, events)
-        with Live(render(*first, events), console=console, screen=True, auto_refresh=False) as live:
-            while True:
-                live.update(render(*look(channel, events), events), refresh=True)
-                time.sleep(args.interval)
+        first = look(channel, events)  # what fails here is told on the screen that was there
+        with (
+            Live(console=console, screen=True, auto_refresh=False) as live,
+            quit_key() as is_over,
+        ):
+            live.update(render(*first, events, height=console.height), refresh=True)
+            while not is_over(args.interval):
+                seen = look(channel, events)
+                live.update(render(*seen, events, height=console.height), refresh=True)
     return OK
 
 
@@ -64,19 +73,39 @@ def look(channel: Channel, events: deque[Document]) -> tuple[Document, Document]
     return status, host
 
 
-def render(status: Document, host: Document, events: deque[Document]) -> RenderableType:
-    """Return one screen."""
+def render(
+    status: Document, host: Document, events: deque[Document], *, height: int
+) -> RenderableType:
+    """Return one screen of so many lines."""
+    models, devices = _models(status, host), _devices(host)
+    left = height - 1 - _num_lines(models) - _num_lines(devices) - 4 * _BORDERS
+    actors = _actors(status, max(left - 1 - _MIN_EVENT_LINES, _MIN_ACTORS))
+    left -= _num_lines(actors)
+    num_events = min(max(left, _MIN_EVENT_LINES), _EVENT_LINES)
     return Group(
         _header(status),
-        Panel(_models(status, host), title="models", title_align="left"),
-        Panel(_devices(host), title="devices", title_align="left"),
-        Panel(_actors(status), title="actors", title_align="left"),
-        Panel(_events(events), title="events", title_align="left"),
+        Panel(models, title="models", title_align="left"),
+        Panel(devices, title="devices", title_align="left"),
+        Panel(actors, title="actors", title_align="left"),
+        Panel(
+            _events(events, num_events),
+            title="events",
+            title_align="left",
+            subtitle="q quits",
+            subtitle_align="right",
+        ),
     )
 
 
+def _num_lines(part: RenderableType) -> int:
+    """Return how high the inside of a panel is."""
+    if isinstance(part, Group):
+        return sum(map(_num_lines, part.renderables))
+    return part.row_count + 1 if isinstance(part, Table) else 1
+
+
 def _header(status: Document) -> Text:
-    text = Text("cortexd ", style="bold")
+    text = Text("cortexd ", style="bold", no_wrap=True, overflow="ellipsis")
     text.append(f"{status.get('version', '?')}  ")
     text.append_text(_state(status.get("state")))
     text.append(
@@ -102,7 +131,7 @@ def _models(status: Document, host: Document) -> RenderableType:
         load = loads.get(model.get("model_id"), {})
         blocks = fmt.number(load, "kv_blocks_total")
         table.add_row(
-            fmt.printable(str(model.get("model_id"))),
+            _cut(str(model.get("model_id"))),
             _model_state(model),
             fmt.size(fmt.number(model, "memory_bytes")) if model.get("memory_bytes") else "-",
             _count(load, "num_running"),
@@ -111,7 +140,13 @@ def _models(status: Document, host: Document) -> RenderableType:
             f"{fmt.number(load, 'tok_s_decode'):.1f} tok/s" if load else "-",
             f"{100 * fmt.number(load, 'kv_blocks_used') / blocks:.0f} %" if blocks else "-",
         )
-    return table
+    # Below the table: in it an error, which is long, would leave the other columns no room.
+    errors = [
+        _cut(f"{model.get('model_id')}: {model['error']}", "red")
+        for model in models
+        if model.get("error")
+    ]
+    return Group(table, *errors)
 
 
 def _model_state(model: Document) -> Text:
@@ -119,8 +154,6 @@ def _model_state(model: Document) -> Text:
     progress = model.get("progress")
     if isinstance(progress, int | float):
         text.append(f" {model.get('stage') or ''} {100 * progress:.0f} %")
-    if model.get("error"):
-        text.append(f" {fmt.printable(str(model['error']))}")
     return text
 
 
@@ -132,7 +165,7 @@ def _devices(host: Document) -> RenderableType:
         busy, temperature = device.get("utilization_pct"), device.get("temperature_c")
         table.add_row(
             f"{device.get('kind')}:{device.get('index')}",
-            fmt.printable(str(device.get("name"))),
+            _cut(str(device.get("name"))),
             fmt.size(fmt.number(device, "memory_used_bytes")),
             fmt.size(fmt.number(device, "memory_total_bytes")),
             "-" if busy is None else f"{busy:.0f} %",
@@ -141,11 +174,18 @@ def _devices(host: Document) -> RenderableType:
     return table
 
 
-def _actors(status: Document) -> RenderableType:
+def _actors(status: Document, most: int) -> RenderableType:
+    """Return a line for each actor, or for as many as fit, those that are not well first."""
+    actors = documents(status.get("actors"))
+    num_left_out = 0
+    if len(actors) > most:
+        actors.sort(key=lambda actor: actor.get("state") == "ready")
+        num_left_out = len(actors) - (most - 1)
+        del actors[most - 1 :]
     table = _table("actor", "state", "pid>", "since>", "restarts>", "memory>", "lag>")
-    for actor in documents(status.get("actors")):
+    for actor in actors:
         table.add_row(
-            fmt.printable(str(actor.get("name"))),
+            _cut(str(actor.get("name"))),
             _state(actor.get("state")),
             str(actor.get("pid") or "-"),
             fmt.duration(fmt.number(actor, "since_s")),
@@ -153,33 +193,40 @@ def _actors(status: Document) -> RenderableType:
             fmt.size(fmt.number(actor, "rss_bytes")) if actor.get("rss_bytes") else "-",
             f"{fmt.number(actor, 'lag_ms'):.1f} ms",
         )
+    if num_left_out:
+        return Group(table, Text(f"and {num_left_out} more; see: cortexd status", style="dim"))
     return table
 
 
-def _events(events: deque[Document]) -> RenderableType:
+def _events(events: deque[Document], most: int) -> RenderableType:
     lines = []
-    for entry in list(events)[-_EVENT_LINES:]:
+    for entry in list(events)[-most:]:
         at = time.strftime("%H:%M:%S", time.localtime(fmt.number(entry, "time")))
         name = str(entry.get("event", ""))
         fields = entry.get("fields")
         shown = fields.items() if isinstance(fields, dict) else ()
         line = f"{at} {name} " + " ".join(f"{key}={value}" for key, value in shown)
-        style = "red" if name.endswith(_BAD_ENDINGS) else ""
-        lines.append(Text(fmt.printable(line), style=style, no_wrap=True, overflow="ellipsis"))
+        lines.append(_cut(line, "red" if name.endswith(_BAD_ENDINGS) else ""))
     return Group(*lines) if lines else Text("none yet")
 
 
 def _table(*headers: str) -> Table:
+    """Return an empty table; numbers (">") keep their width, what else there is gives way."""
     table = Table(box=None, expand=True, pad_edge=False)
     for header in headers:
         right = header.endswith(">")
-        table.add_column(header.rstrip(">"), justify="right" if right else "left", no_wrap=True)
+        table.add_column(header.rstrip(">"), justify="right" if right else "left", no_wrap=right)
     return table
+
+
+def _cut(text: str, style: str = "") -> Text:
+    """Return foreign text in one line, cut where there is no room for all of it."""
+    return Text(fmt.printable(text), style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _state(state: object) -> Text:
     name = str(state)
-    return Text(name, style=_STYLES.get(name, _OTHER_STYLE))
+    return _cut(name, _STYLES.get(name, _OTHER_STYLE))
 
 
 def _count(document: Mapping[str, object], key: str) -> str:

@@ -140,6 +140,11 @@ class Linear:
         return f"Linear({self.in_features} -> {self.out_features}, {kinds})"
 
     @property
+    def products(self) -> tuple[Product, ...]:
+        """What computes the outputs, in their order."""
+        return self._products
+
+    @property
     def out_features(self) -> int:
         """Width of the output."""
         return sum(product.out_features for product in self._products)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cortexd.models import ModelSpec, MoeSpec
 from engine.layers.mlp import GatedMLP
-from engine.layers.sparse_mlp import SharedExpert, SparseMLP
+from engine.layers.sparse_mlp import Experts, SeparateExperts, SharedExpert, SparseMLP
 from engine.loader import Weights
 
 
@@ -25,7 +25,7 @@ def build_sparse_mlp(weights: Weights, spec: ModelSpec, prefix: str) -> SparseML
     ]
     experts_and_router = SparseMLP(
         weights.linear(f"{prefix}gate.weight", moe.num_experts, hidden, is_exact=True),
-        experts,
+        _together(weights, experts),
         shared,
         num_chosen=moe.num_experts_per_tok,
         normalizes=moe.norm_topk_prob,
@@ -58,6 +58,17 @@ def build_gated_mlp(
         sums=sums,
     )
     return GatedMLP(gate_up, down)
+
+
+def _together(weights: Weights, experts: list[GatedMLP]) -> Experts:
+    """Return what runs the experts: one group where the backend's kernels take them all."""
+    if weights.backend == "triton":
+        from engine.layers.grouped_experts import GroupedExperts  # imports Triton
+
+        grouped = GroupedExperts.of(experts)
+        if grouped is not None:
+            return grouped
+    return SeparateExperts(experts)
 
 
 def _expert(weights: Weights, moe: MoeSpec, prefix: str, expert: int, hidden: int) -> GatedMLP:

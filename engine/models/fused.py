@@ -44,8 +44,8 @@ class FusedDecoder:
         self._decoder = decoder
         self._eps = decoder.spec.rms_norm_eps
         self._mixers = [_mixer(layer) for layer in decoder.layers]
-        # Which experts run is decided on the host: such a step cannot be captured.
-        self.is_capturable = not any(isinstance(layer.mlp, SparseMLP) for layer in decoder.layers)
+        experts = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, SparseMLP)]
+        self.is_capturable = all(block.is_capturable for block in experts)
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Return the logits (num_logit_rows, vocab_size); K and V of all tokens go to the cache."""

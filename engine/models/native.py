@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from engine.kernels import cpu
 from engine.layers.gated_delta_net import GatedDeltaNet
 from engine.layers.mlp import GatedMLP
-from engine.layers.sparse_mlp import SharedExpert, SparseMLP
+from engine.layers.sparse_mlp import SeparateExperts, SharedExpert, SparseMLP
 from engine.models.attention import SelfAttention
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def _mlp(mlp: GatedMLP) -> cpu.NativeMLP | None:
 
 def _experts(block: SparseMLP) -> cpu.NativeExperts | None:
     router = block.router.packed_parts
-    experts = [_mlp(expert) for expert in block.experts]
+    assert isinstance(block.experts, SeparateExperts), "only Triton's kernels take them together"
+    experts = [_mlp(expert) for expert in block.experts.experts]
     complete = [expert for expert in experts if expert is not None]
     # Exactly this class: one that is split among ranks stops to add up what all of them made.
     if type(block) is not SparseMLP or router is None or len(complete) < len(experts):

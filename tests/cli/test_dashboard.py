@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
+import termios
 from collections import deque
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from cli.dashboard import look, render
+from cli.keypress import quit_key
 from cli.main import main
 from tests.tree.daemon import Daemon
 from tests.waiting import DEADLINE_S, wait_for
@@ -50,10 +54,16 @@ HOST: dict[str, object] = {
 }
 
 
-def screen(status: dict[str, object], host: dict[str, object], *events: dict[str, object]) -> str:
-    """Return the rendered text, 140 columns wide."""
-    console = Console(file=io.StringIO(), width=140, color_system=None)
-    console.print(render(status, host, deque(events)))
+def screen(
+    status: dict[str, object],
+    host: dict[str, object],
+    *events: dict[str, object],
+    size: tuple[int, int] = (140, 50),
+) -> str:
+    """Return the rendered text of a terminal with so many columns and lines."""
+    width, height = size
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(render(status, host, deque(events), height=height))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -84,6 +94,46 @@ def test_screen_is_drawn_while_actors_are_away() -> None:
     assert "unknown: no answer" in text
     assert 'unknown: actor "poller" is down' in text
     assert "router" in text
+
+
+def test_long_error_leaves_the_columns_their_room() -> None:
+    """One model that failed does not hide what the others do."""
+    failed = {"model_id": "org/gone", "state": "failed", "error": "the hub is away " * 20}
+    models = [STATUS["models"][1], failed]  # type: ignore[index]
+    text = screen({**STATUS, "models": models}, HOST)
+    for expected in ("1.0 GiB", "55.5 tok/s", "org/small", "org/gone: the hub is away"):
+        assert expected in text
+
+
+def test_small_terminal_shows_what_is_not_well_and_the_last_events() -> None:
+    """All panels fit 80 columns and 24 lines; actors that are ready give way, no number does."""
+    names = [f"front.{index}" for index in range(16)]
+    actors = [{"name": name, "state": "ready", "pid": 123456, "restarts": 1} for name in names]
+    actors[9]["state"] = "exited"
+    actors[9]["name"] = "a-model-with-a-very-long-name-of-its-own-4b-instruct-2507-8ccac9/0"
+    events: list[dict[str, object]] = [
+        {"event": "actor.ready", "time": 0, "fields": {"actor": name}} for name in names
+    ]
+    text = screen({**STATUS, "actors": actors}, HOST, *events, size=(80, 24))
+    assert len(text.splitlines()) <= 24
+    for expected in ("exited", "123456", "and 11 more", "actor=front.15", "q quits"):
+        assert expected in text
+
+
+@pytest.mark.parametrize(("keys", "is_over"), [(b"q", True), (b"x", False)])
+def test_q_ends_the_screen_and_leaves_the_terminal_as_it_was(
+    keys: bytes, is_over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys come without a line end; another one only redraws."""
+    ours, theirs = os.openpty()
+    before = termios.tcgetattr(theirs)
+    with os.fdopen(ours, "wb", buffering=0) as keyboard, os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with quit_key() as wait:
+            assert wait(0) is False
+            keyboard.write(keys)
+            assert wait(DEADLINE_S) is is_over
+        assert termios.tcgetattr(terminal.fileno()) == before
 
 
 def test_foreign_text_cannot_control_the_terminal() -> None:

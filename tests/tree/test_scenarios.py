@@ -9,7 +9,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,17 @@ class Fleet:
             )
         )
 
-    def sees_running(self, num: int) -> bool:
-        """Tell whether the gateway knows so many requests of the warm model on each node."""
+    def running(self) -> tuple[int, int]:
+        """Return how many requests each neuron has in hand."""
+        return self.one.running, self.two.running
+
+    def knows_load(self) -> bool:
+        """Tell whether the gateway's last polls saw what the neurons have in hand."""
+        nodes = self.nodes()
         return all(
-            found["in_flight"] == num and node["dispatched"] <= num
-            for node in self.nodes().values()
-            for found in node["models"]
+            found["in_flight"] == num >= nodes[name]["dispatched"]
+            for name, num in zip(("one", "two"), self.running(), strict=True)
+            for found in nodes[name]["models"]
             if found["model_id"] == MODEL
         )
 
@@ -112,6 +117,18 @@ def start_gateway(folder: Path, catalogue: Path, *neurons: ScriptedNeuron) -> Da
     )
 
 
+@contextmanager
+def held(*neurons: ScriptedNeuron) -> Iterator[None]:
+    """Have the neurons finish nothing within the block."""
+    for neuron in neurons:
+        neuron.hold()
+    try:
+        yield
+    finally:
+        for neuron in neurons:
+            neuron.release()
+
+
 def answered(asked: list[Future[str]]) -> list[Future[str]]:
     """Return the requests that have ended."""
     return [one for one in asked if one.done()]
@@ -119,11 +136,12 @@ def answered(asked: list[Future[str]]) -> list[Future[str]]:
 
 def test_slow_node_gets_less_and_hurts_nobody(fleet: Fleet) -> None:
     """Least busy by our own dispatches: who answers slower is sent fewer requests."""
-    fleet.one.hold()
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(fleet.ask, f"question {n}") for n in range(60)]
-        wait_for(lambda: len(answered(asked)) + fleet.one.running == 60, "the quick one's answers")
-        fleet.one.release()
+        with held(fleet.one):
+            asked = [pool.submit(fleet.ask, f"question {n}") for n in range(60)]
+            wait_for(
+                lambda: len(answered(asked)) + fleet.one.running == 60, "the quick one's answers"
+            )
         answers = Counter(future.result() for future in asked)
     assert answers.total() == answers["one"] + answers["two"] == 60
     assert answers["one"] * 3 < answers["two"], answers
@@ -150,7 +168,6 @@ def test_requests_beyond_the_seats_wait_in_a_bounded_queue(fleet: Fleet) -> None
     """No node runs more than its seats; what the queue cannot hold is 429 at once."""
     for neuron in (fleet.one, fleet.two):
         neuron.seats = 2
-        neuron.hold()
     wait_for(
         lambda: all(
             model["max_in_flight"] == 2
@@ -160,10 +177,9 @@ def test_requests_beyond_the_seats_wait_in_a_bounded_queue(fleet: Fleet) -> None
         "learning the seats",
     )
     with ThreadPoolExecutor(40) as pool:
-        asked = [pool.submit(fleet.ask, f"question {n}") for n in range(40)]
-        wait_for(lambda: len(answered(asked)) == 16, "the refusals")
-        for neuron in (fleet.one, fleet.two):
-            neuron.release()
+        with held(fleet.one, fleet.two):
+            asked = [pool.submit(fleet.ask, f"question {n}") for n in range(40)]
+            wait_for(lambda: len(answered(asked)) == 16, "the refusals")
         answers = Counter(future.result() for future in asked)
     assert answers["one"] + answers["two"] == 24, answers
     assert answers["queue_full"] == 16
@@ -174,16 +190,14 @@ def test_long_cold_load_is_one_load_with_progress_for_fifty(fleet: Fleet) -> Non
     """Streams get comments and events all the time, unary requests wait; all are served."""
     for neuron in (fleet.one, fleet.two):
         neuron.load_s = 4.0
-        neuron.hold()
     texts: list[bytes] = []
     with ThreadPoolExecutor(51) as pool:
-        streaming = pool.submit(_read_into, texts, fleet.gateway, COLD)
-        unary = [pool.submit(fleet.ask, f"question {n}", COLD) for n in range(50)]
-        wait_for(lambda: len(texts) > 10 and len(data_of(texts)) >= 4, "many signs of life")
-        wait_for(lambda: any(b"stage=loading" in line for line in texts), "the stage")
-        assert not answered(unary)
-        for neuron in (fleet.one, fleet.two):
-            neuron.release()
+        with held(fleet.one, fleet.two):
+            streaming = pool.submit(_read_into, texts, fleet.gateway, COLD)
+            unary = [pool.submit(fleet.ask, f"question {n}", COLD) for n in range(50)]
+            wait_for(lambda: len(texts) > 10 and len(data_of(texts)) >= 4, "many signs of life")
+            wait_for(lambda: any(b"stage=loading" in line for line in texts), "the stage")
+            assert not answered(unary)
         streaming.result()
         answers = Counter(future.result() for future in unary)
     assert answers.total() == answers["one"] + answers["two"] == 50, answers
@@ -227,25 +241,19 @@ def test_two_gateways_on_the_same_neurons_share_them(fleet: Fleet, tmp_path: Pat
         other = Fleet(second, fleet.one, fleet.two, fleet.catalogue)
         for name in ("one", "two"):
             wait_for(lambda name=name: other.sees(name, MODEL, "loaded"), f"seeing {name}")
-        for neuron in (fleet.one, fleet.two):
-            neuron.hold()
         asked: list[Future[str]] = []
-
-        def has_begun() -> bool:
-            return fleet.one.running + fleet.two.running == len(asked)
-
-        with ThreadPoolExecutor(64) as pool:
-            for asker in (fleet, other) * 2:
-                num = len(asked) // 2
-                for each in (fleet, other):
-                    wait_for(lambda each=each, n=num: each.sees_running(n), "the next polls")
-                asked += [pool.submit(asker.ask, os.urandom(4).hex()) for _ in range(16)]
-                wait_for(has_begun, "the burst's start")
-                assert fleet.one.running == num + 8
-            for neuron in (fleet.one, fleet.two):
-                neuron.release()
+        running = fleet.running
+        with ThreadPoolExecutor(16) as pool:
+            with held(fleet.one, fleet.two):
+                for asker in (fleet, other) * 3:
+                    wait_for(lambda each=asker: each.knows_load(), "the next polls")
+                    asked.append(pool.submit(asker.ask, os.urandom(4).hex()))
+                    wait_for(lambda: sum(running()) == len(asked), "the request's start")
+                    assert abs(running()[0] - running()[1]) <= 1, running()
+            for asker in (fleet, other) * 16:
+                asked.append(pool.submit(asker.ask, os.urandom(4).hex()))
         answers = Counter(future.result() for future in asked)
-    assert answers == {"one": 32, "two": 32}
+    assert answers["one"] + answers["two"] == len(asked), answers
 
 
 def test_catalogue_is_reloaded_under_traffic(fleet: Fleet) -> None:

@@ -2,14 +2,14 @@
 
 A block of 18, 34, 144 or 210 bytes cannot be read in aligned vectors; its fields, side by side over
 a whole row, can. All integers stay as they are, and so do the bytes, but for Q4_K, whose 6-bit
-scales become bytes (2.8 % more). Made by the loader, read by `quant_linear`.
+scales become bytes (2.8 % more). Made by the loader, read by `unpack`.
 
 Source: GGML block layouts as listed in the gguf Python package 0.19 (`quants.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,10 +25,10 @@ from engine.quant.tensor import QuantizedTensor
 class Planes:
     """A matrix (num_rows, num_columns), all planes (num_rows, ...) and contiguous.
 
-    `quants` holds int8 (Q8_0) or nibbles; `high` two more bits per number (Q6_K), else it is
-    `quants`. A number's scale is scales[group] * super_scales[block], and what is subtracted then
-    is minima[group] * super_minima[block] (Q4_K); types of one level have only `scales` (float16),
-    and the others stand in for what a type lacks.
+    `quants` holds int8 (Q8_0), nibbles, or the floats of a dense matrix; `high` two more bits per
+    number (Q6_K), else it is `quants`. A number's scale is scales[group] * super_scales[block], and
+    what is subtracted then is minima[group] * super_minima[block] (Q4_K); types of one level have
+    only `scales` (float16), and the others stand in for what a type lacks.
     """
 
     ggml_type: GGMLType
@@ -58,6 +58,26 @@ class Planes:
             *(self.quants, self.high, self.scales),
             *(self.minima, self.super_scales, self.super_minima),
         )
+
+
+def dense_plane(weight: Tensor) -> Planes:
+    """Return a dense matrix (num_rows, num_columns) as one plane."""
+    num_rows, num_columns = weight.shape
+    return Planes(_DENSE_TYPES[weight.dtype], (num_rows, num_columns), *[weight] * 6)
+
+
+def stack_planes(parts: Sequence[Planes]) -> Planes:
+    """Return matrices of one type and width on top of each other, as one; all are copied."""
+    stacked: dict[tuple[int, ...], Tensor] = {}
+    planes = []
+    for same in zip(*(part.tensors for part in parts), strict=True):
+        # What stands in for a plane that the type lacks is copied once.
+        key = tuple(map(id, same))
+        if key not in stacked:
+            stacked[key] = torch.cat(same)
+        planes.append(stacked[key])
+    num_rows = sum(part.shape[0] for part in parts)
+    return Planes(parts[0].ggml_type, (num_rows, parts[0].shape[1]), *planes)
 
 
 def split_planes(weight: QuantizedTensor) -> Planes:
@@ -111,3 +131,8 @@ _SPLITTERS: Final[dict[GGMLType, Callable[[QuantizedTensor, Tensor], Planes]]] =
     GGMLType.Q6_K: _q6_k,
 }
 PLANE_TYPES: Final = frozenset(_SPLITTERS)
+_DENSE_TYPES: Final = {
+    torch.bfloat16: GGMLType.BF16,
+    torch.float16: GGMLType.F16,
+    torch.float32: GGMLType.F32,
+}

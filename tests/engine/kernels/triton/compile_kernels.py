@@ -23,8 +23,9 @@ from engine.kernels.triton.delta_conv import convolve
 from engine.kernels.triton.delta_decode import delta_decode
 from engine.kernels.triton.delta_heads import DeltaShape, HeadInputs, HeadWeights, SlotStates
 from engine.kernels.triton.delta_prefill import delta_prefill
+from engine.kernels.triton.experts import group_pairs, join_pairs, multiply_pairs
 from engine.kernels.triton.norm import add_rms_norm
-from engine.kernels.triton.planes import PLANE_TYPES, split_planes
+from engine.kernels.triton.planes import PLANE_TYPES, Planes, dense_plane, split_planes
 from engine.kernels.triton.quant_linear import MAX_TOKENS, dequantize_rows, multiply
 from engine.kernels.triton.rope import norm_rotate_write
 from engine.kernels.triton.sampling import draw
@@ -115,6 +116,22 @@ def run_quantised(dtype: torch.dtype) -> None:
         dequantize_rows(planes, dtype, integers(4))
 
 
+def run_experts(dtype: torch.dtype) -> None:
+    """Launch the steps of 128 experts, alone, few and many, dense and of every type."""
+    matrices: list[Planes] = [dense_plane(torch.zeros(128 * 2, HIDDEN, dtype=dtype))]
+    for ggml_type in sorted(PLANE_TYPES):
+        packed = torch.zeros(128 * 2, ggml_type.row_bytes(HIDDEN), dtype=torch.uint8)
+        matrices.append(split_planes(QuantizedTensor(ggml_type, (128 * 2, HIDDEN), packed)))
+    for num_tokens in (1, 16, 256, 2048):
+        tiles = group_pairs(integers(num_tokens, 8), 128)
+        for matrix in matrices:
+            out = torch.zeros(num_tokens * 8, 2, dtype=dtype)
+            for x in (out.new_zeros(num_tokens, HIDDEN), out.new_zeros(len(out), HIDDEN)):
+                multiply_pairs(x, matrix, tiles, 128, out)
+        join_pairs(out, out.new_zeros(num_tokens, 8))
+    group_pairs(integers(2048, 10), 512)
+
+
 def run_sampler() -> None:
     """Launch the draw."""
     numbers = torch.zeros(4)
@@ -142,6 +159,7 @@ def main() -> None:
     JITFunction.__getitem__ = item
     run_dense(dtype)
     run_quantised(dtype)
+    run_experts(dtype)
     run_sampler()
     run_hybrid(dtype)
 

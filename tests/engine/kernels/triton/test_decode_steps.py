@@ -27,9 +27,9 @@ FIELDS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_5"])
+@pytest.fixture(scope="module", params=["llama", "qwen3_5", "qwen3_moe"])
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    """A dense model, then a hybrid."""
+    """A dense model, a hybrid, and one with experts."""
     fields = HYBRID if request.param == "qwen3_5" else SMALL
     oracle = make_oracle(request.param, **fields)
     return save_oracle(oracle, tmp_path_factory.mktemp("steps") / request.param)

@@ -44,12 +44,13 @@ def run(engine: Engine) -> tuple[list[list[int]], list[torch.Tensor]]:
         ("qwen3", {**SMALL, "tie_word_embeddings": True}),
         ("qwen3_5", HYBRID),
         ("qwen3_next", HYBRID),
+        ("qwen3_moe", SMALL),
     ],
 )
 def test_engine_on_triton_equals_torch(
     kind: str, fields: dict[str, object], tmp_path: Path
 ) -> None:
-    """Tokens are equal, logits close: dense, with head norms, hybrid, hybrid with experts."""
+    """Tokens are equal, logits close: dense, with head norms, hybrid, with experts."""
     files = save_oracle(make_oracle(kind, **fields), tmp_path / kind)
     engine = load(files, "triton", max_prefill_chunk=16)
     assert engine.backend_name == "triton"
