@@ -6,8 +6,10 @@ drops those about a key that already failed on its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import combinations
+from typing import Final
 
 from cortexd.address import HostPort, check_endpoint, parse_host_port
 from cortexd.errors import ConfigError
@@ -16,6 +18,7 @@ from cortexd.problem import Problem, dotted
 from cortexd.settings import Settings
 from cortexd.toml_lines import Path
 
+_ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s\"]+")
 _METRICS: Path = ("gateway", "metrics_listen")
 _LISTENERS: tuple[Path, ...] = (
     ("gateway", "listen"),
@@ -27,6 +30,7 @@ _LISTENERS: tuple[Path, ...] = (
 def check_rules(settings: Settings) -> Iterator[Problem]:
     """Yield every broken rule."""
     yield from _listeners(settings)
+    yield from _origins(settings)
     yield from _neurons(settings)
     yield from _default_models(settings)
     yield from _engine(settings)
@@ -160,6 +164,16 @@ def _supervision(settings: Settings) -> Iterator[Problem]:
         )
         yield Problem(suspect, message, (heartbeat,))
     yield from _order(settings, suspect, ("supervision", "kill_after_s"), strict=True)
+
+
+def _origins(settings: Settings) -> Iterator[Problem]:
+    for index, origin in enumerate(settings.gateway.allowed_origins or ()):
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            yield Problem(
+                ("gateway", "allowed_origins", index),
+                f'gateway.allowed_origins[{index}]: "{origin}" is not an origin; allowed: "*", or '
+                'scheme and host without a path, such as "https://chat.example"',
+            )
 
 
 def _text(settings: Settings) -> Iterator[Problem]:

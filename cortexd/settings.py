@@ -29,6 +29,7 @@ class Gateway(Section, frozen=True):
 
     listen: str = "127.0.0.1:31313"
     metrics_listen: str = "127.0.0.1:31314"
+    allowed_origins: list[str] | None = None
     fronts: Annotated[int, Meta(ge=1, le=64)] = 1
     max_body_mib: Annotated[int, Meta(ge=1, le=1024)] = 64
     first_byte_hold_ms: NonNegativeInt = 750

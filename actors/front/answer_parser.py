@@ -39,9 +39,17 @@ class AnswerParser:
         self._left: int | None = 0  # bytes of the body, or of a chunk; None: until the end
         self._is_chunked = False
         self._is_in_trailer = False
+        self._is_before_chunk = False
 
     def push(self, data: bytes) -> bytes:
         """Return the bytes of the body that `data` brings. Raises: BadAnswer."""
+        if self._is_before_chunk:
+            # Nearly all of a stream comes so: one whole chunk at a time.
+            line = _CHUNK_LINE.match(data)
+            if line is not None:
+                start, end = line.end(), len(data) - 2
+                if start < end == start + int(line[1], 16) and data.endswith(b"\r\n"):
+                    return data[start:end]
         if self._held:
             data, self._held = self._held + data, b""
         if not self.status:
@@ -122,8 +130,6 @@ class AnswerParser:
         """Return the contents of the chunks in `data`; what is cut off is held."""
         pieces: list[bytes] = []
         at = 0
-        if self._left == 0 and not self._is_in_trailer:
-            at = self._take_whole_chunks(data, pieces)
         while at < len(data) and not self.is_complete:
             if self._is_in_trailer:
                 at = self._skip_trailer(data, at)
@@ -147,29 +153,18 @@ class AnswerParser:
                 if len(data) - at > _MAX_CHUNK_LINE_BYTES or data.find(b"\n", at) >= 0:
                     _refuse(f"a chunk has no size: {data[at : at + 80]!r}")
                 break
-            at = line.end()
-            self._left = int(line[1], 16)
-            self._is_in_trailer = self._left == 0
+            at, size = line.end(), int(line[1], 16)
+            end = at + size
+            if size and data.startswith(b"\r\n", end):
+                pieces.append(data[at:end])
+                at = end + 2
+                continue
+            self._left, self._is_in_trailer = size, size == 0
         self._held = data[at:]
+        self._is_before_chunk = self._left == 0 and not self._held and not self._is_in_trailer
         if self.is_complete and self._held:
             self.keeps_alive, self._held = False, b""
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    @staticmethod
-    def _take_whole_chunks(data: bytes, pieces: list[bytes]) -> int:
-        """Add the contents of the chunks that are whole; return where the first other one begins.
-
-        A stream's chunks nearly all are, each in a piece of its own.
-        """
-        at = 0
-        while (line := _CHUNK_LINE.match(data, at)) is not None:
-            start = line.end()
-            end = start + int(line[1], 16)
-            if end == start or not data.startswith(b"\r\n", end):
-                break
-            pieces.append(data[start:end])
-            at = end + 2
-        return at
 
     def _skip_trailer(self, data: bytes, at: int) -> int:
         """Read to the empty line that ends the answer; return where it ends, else where it was."""

@@ -13,6 +13,7 @@ from actors.front.auth import HEARS_GATEWAYS, KeyRing, with_gateway_key, with_ke
 from actors.front.chat import ChatDialect
 from actors.front.completions import CompletionDialect
 from actors.front.count_tokens import count_tokens
+from actors.front.cross_origin import ORIGIN_FIELDS, CrossOrigin
 from actors.front.error_response import (
     anthropic_error_response,
     error_response,
@@ -28,6 +29,8 @@ from cortexd.log import event
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _ID_BYTES = 16
+_COUNT_TOKENS = "/v1/messages/count_tokens"
+_MAX_LOGGED_PATH = 200
 
 
 class Listener:
@@ -37,6 +40,10 @@ class Listener:
         self._services = services
         self._is_neuron = name == "neuron"
         self._forwards = name == "api" and services.has_neurons
+        # Other hosts use the neuron's listener, pages do not.
+        self._cross_origin = CrossOrigin(
+            () if self._is_neuron else services.settings.gateway.allowed_origins or ()
+        )
         # Bodies are read by `read_body`, which has its own limit; the library's must not be lower.
         self.app = web.Application(
             middlewares=[self._middleware()],
@@ -49,7 +56,8 @@ class Listener:
         }
         for path, handler in self._direct.items():
             self.app.router.add_post(path, handler)
-        self.app.router.add_post("/v1/messages/count_tokens", count_tokens)
+        self.app.router.add_post(_COUNT_TOKENS, count_tokens)
+        self._recorded = frozenset((*self._direct, _COUNT_TOKENS))
         _add_routes(self.app, services.keys, is_neuron=self._is_neuron)
 
     def shorten(self, server: web.Server) -> None:
@@ -81,12 +89,13 @@ class Listener:
         offered = request.headers.get("x-request-id", "")
         is_usable = offered and _REQUEST_ID.fullmatch(offered)
         request[REQUEST_ID] = offered if is_usable else os.urandom(_ID_BYTES).hex()
+        request[ORIGIN_FIELDS] = self._cross_origin.fields(request)
         try:
-            response = await handler(request)
+            response = self._cross_origin.preflight(request) or await handler(request)
         except CortexError as error:
-            response = _answer_error(request, error)
+            response = self._refused(request, error)
         except web.HTTPException as exception:
-            response = _answer_error(request, from_http_exception(exception, request))
+            response = self._refused(request, from_http_exception(exception, request))
         except ConnectionError:
             raise  # the client is gone; there is nobody to answer
         except Exception as error:
@@ -94,8 +103,25 @@ class Listener:
             response = _answer_error(request, Internal("the server failed; see its log"))
         if not response.prepared:
             set_request_id(response, request[REQUEST_ID])
+            response.headers.update(request[ORIGIN_FIELDS])
             if services.is_draining:
                 response.force_close()
+        return response
+
+    def _refused(self, request: web.Request, error: CortexError) -> web.Response:
+        """Return an error's answer, and write the line that inference writes for itself."""
+        response = _answer_error(request, error)
+        if request.method != "POST" or request.path not in self._recorded:
+            event(
+                self._services.log,
+                "http.refused",
+                id=request[REQUEST_ID],
+                client=request.remote or "",
+                method=request.method,
+                path=request.path[:_MAX_LOGGED_PATH],
+                status=response.status,
+                error=error.code,
+            )
         return response
 
 

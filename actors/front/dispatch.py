@@ -188,17 +188,11 @@ class Dispatch:
         return path, with_model(self._body, routed.model_id) if is_alias else self._body
 
     async def _post(self, routed: RoutedRemote) -> NodeAnswer:
-        is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
         try:
             if self._upstream is None:
                 self._upstream = await self._send(routed)
-            await await_head(
-                self._services.bus,
-                self._upstream,
-                routed,
-                HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
-                is_watched=not is_prompt,
-            )
+            if not self._upstream.status:
+                await self._await_head(self._upstream, routed)
         except UpstreamUnavailable as error:
             self._close()
             self.failed(error.message, is_refusing=isinstance(error, ConnectFailed))
@@ -214,6 +208,16 @@ class Dispatch:
                 "its operator can mend key_file in [[neurons]]"
             )
         return self._upstream
+
+    async def _await_head(self, upstream: NodeAnswer, routed: RoutedRemote) -> None:
+        is_prompt = self._is_stream and routed.kind == "cortex"  # its 200 comes within its hold
+        await await_head(
+            self._services.bus,
+            upstream,
+            routed,
+            HEAD_TIMEOUT_S if is_prompt else self._services.settings.gateway.request_timeout_s,
+            is_watched=not is_prompt,
+        )
 
     async def _send(self, routed: RoutedRemote) -> NodeAnswer:
         path, body = self._addressed(routed)

@@ -31,6 +31,7 @@ class NodeAnswer:
         self._connection = connection
         self._parser = AnswerParser()
         self.status = 0  # 0: the head has not come
+        self.is_event_stream = False  # whether the body is one of server-sent events
         self._waiting: list[bytes] = []
         self._num_waiting = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -46,12 +47,6 @@ class NodeAnswer:
     def headers(self) -> CIMultiDict[str]:
         """Return the headers."""
         return self._parser.headers
-
-    @property
-    def is_event_stream(self) -> bool:
-        """Tell whether the body is one of server-sent events."""
-        media_type = self.headers.get("Content-Type", "").partition(";")[0]
-        return media_type.strip().lower() == "text/event-stream"
 
     async def has_head(self, timeout_s: float) -> bool:
         """Return True when the head has come, False when it has not within the time.
@@ -123,7 +118,9 @@ class NodeAnswer:
         body = parser.push(data)
         if not self.status:
             self.status = parser.status
-            if self._waiter is not None and self.status:
+            if self.status:
+                media_type = parser.headers.get("Content-Type", "").partition(";")[0]
+                self.is_event_stream = media_type.strip().lower() == "text/event-stream"
                 self._wake()
         if body:
             if self._on_data is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -23,6 +23,8 @@ from cortexd.messages import NodeView, QueryNode, RoutedRemote
 CHECK_PERIOD_S: Final = 5.0
 _NOT_SERVING: Final = frozenset({404, 503, 529})
 _LEAVING_CODES: Final = frozenset({"node_draining", "server_shutting_down"})
+
+_Result = TypeVar("_Result")
 
 
 async def await_head(
@@ -53,6 +55,34 @@ async def await_head(
             )
         if is_watched:
             await _check(bus, routed, waited_s)
+
+
+async def is_accepted(upstream: NodeAnswer, until: float) -> bool:
+    """Tell whether a node begins to answer in time, and as it should."""
+    try:
+        is_there = await upstream.has_head(until - asyncio.get_running_loop().time())
+    except AnswerBroken:
+        return False  # the dispatch meets it too, and goes elsewhere
+    return is_there and upstream.status == 200
+
+
+async def is_done_by(task: asyncio.Task[_Result], until: float) -> bool:
+    """Wait for a task, but not for longer, and without ending it; a lighter `asyncio.wait`."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_at(until, wake)
+    task.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        task.remove_done_callback(wake)
+    return task.done()
 
 
 async def check_serving(upstream: NodeAnswer, routed: RoutedRemote) -> None:

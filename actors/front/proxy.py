@@ -28,6 +28,7 @@ from actors.front.error_response import (
 from actors.front.foreign_messages import ForeignStream, whole_message
 from actors.front.load_note import load_note
 from actors.front.node_connection import AnswerBroken, NodeAnswer
+from actors.front.node_watch import is_accepted, is_done_by
 from actors.front.record import RequestRecord
 from actors.front.relayed import Relay, RelayedStream, read_whole
 from actors.front.services import REQUEST_ID, SERVICES
@@ -120,7 +121,7 @@ class _Forwarding:
             return await self._limited(self._unary())
         upstream = self._dispatch.begin()
         until = asyncio.get_running_loop().time() + self._gateway.first_byte_hold_ms / 1000
-        if upstream is None or not await _is_accepted(upstream, until):
+        if upstream is None or not await is_accepted(upstream, until):
             self._opening = asyncio.create_task(self._dispatch.open())
             if not await is_done_by(self._opening, until):
                 return await self._stream_from_now(self._opening)
@@ -351,34 +352,6 @@ class _Forwarding:
             f'node "{self._dispatch.node}" ended in the middle of its answer ({cause}); try again',
             retry_after_s=2,
         )
-
-
-async def _is_accepted(upstream: NodeAnswer, until: float) -> bool:
-    """Tell whether a node begins to answer in time, and as it should."""
-    try:
-        is_there = await upstream.has_head(until - asyncio.get_running_loop().time())
-    except AnswerBroken:
-        return False  # the dispatch meets it too, and goes elsewhere
-    return is_there and upstream.status == 200
-
-
-async def is_done_by(task: asyncio.Task[_Result], until: float) -> bool:
-    """Wait for a task, but not for longer, and without ending it; a lighter `asyncio.wait`."""
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
-
-    def wake(_: object = None) -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    timer = loop.call_at(until, wake)
-    task.add_done_callback(wake)
-    try:
-        await waiter
-    finally:
-        timer.cancel()
-        task.remove_done_callback(wake)
-    return task.done()
 
 
 def _without_type(fields: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -109,35 +109,43 @@ class RelayedStream:
 
     def push(self, chunk: bytes) -> bytes:
         """Return the whole lines that the chunk completes."""
-        if not self._held and chunk.endswith(b"\n"):
-            return self._pass(chunk)
+        if self._held or not chunk.endswith(b"\n"):
+            chunk = self._whole_lines(chunk)
+            if not chunk:
+                return chunk
+        self._tail.append(chunk)
+        self._tail_bytes += len(chunk)
+        if self._tail_bytes > _MAX_KEPT_BYTES:
+            self._forget()
+        self.num_events += chunk.count(b"data:")
+        if chunk.endswith(b"\n\n"):
+            self.is_between_events = True
+        else:
+            self._read_last_line(chunk)
+        return chunk
+
+    def flush(self) -> bytes:
+        """Return what the stream ended with, if that was no whole line."""
+        rest, self._held = self._held, b""
+        if rest:
+            self._tail.append(rest)
+            self.num_events += rest.count(b"data:")
+            self._read_last_line(rest)
+        return rest
+
+    def _whole_lines(self, chunk: bytes) -> bytes:
+        """Return what is held and the chunk up to its last line end; hold the rest."""
         data = self._held + chunk
         end = data.rfind(b"\n") + 1
         if end == 0 and len(data) > _MAX_HELD_BYTES:
             end = len(data)  # no line of a stream is so long: pass it on as it is
         self._held = data[end:]
-        return self._pass(data[:end])
+        return data[:end]
 
-    def flush(self) -> bytes:
-        """Return what the stream ended with, if that was no whole line."""
-        rest, self._held = self._held, b""
-        return self._pass(rest)
-
-    def _pass(self, data: bytes) -> bytes:
-        if not data:
-            return data
-        self.num_events += data.count(b"data:")
-        self._tail.append(data)
-        self._tail_bytes += len(data)
-        if self._tail_bytes > _MAX_KEPT_BYTES:
-            self._forget()
-        if data.endswith(b"\n\n"):
-            self.is_between_events = True
-            return data
+    def _read_last_line(self, data: bytes) -> None:
         last_line = data[data.rfind(b"\n", 0, -1) + 1 :]
         if not last_line.startswith(b":"):
             self.is_between_events = last_line.strip() == b""
-        return data
 
     def _forget(self) -> None:
         """Keep the beginning, once, and of the rest no more than the tail."""
@@ -173,8 +181,10 @@ class RelayedStream:
 
     def counts(self) -> Counts:
         """Return the tokens; without a usage object the events are counted instead."""
-        tail = read_counts(b"".join(self._tail))
-        head = read_counts(b"".join(self._head or self._tail), is_first=True)
+        data = b"".join(self._tail)
+        tail = head = read_counts(data)
+        if self._head or data.find(b'"usage"') != data.rfind(b'"usage"'):
+            head = read_counts(b"".join(self._head) or data, is_first=True)
         if tail is None or head is None:
             return Counts(completion_tokens=self.num_tokens, is_estimated=True)
         return Counts(

@@ -69,6 +69,8 @@ class Splice:
         finally:
             self._timer.cancel()
             self._upstream.stop_following()
+            if self._record.first_token is not None:
+                self._record.last_token = self._heard_at
         if self._failure is not None:
             raise self._failure
         rest = self._relay.flush()
@@ -84,10 +86,8 @@ class Splice:
             self._upstream.hold_back()
             self._on_end(error)
             return
-        if record.first_token is not None:
-            record.last_token = now
-        elif relay.has_data:
-            record.first_token = record.last_token = now
+        if record.first_token is None and relay.has_data:
+            record.first_token = now
         if not lines:
             return
         if is_last:

@@ -56,7 +56,11 @@ _NOT_SENT: Final = (
         "x-request-id",
     }
 )
+# Which pages may use this gateway is for it to say.
 _NOT_RETURNED: Final = _HOP_BY_HOP | {
+    "access-control-allow-credentials",
+    "access-control-allow-origin",
+    "access-control-expose-headers",
     "content-length",
     "date",
     "request-id",

@@ -15,6 +15,7 @@ from typing import Final
 
 from aiohttp import HttpVersion11, web
 
+from actors.front.cross_origin import ORIGIN_FIELDS
 from actors.front.services import REQUEST_ID, SERVICES
 from cortexd.errors import SlowClient
 
@@ -153,7 +154,7 @@ def _head(
     """Return a head. `fields` hold nothing of the connection, and no line ends: they were read."""
     request_id = request[REQUEST_ID]
     is_old = request.version < HttpVersion11
-    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    lines = "".join([f"{name}: {value}\r\n" for name, value in (*fields, *request[ORIGIN_FIELDS])])
     connection = ""
     if is_old and is_kept:
         connection = "Connection: keep-alive\r\n"

@@ -170,6 +170,7 @@ def test_variables_are_typed_by_their_option(tmp_path: Path) -> None:
         ("CORTEXD_STORE__OFFLINE", "yes", 'store.offline must be true or false, not "yes"'),
         ("CORTEXD_GATEWAY__LISTEN", "x", 'gateway.listen: "x" is not an address'),
         ("CORTEXD_ROLE", "gatway", 'not "gatway"; did you mean "gateway"?'),
+        ("CORTEXD_GATEWAY__ALLOWED_ORIGINS", '["*", "a.org"]', '[1]: "a.org" is not an origin'),
         (
             "CORTEXD_DEFAULT_MODELS",
             '[{model_id = "x"}]',

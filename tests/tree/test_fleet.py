@@ -84,6 +84,7 @@ def hosts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 {{name = "two", endpoint = "http://127.0.0.1:{two.neuron_port}/"}},
                 {{name = "stub", endpoint = "{stub.url}/v1", kind = "openai"}}]""",
             CORTEXD_MODELS_CONFIG=str(catalogue),
+            CORTEXD_GATEWAY__FIRST_BYTE_HOLD_MS="20000",  # so late refusals keep their status
         )
         daemons = (gateway, one, two)
         try:

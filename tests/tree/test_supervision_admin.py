@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,7 +17,7 @@ from actors.transport.admin_channel import AdminChannel
 from actors.transport.sockets import Transport
 from cortexd.errors import CortexError, InvalidValue, NotFound
 from tests.tree.toy_daemon import ToyDaemon, toys
-from tests.waiting import DEADLINE_S
+from tests.waiting import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.tree
 
@@ -37,7 +38,13 @@ def channel(daemon: ToyDaemon) -> Iterator[AdminChannel]:
 
 def test_status_tells_all_of_the_daemon(daemon: ToyDaemon) -> None:
     """Keys and values that the command line relies on."""
-    status = daemon.admin("status")
+
+    def answered() -> dict[str, Any] | None:
+        found: dict[str, Any] = daemon.admin("status")
+        return None if found["models"] is None else found
+
+    status = wait_for(answered, "an answer of the router in time")
+    assert status is not None
     assert status["v"] == 1
     assert status["pid"] == daemon.pid
     assert status["state"] == "ok"
@@ -164,8 +171,12 @@ def test_operator_stops_starts_and_restarts_an_actor(
 def test_stack_of_a_running_actor_is_returned(daemon: ToyDaemon) -> None:
     """The dump comes with the answer and the actor goes on."""
     pid = daemon.actor("peer")["pid"]
-    lines = daemon.admin("actor.stack", name="peer")["lines"]
-    assert any("most recent call first" in line["text"] for line in lines)
+
+    def is_dumped() -> bool:
+        lines = daemon.admin("actor.stack", name="peer")["lines"]
+        return any("most recent call first" in line["text"] for line in lines)
+
+    wait_for(is_dumped, "a dump in time")
     assert daemon.actor("peer")["pid"] == pid
 
 

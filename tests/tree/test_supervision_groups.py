@@ -111,7 +111,8 @@ def test_bad_group_order_is_refused(order: dict[str, Any], expected: str) -> Non
 
 def test_hung_step_is_dumped_and_the_group_restarted() -> None:
     """A busy rank whose step counter stands still is killed, after its stacks are in the log."""
-    with ToyDaemon(toys("router"), supervision={**FAST, **SPAWN}) as daemon:
+    supervision = {**FAST, **SPAWN, "kill_after_s": DEADLINE_S}
+    with ToyDaemon(toys("router"), supervision=supervision) as daemon:
         daemon.command("start_group")
         daemon.wait_seen("group_up", n=1)
         assert daemon.relay("g/0", "hang")["error"] == "actor_down"
@@ -123,7 +124,7 @@ def test_hung_step_is_dumped_and_the_group_restarted() -> None:
 
 def test_load_that_stalls_is_killed_and_progress_extends_it() -> None:
     """The start deadline moves with progress, and only with progress."""
-    supervision = {**FAST, **SPAWN, "max_group_restarts": 1}
+    supervision = {**FAST, **SPAWN, "max_group_restarts": 1, "kill_after_s": DEADLINE_S}
     with ToyDaemon(toys("router"), supervision=supervision) as daemon:
         daemon.command("start_group", group="s", mode="slow", world_size=1, start_timeout_s=4.0)
         daemon.wait_seen("group_up", name="s")

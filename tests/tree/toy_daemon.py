@@ -61,14 +61,19 @@ class ToyDaemon:
     """One root under test; a context manager that proves nothing is left."""
 
     def __init__(
-        self, children: list[ChildSpec], *, num_listeners: int = 0, **sections: Any
+        self,
+        children: list[ChildSpec],
+        *,
+        num_listeners: int = 0,
+        supervision: dict[str, Any] | None = None,
     ) -> None:
         # Socket paths are limited to 107 bytes, which pytest's own directories can exceed.
         self.folder = Path(tempfile.mkdtemp(prefix="ctx-"))
         document = {
             "paths": {"runtime_dir": f"{self.folder}/run", "state_dir": f"{self.folder}/state"},
             "role": "gateway",  # no engine: its fork server would import torch in every test
-            **sections,
+            # A busy machine may stop a healthy process for longer than the default.
+            "supervision": {"kill_after_s": DEADLINE_S, **(supervision or {})},
         }
         self.order = ToyOrder(msgspec.convert(document, Settings), children, num_listeners)
         self.process: subprocess.Popen[str] | None = None

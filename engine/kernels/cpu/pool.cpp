@@ -27,16 +27,28 @@ inline void pause_cpu() {
 #endif
 }
 
-// One word holds the job's generation, its number of chunks and the next unclaimed one. A claim
-// is a compare-and-swap of that word, so it can only succeed while the same job is unfinished:
-// a worker that slept through a job can never run a chunk of it, nor read its dead context.
+// Threads that the pool can hold; more than any machine's CPUs.
+constexpr int kMaxThreads = 1024;
+
+// A thread's share of a job: the job's generation, the end of the share and its next unclaimed chunk
+// in one word. A claim or a theft is a compare-and-swap of that word, so it can only succeed while the
+// same job is unfinished: a worker that slept through a job can never run a chunk of it, nor read its
+// dead context.
 constexpr uint64_t kFieldBits = 14;  // leaves 36 bits: the generation never wraps in practice
 constexpr uint64_t kFieldMask = (uint64_t{1} << kFieldBits) - 1;
 constexpr int64_t kMaxChunks = static_cast<int64_t>(kFieldMask);
 
 uint64_t next_of(uint64_t word) { return word & kFieldMask; }
-uint64_t total_of(uint64_t word) { return (word >> kFieldBits) & kFieldMask; }
+uint64_t end_of(uint64_t word) { return (word >> kFieldBits) & kFieldMask; }
 uint64_t generation_of(uint64_t word) { return word >> (2 * kFieldBits); }
+uint64_t left_in(uint64_t word) { return end_of(word) - next_of(word); }
+uint64_t share_of(uint64_t generation, uint64_t next, uint64_t end) {
+    return generation << (2 * kFieldBits) | end << kFieldBits | next;
+}
+
+struct alignas(64) Share {
+    std::atomic<uint64_t> word{0};
+};
 
 class Pool {
    public:
@@ -53,15 +65,19 @@ class Pool {
         body_.store(body, std::memory_order_relaxed);
         context_.store(context, std::memory_order_relaxed);
         finished_.store(0, std::memory_order_relaxed);
-        const uint64_t generation = generation_of(word_.load(std::memory_order_relaxed)) + 1;
-        word_.store((generation << (2 * kFieldBits)) |
-                        (static_cast<uint64_t>(chunks) << kFieldBits),
-                    std::memory_order_seq_cst);
+        const uint64_t generation = generation_.load(std::memory_order_relaxed) + 1;
+        const auto threads = static_cast<uint64_t>(active_.load(std::memory_order_relaxed)) + 1;
+        for (uint64_t i = 0; i < threads; ++i) {
+            const auto all = static_cast<uint64_t>(chunks);
+            shares_[i].word.store(share_of(generation, all * i / threads, all * (i + 1) / threads),
+                                  std::memory_order_release);
+        }
+        generation_.store(generation, std::memory_order_seq_cst);
         if (sleeping_.load(std::memory_order_seq_cst) > 0) {
             std::lock_guard<std::mutex> lock(sleep_);
             wake_.notify_all();
         }
-        work();
+        work(0);
         for (int round = 0; finished_.load(std::memory_order_acquire) != chunks; ++round) {
             if (round < kFinishSpinRounds) {
                 pause_cpu();
@@ -73,7 +89,8 @@ class Pool {
 
     void set_threads(int count) {
         std::lock_guard<std::mutex> turn(turn_);
-        threads_wanted_.store(count < 1 ? 1 : count, std::memory_order_relaxed);
+        const int at_most = count < kMaxThreads ? count : kMaxThreads;
+        threads_wanted_.store(at_most < 1 ? 1 : at_most, std::memory_order_relaxed);
     }
 
     int threads() const { return threads_wanted_.load(std::memory_order_relaxed); }
@@ -93,45 +110,81 @@ class Pool {
     void worker(int index) {
         uint64_t seen = 0;
         for (;;) {
-            const uint64_t word = wait_for_job(seen);
-            seen = generation_of(word);
-            if (index < active_.load(std::memory_order_relaxed)) work();
+            seen = wait_for_job(seen);
+            if (index < active_.load(std::memory_order_relaxed)) work(index + 1);
         }
     }
 
     uint64_t wait_for_job(uint64_t seen) {
         for (int round = 0; round < kSpinRounds; ++round) {
-            const uint64_t word = word_.load(std::memory_order_acquire);
-            if (generation_of(word) != seen) return word;
+            const uint64_t generation = generation_.load(std::memory_order_acquire);
+            if (generation != seen) return generation;
             pause_cpu();
         }
         std::unique_lock<std::mutex> lock(sleep_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, [&] {
-            return generation_of(word_.load(std::memory_order_seq_cst)) != seen;
-        });
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_seq_cst) != seen; });
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
-        return word_.load(std::memory_order_acquire);
+        return generation_.load(std::memory_order_acquire);
     }
 
-    void work() {
-        uint64_t word = word_.load(std::memory_order_acquire);
-        while (next_of(word) < total_of(word)) {
+    void work(int thread) {
+        std::atomic<uint64_t>& own = shares_[thread].word;
+        do {
+            const int64_t done = run_share(own);
+            // Told once per share: a counter that every chunk of both threads writes would travel
+            // between the cores all the time.
+            if (done > 0) finished_.fetch_add(done, std::memory_order_release);
+        } while (steal(own));
+    }
+
+    // Runs what is left of a share; returns how many chunks that were.
+    int64_t run_share(std::atomic<uint64_t>& share) {
+        int64_t done = 0;
+        uint64_t word = share.load(std::memory_order_acquire);
+        while (left_in(word) > 0) {
             // Read before the claim; the claim proves that they belong to this job.
             const int64_t count = count_.load(std::memory_order_relaxed);
             const int64_t grain = grain_.load(std::memory_order_relaxed);
             const RangeBody body = body_.load(std::memory_order_relaxed);
             void* const context = context_.load(std::memory_order_relaxed);
-            if (!word_.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel,
+            if (!share.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel,
                                              std::memory_order_acquire)) {
                 continue;
             }
             const int64_t begin = static_cast<int64_t>(next_of(word)) * grain;
             const int64_t end = begin + grain < count ? begin + grain : count;
             body(context, begin, end);
-            finished_.fetch_add(1, std::memory_order_release);
-            word = word_.load(std::memory_order_acquire);
+            ++done;
+            word = share.load(std::memory_order_acquire);
         }
+        return done;
+    }
+
+    // Moves the second half of what another thread has left to the empty share of this one; false
+    // when there is nothing left.
+    bool steal(std::atomic<uint64_t>& own) {
+        const uint64_t empty = own.load(std::memory_order_acquire);
+        if (left_in(empty) > 0) return true;  // the next job has begun
+        const uint64_t generation = generation_of(empty);
+        const int threads = active_.load(std::memory_order_relaxed) + 1;
+        for (int i = 0; i < threads; ++i) {
+            std::atomic<uint64_t>& other = shares_[i].word;
+            uint64_t word = other.load(std::memory_order_acquire);
+            // Only of the job whose empty share this thread holds: the next job's shares may be in
+            // the making, this thread's among them.
+            while (left_in(word) > 0 && generation_of(word) == generation) {
+                const uint64_t middle = next_of(word) + left_in(word) / 2;
+                if (other.compare_exchange_weak(word, share_of(generation, next_of(word), middle),
+                                                std::memory_order_acq_rel,
+                                                std::memory_order_acquire)) {
+                    own.store(share_of(generation, middle, end_of(word)),
+                              std::memory_order_release);
+                    return true;
+                }
+            }
+        }
+        return false;
     }
 
     std::mutex turn_;
@@ -139,7 +192,8 @@ class Pool {
     int started_ = 0;
     std::atomic<int> active_{0};
 
-    alignas(64) std::atomic<uint64_t> word_{0};
+    Share shares_[kMaxThreads];
+    alignas(64) std::atomic<uint64_t> generation_{0};
     alignas(64) std::atomic<int64_t> finished_{0};
     alignas(64) std::atomic<int64_t> count_{0};
     std::atomic<int64_t> grain_{1};
