@@ -25,7 +25,7 @@ from cortexd.desired import forget_desired
 from cortexd.errors import ConfigError
 from cortexd.keys import check_secrets
 from cortexd.models import LoadOptions
-from cortexd.paths import runtime_dir
+from cortexd.paths import check_room_for_sockets, runtime_dir
 from cortexd.settings import Settings
 
 # Fronts drain first, while engines (GROUP_STOP_ORDER) and router still serve their streams.
@@ -48,6 +48,7 @@ def run(settings: Settings, *, on_ready: Callable[[dict[str, str]], None]) -> in
     catalogue = served_catalogue(settings)
     check_secrets(settings)
     # The lock first: a second daemon must learn who runs, not that a port is taken.
+    check_room_for_sockets(runtime_dir(settings))
     locked = RuntimeDir(runtime_dir(settings))
     listeners: dict[str, socket.socket] = {}
     try:

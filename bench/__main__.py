@@ -17,6 +17,7 @@ BENCHMARKS: Final = {
     "exactness": "logits against transformers, architectures x formats x ways (needs [test])",
     "gpu": "the goals on one GPU, over random weights of real models' shapes",
     "load": "loading warm files, and opening a GGUF file with a vocabulary of 150,000 tokens",
+    "rounding": "what rounded activations cost: perplexity of a text, with and without",
     "cpu": "the engine against llama.cpp and transformers on this CPU, file by file",
 }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from bench import llama_cpp
-from bench.machine import commit, cpu_name, default_cache_dir
+from bench.machine import commit, cpu_name, default_cache_dir, demo_file
 from bench.model_files import FORMATS, QWEN3_0_6B, QWEN3_5_0_8B, QWEN3_MOE, Shape, model_file
 from bench.runner import Load, Runner, Sample
 
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
 
 def _measure_format(setup: Setup, shape: Shape, name: str) -> None:
     models = setup.cache_dir / "models"
-    path = _demo_file() if name == DEMO else model_file(models, shape, name, setup.driver)
+    path = demo_file() if name == DEMO else model_file(models, shape, name, setup.driver)
     threads = str(setup.threads)
     sides = [
         Runner([sys.executable, "-m", "bench.engine_side", str(path), threads]),
@@ -125,20 +125,6 @@ def _row(label: str, load: Load, samples: list[list[Sample]], bandwidth_s: float
         f"| {label} | {kind} | {speeds[0]:.1f} | {speeds[1]:.1f} "
         f"| {walls[1] / walls[0]:.2f} ({cpus[1] / cpus[0]:.2f}) | {share} | {third} |"
     )
-
-
-def _demo_file() -> Path:
-    import threading
-
-    from cortexd import paths
-    from cortexd.demo import DEMO_MODEL
-    from cortexd.settings import Store
-    from engine.sources import resolve
-
-    store = Store()
-    cache_dir = paths.cache_dir(store)
-    files = resolve(DEMO_MODEL, None, store, cache_dir, lambda *stage: None, threading.Event())
-    return Path(files.weights[0])
 
 
 def _bandwidth(driver: Path, threads: int) -> float:

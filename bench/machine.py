@@ -1,4 +1,4 @@
-"""What a result is told with: commit, CPU; and where benchmarks keep what they make."""
+"""What a result is told with: commit, CPU; and where benchmarks keep and find their files."""
 
 from __future__ import annotations
 
@@ -27,3 +27,18 @@ def default_cache_dir() -> Path:
     """Return the folder for llama.cpp and model files."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "cortexd" / "bench"
+
+
+def demo_file() -> Path:
+    """Return the demo model's file, fetched when it is not there yet."""
+    import threading
+
+    from cortexd import paths
+    from cortexd.demo import DEMO_MODEL
+    from cortexd.settings import Store
+    from engine.sources import resolve
+
+    store = Store()
+    cache_dir = paths.cache_dir(store)
+    files = resolve(DEMO_MODEL, None, store, cache_dir, lambda *stage: None, threading.Event())
+    return Path(files.weights[0])

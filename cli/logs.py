@@ -38,7 +38,9 @@ def log_line(line: object) -> str:
     actor = str(document.pop("actor", line.get("actor", "")))
     level = str(document.pop("level", ""))
     event = str(document.pop("event", ""))
-    fields = " ".join(f"{key}={_value(value)}" for key, value in document.items())
+    # What has no value, such as the error of a request that went well, would only hide the rest.
+    said = {key: value for key, value in document.items() if value is not None}
+    fields = " ".join(f"{key}={_value(value)}" for key, value in said.items())
     parts = (time, actor, level if level != "info" else "", event, fields)
     return fmt.printable(" ".join(part for part in parts if part))
 

@@ -17,6 +17,8 @@ from cortexd.settings import Settings, Store
 
 # sockaddr_un.sun_path is 108 bytes on Linux, the last one a terminating zero.
 IPC_PATH_LIMIT: Final = 107
+# An inbox: 23 bytes of the actor's name, its incarnation in up to six digits, and ".s".
+LONGEST_SOCKET_NAME: Final = 23 + len(".") + 6 + len(".s")
 ADMIN_SOCKET: Final = "admin.s"
 
 
@@ -81,6 +83,20 @@ def verify_private_dir(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: has mode {mode:04o}, open to other users; allowed: 0700; "
             f"run: chmod 700 {folder}"
+        )
+
+
+def check_room_for_sockets(folder: Path) -> None:
+    """Check that the path of every socket in `folder` will fit: some are bound much later.
+
+    Raises: ConfigError.
+    """
+    size = len(os.fsencode(folder))
+    most = IPC_PATH_LIMIT - len("/") - LONGEST_SOCKET_NAME
+    if size > most:
+        raise ConfigError(
+            f"{folder}: a path of {size} bytes; allowed for the folder of the sockets: at most "
+            f"{most}; set paths.runtime_dir to a shorter folder"
         )
 
 

@@ -23,12 +23,15 @@ from actors.front.error_response import (
 )
 from actors.front.inference import InferenceHandler
 from actors.front.messages import MessagesDialect
+from actors.front.responses import ResponsesDialect
 from actors.front.services import FORWARDS, REQUEST_ID, SERVICES, Services
 from cortexd.errors import CortexError, Internal
 from cortexd.log import event
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _ID_BYTES = 16
+_COUNT_TOKENS = "/v1/messages/count_tokens"
+_MAX_LOGGED_PATH = 200
 
 
 class Listener:
@@ -51,10 +54,12 @@ class Listener:
             "/v1/chat/completions": InferenceHandler(ChatDialect()).handle,
             "/v1/completions": InferenceHandler(CompletionDialect()).handle,
             "/v1/messages": InferenceHandler(MessagesDialect()).handle,
+            "/v1/responses": InferenceHandler(ResponsesDialect()).handle,
         }
         for path, handler in self._direct.items():
             self.app.router.add_post(path, handler)
-        self.app.router.add_post("/v1/messages/count_tokens", count_tokens)
+        self.app.router.add_post(_COUNT_TOKENS, count_tokens)
+        self._recorded = frozenset((*self._direct, _COUNT_TOKENS))
         _add_routes(self.app, services.keys, is_neuron=self._is_neuron)
 
     def shorten(self, server: web.Server) -> None:
@@ -90,9 +95,9 @@ class Listener:
         try:
             response = self._cross_origin.preflight(request) or await handler(request)
         except CortexError as error:
-            response = _answer_error(request, error)
+            response = self._refused(request, error)
         except web.HTTPException as exception:
-            response = _answer_error(request, from_http_exception(exception, request))
+            response = self._refused(request, from_http_exception(exception, request))
         except ConnectionError:
             raise  # the client is gone; there is nobody to answer
         except Exception as error:
@@ -103,6 +108,22 @@ class Listener:
             response.headers.update(request[ORIGIN_FIELDS])
             if services.is_draining:
                 response.force_close()
+        return response
+
+    def _refused(self, request: web.Request, error: CortexError) -> web.Response:
+        """Return an error's answer, and write the line that inference writes for itself."""
+        response = _answer_error(request, error)
+        if request.method != "POST" or request.path not in self._recorded:
+            event(
+                self._services.log,
+                "http.refused",
+                id=request[REQUEST_ID],
+                client=request.remote or "",
+                method=request.method,
+                path=request.path[:_MAX_LOGGED_PATH],
+                status=response.status,
+                error=error.code,
+            )
         return response
 
 

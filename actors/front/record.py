@@ -10,13 +10,20 @@ from dataclasses import dataclass, field
 from actors.front.auth import ANONYMOUS, Principal
 from actors.front.services import Services
 from actors.open_requests import OpenRequest
-from cortexd.errors import CortexError
+from cortexd.errors import (
+    ContextLengthExceeded,
+    CortexError,
+    InvalidRequest,
+    RequestTimeout,
+    RequestTooLarge,
+)
 from cortexd.log import event
 from cortexd.messages import RequestFinished
 from cortexd.metrics import UNKNOWN_MODEL
 from cortexd.token_estimate import TokenEstimate
 
 CLIENT_GONE_STATUS = 499
+_WITHOUT_QUOTES = (ContextLengthExceeded, RequestTooLarge, RequestTimeout)
 
 
 @dataclass(slots=True)
@@ -72,7 +79,8 @@ class RequestRecord:
         """Note how it failed; `status` when the client saw another one than the error's own."""
         self.error_code = error.code
         # The message of a bad request quotes it, and prompts do not belong in the log.
-        self.error_message = error.message if error.http_status >= 500 else error.param
+        is_quoting = isinstance(error, InvalidRequest) and not isinstance(error, _WITHOUT_QUOTES)
+        self.error_message = error.param if is_quoting else error.message
         self.status = error.http_status if status is None else status
 
     def note_ending(self, error: BaseException | None) -> None:

@@ -36,6 +36,12 @@ def test_logs_prints_old_lines_then_follows(
     assert capsys.readouterr().out.splitlines() == [SHOWN, SHOWN.replace(" warning", "")]
 
 
+def test_fields_without_a_value_are_left_out() -> None:
+    """A request that went well is one short line."""
+    line = {**LINE, "error": None, "cold": False, "wait_ms": 0}
+    assert log_line(line) == f"{SHOWN} cold=false wait_ms=0"
+
+
 def test_unknown_actor_exits_4(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """The daemon knows its actors."""
     daemon.answers["actor.logs"] = NotFound('no actor "x"')

@@ -144,6 +144,17 @@ def test_interrupt_while_the_command_is_imported_ends_it_quietly() -> None:
     assert (done.returncode, done.stderr) == (exit_code.INTERRUPTED, "")
 
 
+def test_start_in_a_folder_too_deep_for_sockets_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system's limit is met before anything is started or made."""
+    folder = tmp_path / ("deep" * 30)
+    monkeypatch.setenv("CORTEXD_PATHS__RUNTIME_DIR", str(folder))
+    assert main(["start"]) == exit_code.USAGE
+    assert capsys.readouterr().err.startswith(f"cortexd: {folder}: a path of ")
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("address", "hint"),
     [

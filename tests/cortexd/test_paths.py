@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from actors.transport.sockets import inbox_endpoint
 from cortexd import paths
 from cortexd.errors import ConfigError
+from cortexd.messages.envelope import Address
 from cortexd.settings import Paths, Settings, Store
 
 HOME = {"HOME": "/home/me"}
@@ -81,6 +83,16 @@ def test_link_and_file_are_refused(tmp_path: Path) -> None:
         paths.prepare_private_dir(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         paths.verify_private_dir(tmp_path / "absent")
+
+
+def test_folder_whose_longest_socket_would_not_fit_is_refused() -> None:
+    """At the start, not when a model with a long name is loaded."""
+    paths.check_room_for_sockets(Path("/" + "a" * 73))
+    with pytest.raises(ConfigError, match=r"75 bytes.*at most 74.*paths\.runtime_dir"):
+        paths.check_room_for_sockets(Path("/" + "a" * 74))
+    long_name = Address("a-model-with-a-name-that-is-cut/0", 999_999)
+    endpoint = inbox_endpoint(Path("/" + "a" * 73), long_name)
+    assert len(endpoint.removeprefix("ipc://")) == paths.IPC_PATH_LIMIT
 
 
 def test_socket_path_limit_is_107_bytes(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cortexd.messages.inference import Submit
-from engine.sequence import Sequence
+from engine.scheduling.sequence import Sequence
 from engine.token_ids import pack_token_ids, unpack_token_ids
 
 

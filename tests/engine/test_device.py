@@ -12,7 +12,7 @@ from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
 from engine import device
 from engine.kernels.cpu import library
-from tests.engine.test_submission import SPEC
+from tests.engine.scheduling.test_submission import SPEC
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

@@ -1,4 +1,8 @@
-"""Ports for the daemons of a test, which no other socket takes before they are bound."""
+"""Ports for the daemons of a test, which nobody else takes before they are bound.
+
+A port is claimed by a name that only one process of this machine can have, and that goes with the
+process: test runs at the same time, in other checkouts too, never share one.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,22 @@ def _candidates() -> Iterator[int]:
 
 
 _PORTS = _candidates()
+_CLAIMS: list[socket.socket] = []
 
 
 def free_port() -> int:
     """Return a free port that was not handed out before."""
     for port in _PORTS:
-        with socket.socket() as probe:
-            # As servers do: a port whose last connections are only fading out is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0cortexd-test-port-{port}")
+            with socket.socket() as probe:
+                # As servers do: a port whose last connections are only fading out is free.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        except OSError:
+            claim.close()
+            continue
+        _CLAIMS.append(claim)
         return port
     raise AssertionError("no port is free")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,16 +98,17 @@ def _other_ports() -> dict[str, str]:
     }
 
 
-def test_port_in_use_is_named_and_nothing_starts(daemon: Daemon, tmp_path: Path) -> None:
+def test_port_in_use_is_named_and_nothing_starts(daemon: Daemon) -> None:
     """The error names the address and the key to change."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cortexd", "start"],
-        env={**daemon.environment, "CORTEXD_PATHS__RUNTIME_DIR": str(tmp_path / "r")},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="cx-") as folder:  # pytest's are long for sockets
+        done = subprocess.run(
+            [sys.executable, "-m", "cortexd", "start"],
+            env={**daemon.environment, "CORTEXD_PATHS__RUNTIME_DIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
     assert done.returncode != 0
     assert f"127.0.0.1:{daemon.api_port}" in done.stderr
     assert "gateway.listen" in done.stderr

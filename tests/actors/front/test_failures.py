@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import aiohttp
@@ -11,6 +12,7 @@ import pytest
 
 from actors.front import written
 from cortexd.errors import ModelLoadFailed, NonFiniteLogits, Overloaded, ShuttingDown
+from cortexd.log import JsonFormatter
 from cortexd.messages import Cancel, EndRequest, Route, TokenBatch
 from cortexd.messages.inference import SequenceDelta
 from tests.doubles.fleet import LEADER
@@ -298,3 +300,30 @@ async def test_unforeseen_error_mid_stream_is_an_error_event(
         events = parse_events(seen + await response.read())
         assert events[-1]["error"]["code"] == "internal_error"
         assert "http.failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        (CHAT, {"model": "gpt-x", "messages": [{"role": "user", "content": "hush"}]}, "gpt-x"),
+        (CHAT, chat_body("hush " * 200), "maximum context length"),
+        (CHAT, chat_body("hush", temperature=9), "temperature"),
+        ("/api/chat", chat_body("hush"), "/api/chat"),
+        ("/v1/messages/count_tokens", {"model": "gpt-x", "messages": []}, '"message":"messages"'),
+    ],
+)
+@async_test
+async def test_refused_request_has_one_log_line_with_its_id_and_what_was_wrong(
+    path: str, body: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator finds why a client was refused, and never what it had written."""
+    caplog.set_level(logging.INFO, "front")
+    async with served_front() as front:
+        await front.post(path, body, headers={"x-request-id": "find-me"})
+    (line,) = [json for json in map(_json_line, caplog.records) if b"find-me" in json]
+    assert told.encode() in line
+    assert b"hush" not in line
+
+
+def _json_line(record: logging.LogRecord) -> bytes:
+    return JsonFormatter("front.0").format(record).encode()
