@@ -20,7 +20,7 @@ from cortexd.messages.control import Message
 from cortexd.messages.envelope import Address
 
 if TYPE_CHECKING:
-    from engine.step_plan import StepPlan
+    from engine.scheduling.step_plan import StepPlan
     from engine.tp.step_codec import CacheBounds
 
 _Reply = TypeVar("_Reply", bound=rpc.RpcMessage)

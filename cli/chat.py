@@ -89,7 +89,8 @@ class Conversation:
                     if piece and is_reasoning:
                         thought = "\n\n"  # sets the answer off
                     is_reasoning = (is_reasoning or bool(thought)) and not piece
-                    self._on_reasoning(thought)
+                    if thought:
+                        self._on_reasoning(thought)
                     answer += piece
                     if piece:
                         yield piece

@@ -16,8 +16,9 @@ _CHARACTERS_PER_TOKEN: Final = 4
 _IMAGE_TOKENS: Final = 1000
 # An answer's bound when the client gives none, as of the reference.
 DEFAULT_OUTPUT_TOKENS: Final = 4096
-_PROMPT_FIELDS: Final = ("messages", "prompt", "system", "tools")
-_ANSWER_FIELDS: Final = ("choices", "content")
+_PROMPT_FIELDS: Final = ("messages", "prompt", "system", "tools", "input", "instructions")
+_BOUNDS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_ANSWER_FIELDS: Final = ("choices", "content", "output")
 _IMAGE_TYPES: Final = frozenset({"image", "image_url", "input_image"})
 # A body nested deeper than any that is accepted is not looked at any further.
 _MAX_DEPTH: Final = 64
@@ -44,8 +45,8 @@ def estimate_request(body: bytes) -> TokenEstimate:
     """Return the estimate of a request of either dialect; of what is no JSON object, nothing."""
     document = _object(body)
     prompt = sum(_tokens(document.get(name)) for name in _PROMPT_FIELDS)
-    bound = document.get("max_completion_tokens")
-    bound = document.get("max_tokens") if bound is None else bound
+    bounds = (document.get(name) for name in _BOUNDS)
+    bound = next((bound for bound in bounds if bound is not None), None)
     answers = document.get("n")
     num_answers = answers if isinstance(answers, int) and answers > 0 else 1
     return TokenEstimate(

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.block_pool import NULL_BLOCK
+from engine.cache.block_pool import NULL_BLOCK
 
 
 class StepRow(Protocol):

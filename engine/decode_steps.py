@@ -17,12 +17,12 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from engine import device_sampler
 from engine.batch import StepBatch
-from engine.device_sampler import Effort
-from engine.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache
+from engine.sampling import device_sampler
+from engine.sampling.device_sampler import Effort
+from engine.scheduling.step_plan import PlannedRow
 from engine.step_buffers import StepBuffers
-from engine.step_plan import PlannedRow
 
 # Rows of a step are rounded up to one of these.
 BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)

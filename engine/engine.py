@@ -23,26 +23,26 @@ from cortexd.models import ModelFiles, ModelLimits, ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine import device as devices
 from engine.batch import build_batch
-from engine.block_pool import BlockPool
-from engine.constraints import Constraints, compiler_for
+from engine.cache.block_pool import BlockPool
+from engine.cache.kv_cache import KVCache, choose_size
+from engine.cache.kv_room import KVRoom
+from engine.cache.slot_pool import SlotPool
+from engine.cache.snapshots import StateCopy
 from engine.decode_steps import CapturableModel, DecodeSteps
 from engine.grammar.compiler import GrammarCompiler
-from engine.kv_cache import KVCache, choose_size
-from engine.kv_room import KVRoom
 from engine.largest_step import activation_bytes
-from engine.load_figures import LoadFigures
-from engine.model_load import Model, load_model
-from engine.open_sequences import OpenSequences
-from engine.row_results import RowResult, read_results
+from engine.loading.model_load import Model, load_model
 from engine.run_ahead import RunAhead
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler
+from engine.sampling.row_results import RowResult, read_results
+from engine.sampling.sampler import Sampler
+from engine.scheduling.constraints import Constraints, compiler_for
+from engine.scheduling.load_figures import LoadFigures
+from engine.scheduling.open_sequences import OpenSequences
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step_plan import StepPlan
+from engine.scheduling.submission import make_sequence
 from engine.sleep import Asleep, check_can_sleep, may_sleep, tensors_of
-from engine.slot_pool import SlotPool
-from engine.snapshots import StateCopy
 from engine.step_faults import StepFaults
-from engine.step_plan import StepPlan
-from engine.submission import make_sequence
 from engine.tp.comm import Comm
 from engine.tp.lockstep import Alone, Lockstep
 

@@ -13,8 +13,8 @@ import torch
 from cortexd.models import ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine.batch import build_batch
-from engine.kv_cache import CacheSize, KVCache
-from engine.model_load import Model
+from engine.cache.kv_cache import CacheSize, KVCache
+from engine.loading.model_load import Model
 
 
 @dataclass(frozen=True, slots=True)

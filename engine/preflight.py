@@ -16,11 +16,11 @@ from cortexd.models import ModelFiles, ModelSpec, WeightBytes
 from engine.formats.checkpoint import Checkpoint, CheckpointTensor
 from engine.formats.checkpoint_check import check_plan
 from engine.formats.gguf_model import GGUFModel
-from engine.gguf_spec import spec_from_gguf
-from engine.memory_check import weigh
+from engine.loading.memory_check import weigh
 from engine.models.registry import REGISTRY
-from engine.spec import spec_from_config
-from engine.stored_layout import with_stored_layout
+from engine.specs.gguf_spec import spec_from_gguf
+from engine.specs.spec import spec_from_config
+from engine.specs.stored_layout import with_stored_layout
 from engine.tp.sharding import (
     Shard,
     allowed_world_sizes,

@@ -8,11 +8,11 @@ many: it went to blocks and a state slot that are handed out again only to steps
 from __future__ import annotations
 
 from engine.decode_steps import DecodeSteps, Flight
-from engine.row_results import RowResult
-from engine.sampler import NOT_FINITE, SampledToken
-from engine.scheduler import Scheduler
-from engine.sequence import SequenceState
-from engine.step_plan import StepPlan
+from engine.sampling.row_results import RowResult
+from engine.sampling.sampler import NOT_FINITE, SampledToken
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import SequenceState
+from engine.scheduling.step_plan import StepPlan
 
 
 class RunAhead:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from engine.batch import PagedRows, StepBatch
-from engine.block_pool import NULL_BLOCK
-from engine.device_sampler import SamplingTensors
-from engine.slot_pool import NULL_SLOT
-from engine.step_plan import PlannedRow
+from engine.cache.block_pool import NULL_BLOCK
+from engine.cache.slot_pool import NULL_SLOT
+from engine.sampling.device_sampler import SamplingTensors
+from engine.scheduling.step_plan import PlannedRow
 
 _INTEGERS: Final = (
     *("token_ids", "positions", "slots", "kv_lens", "state_slots", "is_fresh"),

@@ -23,6 +23,7 @@ from actors.front.error_response import (
 )
 from actors.front.inference import InferenceHandler
 from actors.front.messages import MessagesDialect
+from actors.front.responses import ResponsesDialect
 from actors.front.services import FORWARDS, REQUEST_ID, SERVICES, Services
 from cortexd.errors import CortexError, Internal
 from cortexd.log import event
@@ -53,6 +54,7 @@ class Listener:
             "/v1/chat/completions": InferenceHandler(ChatDialect()).handle,
             "/v1/completions": InferenceHandler(CompletionDialect()).handle,
             "/v1/messages": InferenceHandler(MessagesDialect()).handle,
+            "/v1/responses": InferenceHandler(ResponsesDialect()).handle,
         }
         for path, handler in self._direct.items():
             self.app.router.add_post(path, handler)

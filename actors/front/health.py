@@ -114,7 +114,7 @@ def _version() -> dict[str, object]:
         "python_version": platform.python_version(),
         "torch_version": _installed("torch"),
         "target": f"{platform.machine()}-{platform.system().lower()}",
-        "features": ["chat", "completions", "messages", "models", "neuron"],
+        "features": ["chat", "completions", "messages", "models", "neuron", "responses"],
     }
 
 

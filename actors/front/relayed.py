@@ -20,7 +20,9 @@ _USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{)')
 _REASONS: Final = (b'"finish_reason"', b'"stop_reason"')
 _REASON: Final = re.compile(rb'"(?:finish_reason|stop_reason)"\s*:\s*"(\w+)"')
 _BRACE: Final = re.compile(rb"[{}]")
-_ERROR_LINE: Final = re.compile(rb'^data:\s*\{"(?:error"|type":\s*"error")', re.MULTILINE)
+_ERROR_LINE: Final = re.compile(
+    rb'^data:\s*\{"(?:error"|type":\s*"(?:error|response\.failed)")', re.MULTILINE
+)
 _ERROR_CODE: Final = re.compile(rb'(?<!\\)"code"\s*:\s*"(\w+)"')
 _END_EVENTS: Final = 2  # the finish event and the end mark carry no token
 
@@ -44,6 +46,7 @@ class _Usage(msgspec.Struct):
     prompt_tokens_details: _PromptDetails | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    input_tokens_details: _PromptDetails | None = None
     cache_read_input_tokens: int | None = None
 
 
@@ -228,7 +231,7 @@ def _places(data: bytes, field: bytes, *, is_first: bool = False) -> Iterator[in
 
 
 def _counts_of(usage: _Usage) -> Counts:
-    details = usage.prompt_tokens_details
+    details = usage.prompt_tokens_details or usage.input_tokens_details
     cached = details.cached_tokens if details is not None else usage.cache_read_input_tokens
     return Counts(
         max(usage.prompt_tokens or 0, usage.input_tokens or 0),

@@ -13,11 +13,11 @@ from cortexd.settings import Engine as EngineSettings
 from engine.engine import Engine
 from engine.formats.ggml import GGMLType
 from engine.layers.linear import Backend, Weight
-from engine.loader import Weights
+from engine.loading.loader import Weights
+from engine.loading.stored_tensors import StoredRows, StoredTensors
 from engine.models.registry import REGISTRY, load_class
 from engine.quant.tensor import QuantizedTensor
-from engine.stored_tensors import StoredRows, StoredTensors
-from engine.tensor_plan import HEAD
+from engine.specs.tensor_plan import HEAD
 
 # Where the float16 scales of a block stand: random bytes there would be infinite or not a number.
 _SCALES: Final = {GGMLType.Q4_K: (0, 2), GGMLType.Q6_K: (208,)}

@@ -16,8 +16,8 @@ from cortexd.messages import rpc
 from cortexd.messages.envelope import Envelope
 from cortexd.messages.inference import Submit
 from cortexd.models import RankArgs
-from engine.sequence import Sequence, SequenceState
-from engine.step_plan import PlannedRow, StepPlan
+from engine.scheduling.sequence import Sequence, SequenceState
+from engine.scheduling.step_plan import PlannedRow, StepPlan
 from engine.token_ids import pack_token_ids
 from engine.tp.step_codec import StepDecoder, StepEncoder
 

@@ -12,7 +12,7 @@ from cortexd.models import ModelSpec
 from engine.formats.checkpoint import Checkpoint, CheckpointTensor, listing
 from engine.formats.ggml import RUNNABLE_TYPES, type_names
 from engine.formats.gguf_names import ROPE_FACTORS
-from engine.tensor_plan import TensorPlan
+from engine.specs.tensor_plan import TensorPlan
 
 
 def check_plan(checkpoint: Checkpoint, plan: TensorPlan, spec: ModelSpec) -> None:

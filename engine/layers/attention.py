@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.batch import BatchRow, StepBatch
-from engine.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache
 
 
 def paged_attention(

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from cortexd.models import LinearAttentionSpec
 from engine.batch import StepBatch
-from engine.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache
 from engine.layers.delta_rule import DeltaInputs, chunk_delta_rule, recurrent_delta_rule
 from engine.layers.linear import Linear
 from engine.layers.norm import GatedRMSNorm

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cortexd.models import ModelSpec
 from engine.batch import StepBatch
-from engine.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache
 from engine.layers.attention import paged_attention
 from engine.layers.linear import Linear
 from engine.layers.norm import Norm

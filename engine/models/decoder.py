@@ -15,18 +15,18 @@ from torch import Tensor
 from cortexd.log import event
 from cortexd.models import ModelSpec
 from engine.batch import StepBatch
-from engine.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import HeadRMSNorm, Norm, RMSNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.layers.sparse_mlp import SparseMLP
-from engine.loader import Weights
+from engine.loading.loader import Weights
 from engine.models.attention import Attention, RotaryTables, SelfAttention
 from engine.models.experts import build_gated_mlp, build_sparse_mlp
 from engine.models.native import native_decoder
 from engine.models.native_layers import NativeLayers, native_layers
-from engine.tensor_plan import EMBEDDING, FINAL_NORM
+from engine.specs.tensor_plan import EMBEDDING, FINAL_NORM
 
 if TYPE_CHECKING:
     from engine.models.fused import FusedDecoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cortexd.models import ModelSpec, MoeSpec
 from engine.layers.mlp import GatedMLP
 from engine.layers.sparse_mlp import Experts, SeparateExperts, SharedExpert, SparseMLP
-from engine.loader import Weights
+from engine.loading.loader import Weights
 
 
 def build_sparse_mlp(weights: Weights, spec: ModelSpec, prefix: str) -> SparseMLP:

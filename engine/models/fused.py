@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 from torch import Tensor
 
 from engine.batch import StepBatch
+from engine.cache.kv_cache import KVCache
 from engine.kernels.triton.activation import silu_mul
 from engine.kernels.triton.norm import add_rms_norm
-from engine.kv_cache import KVCache
 from engine.layers.gated_delta_net import GatedDeltaNet
 from engine.layers.mlp import GatedMLP
 from engine.layers.sparse_mlp import SparseMLP

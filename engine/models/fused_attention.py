@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from engine.batch import StepBatch
+from engine.cache.kv_cache import KVCache
 from engine.kernels.triton.activation import sigmoid_mul_
 from engine.kernels.triton.attention_decode import attend_decode, choose_splits
 from engine.kernels.triton.attention_prefill import attend_prefill
 from engine.kernels.triton.rope import norm_rotate_write
-from engine.kv_cache import KVCache
 from engine.models.attention import RotaryTables, SelfAttention
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from engine.batch import PagedRows, StepBatch
+from engine.cache.kv_cache import KVCache
 from engine.kernels.triton.delta_conv import convolve
 from engine.kernels.triton.delta_decode import delta_decode
 from engine.kernels.triton.delta_heads import DeltaShape, HeadInputs, HeadWeights, SlotStates
 from engine.kernels.triton.delta_prefill import CHUNK, delta_prefill
-from engine.kv_cache import KVCache
 from engine.layers.gated_delta_net import GatedDeltaNet
 from engine.models.attention import RotaryTables
 

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from cortexd.models import LinearAttentionSpec, ModelSpec
 from engine.batch import StepBatch
-from engine.kv_cache import KVCache
-from engine.layer_shapes import input_projections
+from engine.cache.kv_cache import KVCache
 from engine.layers.gated_delta_net import GatedDeltaNet
 from engine.layers.linear import Linear
 from engine.layers.norm import GatedRMSNorm, ZeroCentredRMSNorm
-from engine.loader import Weights
+from engine.loading.loader import Weights
+from engine.loading.stored_tensors import RowSelection
 from engine.models.attention import RotaryTables, SelfAttention
 from engine.models.decoder import Decoder, DecoderLayer
-from engine.stored_tensors import RowSelection
+from engine.specs.layer_shapes import input_projections
 
 
 class GatedSelfAttention(SelfAttention):

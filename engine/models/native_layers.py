@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from engine.batch import StepBatch
+from engine.cache.kv_cache import KVCache
 from engine.kernels import cpu
 from engine.kernels.cpu.ops import HEAD_DIMS, LANES
-from engine.kv_cache import KVCache
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.models.attention import SelfAttention

@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 
 from cortexd.errors import UnsupportedArchitecture
 from cortexd.models import ModelSpec
-from engine.tensor_plan import TensorPlan, decoder_plan
+from engine.specs.tensor_plan import TensorPlan, decoder_plan
 
 
 @dataclass(frozen=True, slots=True)

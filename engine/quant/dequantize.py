@@ -46,8 +46,8 @@ def _bit_planes(packed: Tensor, group_bytes: int, num_bits: int) -> Tensor:
     return torch.stack(planes, dim=2)  # (num_blocks, groups, planes, group_bytes)
 
 
-def _high_bits_32(packed: Tensor) -> Tensor:
-    """Unpack a little-endian 32-bit mask: bit j belongs to weight j; (num_blocks, 32)."""
+def unpack_masks(packed: Tensor) -> Tensor:
+    """Unpack little-endian 32-bit masks (num_blocks, 4): bit j is weight j's; (num_blocks, 32)."""
     bits = torch.stack([(packed >> shift) & 1 for shift in range(8)], dim=2)
     return bits.reshape(packed.shape[0], 32)
 
@@ -68,12 +68,12 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    quants = _nibbles(blocks[:, 6:], 16).reshape(-1, 32) | (_high_bits_32(blocks[:, 2:6]) << 4)
+    quants = _nibbles(blocks[:, 6:], 16).reshape(-1, 32) | (unpack_masks(blocks[:, 2:6]) << 4)
     return _half(blocks, 0) * (quants.float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    quants = _nibbles(blocks[:, 8:], 16).reshape(-1, 32) | (_high_bits_32(blocks[:, 4:8]) << 4)
+    quants = _nibbles(blocks[:, 8:], 16).reshape(-1, 32) | (unpack_masks(blocks[:, 4:8]) << 4)
     return _half(blocks, 0) * quants.float() + _half(blocks, 2)
 
 
@@ -142,11 +142,20 @@ def _iq4_nl(blocks: Tensor) -> Tensor:
     return _half(blocks, 0) * _lookup(_IQ4_CODEBOOK, quants)
 
 
-def _iq4_xs(blocks: Tensor) -> Tensor:
+def iq4_table(device: torch.device) -> Tensor:
+    """Return the 16 numbers that the nibbles of IQ4_NL and IQ4_XS stand for, int8."""
+    return torch.tensor(_IQ4_CODEBOOK, dtype=torch.int8, device=device)
+
+
+def unpack_iq4_scales(blocks: Tensor) -> Tensor:
+    """Return the eight scales of IQ4_XS blocks (num_blocks, 136), int8 from -32 to 31."""
     low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), dim=2).reshape(-1, 8)
     high = torch.stack([(blocks[:, 2:4] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=2)
-    scales = (low | (high.reshape(-1, 8) << 4)).float() - 32
-    scale = (_half(blocks, 0) * scales).unsqueeze(2)
+    return (low | (high.reshape(-1, 8) << 4)).to(torch.int8) - 32
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    scale = (_half(blocks, 0) * unpack_iq4_scales(blocks).float()).unsqueeze(2)
     quants = _nibbles(blocks[:, 8:], 16).reshape(-1, 8, 32)
     return (scale * _lookup(_IQ4_CODEBOOK, quants)).reshape(-1, 256)
 

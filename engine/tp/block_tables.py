@@ -13,8 +13,8 @@ from heapq import heappop, heappush
 from typing import Final
 
 from cortexd.errors import InvalidValue
-from engine.sequence import Sequence, SequenceState
-from engine.step_plan import PlannedRow
+from engine.scheduling.sequence import Sequence, SequenceState
+from engine.scheduling.step_plan import PlannedRow
 
 # Far more than sequences ever run at once; what a broken leader may make a worker hold.
 MAX_HANDLES: Final = 1 << 16

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cortexd.errors import InvalidValue
-from engine.kv_cache import KVCache
-from engine.slot_pool import NULL_SLOT
+from engine.cache.kv_cache import KVCache
+from engine.cache.slot_pool import NULL_SLOT
 from engine.token_ids import unpack_token_ids
 
 MAX_KEPT: Final = 64

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from engine.kv_cache import CacheSize
-from engine.step_plan import StepPlan
+from engine.cache.kv_cache import CacheSize
+from engine.scheduling.step_plan import StepPlan
 
 
 class Lockstep(Protocol):

@@ -12,8 +12,8 @@ from cortexd.models import ModelFiles, ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine import device as devices
 from engine.batch import build_batch
-from engine.kv_cache import CacheSize, KVCache
-from engine.model_load import LoadedModel, Progress, load_model
+from engine.cache.kv_cache import CacheSize, KVCache
+from engine.loading.model_load import LoadedModel, Progress, load_model
 from engine.tp.comm import Comm
 from engine.tp.kept_states import KeptStates
 from engine.tp.step_codec import StepDecoder

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from cortexd.errors import InvalidValue
 from cortexd.messages.rpc import GenerateStep
-from engine.slot_pool import NULL_SLOT
-from engine.snapshots import StateCopy
-from engine.step_plan import StepPlan
+from engine.cache.slot_pool import NULL_SLOT
+from engine.cache.snapshots import StateCopy
+from engine.scheduling.step_plan import StepPlan
 from engine.token_ids import pack_token_ids, unpack_token_ids
 from engine.tp.block_tables import KnownTables, SentTables, TableChanges
 

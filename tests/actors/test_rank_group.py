@@ -22,8 +22,8 @@ from cortexd.errors import (
 from cortexd.messages import rpc
 from cortexd.messages.control import Message, Ok
 from cortexd.messages.envelope import Address, Header
-from engine.kv_cache import CacheSize
-from engine.step_plan import PlannedRow, StepPlan
+from engine.cache.kv_cache import CacheSize
+from engine.scheduling.step_plan import PlannedRow, StepPlan
 from tests.engine.doubles import make_sequence
 
 EPOCH = 3

@@ -21,9 +21,9 @@ from cortexd.messages.control import Message
 from cortexd.messages.envelope import Address, Envelope, Header
 from cortexd.models import LoadOptions, ModelFiles, RankArgs
 from cortexd.settings import Settings
-from engine.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache
 from engine.preflight import inspect
-from engine.step_plan import PlannedRow, StepPlan
+from engine.scheduling.step_plan import PlannedRow, StepPlan
 from engine.token_ids import pack_token_ids
 from engine.tp.kept_states import MAX_KEPT
 from engine.tp.step_codec import StepEncoder

@@ -171,7 +171,7 @@ _ROWS: Final = (
         _A529,
         (
             f"{_FLEET}::test_wait_for_a_seat_has_an_end",
-            "tests/engine/test_admission.py::"
+            "tests/engine/scheduling/test_admission.py::"
             "test_who_waits_for_memory_too_long_is_told_what_it_lacks",
         ),
     ),

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from cortexd.catalogue import Catalogue, alias_warnings, load_catalogue
+from cortexd.demo import DEMO_ALIAS, DEMO_MODEL, served_catalogue
 from cortexd.errors import ConfigError
+from cortexd.settings import DefaultModel, Settings
 
 
 def load(tmp_path: Path, text: str) -> Catalogue:
@@ -15,6 +17,22 @@ def load(tmp_path: Path, text: str) -> Catalogue:
     path = tmp_path / "models.toml"
     path.write_text(text)
     return load_catalogue(str(path))
+
+
+def test_demo_model_brings_its_name_and_sampling_unless_the_file_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    """At the API's temperature of 1 the smallest model talks nonsense to whoever tries it first."""
+    path = tmp_path / "models.toml"
+    path.write_text("")
+    settings = Settings(models_config=str(path), default_models=[DefaultModel(model_id=DEMO_MODEL)])
+    catalogue = served_catalogue(settings)
+    model = catalogue.model(catalogue.aliases[DEMO_ALIAS])
+    assert model is not None
+    assert model.policy.defaults == {"temperature": 0.2, "top_p": 0.9}
+    path.write_text(f'[[models]]\nid = "{DEMO_MODEL}"\ndefaults = {{top_k = 5}}')
+    (model,) = served_catalogue(settings).models
+    assert model.policy.defaults == {"top_k": 5}
 
 
 def test_every_key_of_the_reference_is_read(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_text_counts_by_script() -> None:
     assert estimate(prompt="a" * 400) == (100, None)
     assert estimate(prompt="語" * 100) == (100, None)
     assert estimate(prompt=[1, 2, 3]) == (3, None)
+    assert estimate(instructions="a" * 40, input="a" * 40) == (20, None)
     content = [{"type": "text", "text": "a" * 40}]
     assert estimate(messages=[{"content": content}])[0] >= 10
 
@@ -42,6 +43,7 @@ def test_image_does_not_count_by_its_bytes() -> None:
         ({"max_tokens": 7}, 7),
         ({"max_tokens": 7, "max_completion_tokens": 9}, 9),
         ({"max_tokens": 7, "n": 3}, 21),
+        ({"max_output_tokens": 7}, 7),
         ({"max_tokens": "7"}, None),
         ({"max_tokens": -1}, None),
         ({}, None),
@@ -68,8 +70,9 @@ def test_what_is_no_request_is_nothing(body: bytes) -> None:
 
 
 def test_answer_without_usage_is_counted_by_its_text() -> None:
-    """Both dialects' answers."""
+    """Every dialect's answers."""
     openai = {"choices": [{"message": {"content": "a" * 40}}]}
     anthropic = {"content": [{"type": "text", "text": "a" * 40}]}
-    for answer in (openai, anthropic):
+    responses = {"output": [{"content": [{"text": "a" * 40}]}]}
+    for answer in (openai, anthropic, responses):
         assert 10 <= estimate_answer(msgspec.json.encode(answer)) <= 12

@@ -11,9 +11,9 @@ from torch import Tensor
 from cortexd.errors import ErrorInfo
 from cortexd.messages.inference import SequenceDelta
 from engine.batch import StepBatch
+from engine.cache.kv_cache import KVCache
 from engine.engine import Engine
-from engine.kv_cache import KVCache
-from engine.model_load import Model
+from engine.loading.model_load import Model
 from tests.engine.doubles import make_submit
 
 OWNER = "front.0"

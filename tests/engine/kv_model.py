@@ -7,10 +7,10 @@ state published too early shows as a wrong value. It also counts which prompt to
 
 from __future__ import annotations
 
-from engine import prefill_chunks
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
-from engine.step_plan import PlannedRow, StepPlan
+from engine.scheduling import prefill_chunks
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_plan import PlannedRow, StepPlan
 
 OUTPUT_TOKEN = 7
 Value = tuple[str, tuple[int, ...]]  # salt and tokens

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from engine import engine as engine_module
 from engine.batch import BatchRow, StepBatch, StepRow
+from engine.cache.prefix_cache import PrefixCache
+from engine.cache.prefix_tree import PrefixNode
+from engine.cache.state_cache import StateCache
 from engine.engine import Engine
 from engine.kernels.cpu.decoder import DecoderBatch, NativeDecoder, States
 from engine.kernels.cpu.structs import DecoderStep
 from engine.layers import gated_delta_net
 from engine.layers.delta_rule import DeltaInputs, chunk_delta_rule, recurrent_delta_rule
 from engine.layers.gated_delta_net import GatedDeltaNet
-from engine.prefix_cache import PrefixCache
-from engine.prefix_tree import PrefixNode
-from engine.sequence import Sequence
-from engine.state_cache import StateCache
+from engine.scheduling.sequence import Sequence
 
 BatchChange = Callable[[StepBatch], None]
 

@@ -14,9 +14,9 @@ from cortexd import errors
 from cortexd.models import ModelFiles
 from cortexd.settings import Engine as EngineSettings
 from engine.batch import StepBatch
+from engine.cache.kv_cache import KVCache
 from engine.engine import Engine
-from engine.kv_cache import KVCache
-from engine.model_load import Model
+from engine.loading.model_load import Model
 from engine.preflight import inspect
 from tests.engine.checkpoints import load_engine, make_oracle, random_prompt, save_oracle
 from tests.engine.doubles import make_submit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cortexd.models import ModelFiles
 from engine.batch import StepBatch
-from engine.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache
 from tests.engine.checkpoints import (
     NATIVE_HYBRID,
     Oracle,

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cortexd.models import ModelFiles
-from engine import submission
 from engine.engine import Engine
+from engine.scheduling import submission
 from engine.text.text_model import TextModel
 from tests.engine.checkpoints import load_engine, make_oracle, save_oracle
 from tests.engine.doubles import make_submit

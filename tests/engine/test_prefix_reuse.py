@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from cortexd import errors
+from engine.cache.prefix_tree import PrefixTree
 from engine.engine import Engine
-from engine.prefix_tree import PrefixTree
 from tests.engine.checkpoints import (
     VOCAB_SIZE,
     load_engine,

@@ -15,15 +15,15 @@ from cortexd import errors
 from cortexd.models import ModelFiles
 from engine import device as devices
 from engine import engine as engine_module
-from engine import row_results
 from engine.batch import StepBatch
+from engine.cache.kv_cache import KVCache
 from engine.engine import Engine
-from engine.kv_cache import KVCache
-from engine.model_load import Model
-from engine.sampler import SampledToken, Sampler
-from engine.sequence import Sequence
+from engine.loading.model_load import Model
+from engine.sampling import row_results
+from engine.sampling.sampler import SampledToken, Sampler
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_plan import StepPlan
 from engine.step_faults import MAX_FAULTS_IN_A_ROW
-from engine.step_plan import StepPlan
 from tests.engine.checkpoints import load_engine, make_oracle, random_prompt, save_oracle
 from tests.engine.doubles import make_submit
 from tests.engine.driving import OWNER, Outcome, collect, generate, run_to_end

@@ -26,9 +26,9 @@ from tests.engine.checkpoints import (
 )
 from tests.engine.driving import generate, max_difference, record
 from tests.engine.llama_export import write_gguf
+from tests.engine.loading.test_loader import SPEC, _mixed_blocks
 from tests.engine.model_files import SCALE_OFFSETS, random_blocks
 from tests.engine.model_files import write_gguf as write_planned
-from tests.engine.test_loader import SPEC, _mixed_blocks
 
 # The list of the mission; everything else is refused before a byte is read.
 WANTED = (

@@ -1,8 +1,9 @@
 """Quantised weights for the GPU: GGML blocks taken apart into planes of one field each.
 
 A block of 18, 34, 144 or 210 bytes cannot be read in aligned vectors; its fields, side by side over
-a whole row, can. All integers stay as they are, and so do the bytes, but for Q4_K, whose 6-bit
-scales become bytes (2.8 % more). Made by the loader, read by `unpack`.
+a whole row, can. All integers stay as they are, and so do the bytes, but for the 6-bit scales of
+Q4_K, Q5_K and IQ4_XS, which become bytes (2.8 % more at most). Made by the loader, read by
+`unpack`.
 
 Source: GGML block layouts as listed in the gguf Python package 0.19 (`quants.py`).
 """
@@ -15,9 +16,15 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from engine.formats.ggml import GGMLType
-from engine.quant.dequantize import unpack_k_scales
+from engine.quant.dequantize import (
+    iq4_table,
+    unpack_iq4_scales,
+    unpack_k_scales,
+    unpack_masks,
+)
 from engine.quant.tensor import QuantizedTensor
 
 
@@ -25,10 +32,11 @@ from engine.quant.tensor import QuantizedTensor
 class Planes:
     """A matrix (num_rows, num_columns), all planes (num_rows, ...) and contiguous.
 
-    `quants` holds int8 (Q8_0), nibbles, or the floats of a dense matrix; `high` two more bits per
-    number (Q6_K), else it is `quants`. A number's scale is scales[group] * super_scales[block], and
-    what is subtracted then is minima[group] * super_minima[block] (Q4_K); types of one level have
-    only `scales` (float16), and the others stand in for what a type lacks.
+    `quants` holds int8 (Q8_0), nibbles, or the floats of a dense matrix; `high` what they lack: one
+    more bit per number (`_fifth_bits`), two (Q6_K), or the 16 numbers that nibbles stand for (IQ4).
+    A number's scale is scales[group] * super_scales[block], and what is subtracted then is
+    minima[group] * super_minima[block]; types of one level have only `scales` and `minima`
+    (float16). What a type lacks, another plane stands in for.
     """
 
     ggml_type: GGMLType
@@ -96,9 +104,32 @@ def _halves(blocks: Tensor, begin: int) -> Tensor:
     return _plane(blocks, begin, begin + 2).view(torch.float16)
 
 
-def _one_level(weight: QuantizedTensor, quants: Tensor, scales: Tensor) -> Planes:
-    shared = [quants, scales, scales, scales, scales]
-    return Planes(weight.ggml_type, weight.shape, quants, *shared)
+def _fifth_bits(bits: Tensor) -> Tensor:
+    """Return (num_rows, bytes) of bits (num_rows, num_columns / 32, 32), columns in their order.
+
+    Of pair i (columns j and j + 16 of a group) the two bits are bits 2 * (i % 128 // 32) and the
+    next of byte i // 128 * 32 + i % 32, as in Q5_K.
+    """
+    num_rows = len(bits)
+    pairs = (bits[:, :, :16] | (bits[:, :, 16:] << 1)).flatten(1)
+    padded = functional.pad(pairs, (0, -pairs.shape[1] % 128)).view(num_rows, -1, 4, 32)
+    low, second, third, fourth = padded.unbind(2)
+    return (low | (second << 2) | (third << 4) | (fourth << 6)).flatten(1)
+
+
+def _one_level(
+    weight: QuantizedTensor,
+    quants: Tensor,
+    scales: Tensor,
+    *,
+    minima: Tensor | None = None,
+    high: Tensor | None = None,
+) -> Planes:
+    own_high = quants if high is None else high
+    own_minima = scales if minima is None else minima
+    return Planes(
+        weight.ggml_type, weight.shape, quants, own_high, scales, own_minima, scales, scales
+    )
 
 
 def _q8_0(weight: QuantizedTensor, blocks: Tensor) -> Planes:
@@ -109,13 +140,43 @@ def _q4_0(weight: QuantizedTensor, blocks: Tensor) -> Planes:
     return _one_level(weight, _plane(blocks, 2, 18), _halves(blocks, 0))
 
 
-def _q4_k(weight: QuantizedTensor, blocks: Tensor) -> Planes:
-    quants = _plane(blocks, 16, 144)
+def _q4_1(weight: QuantizedTensor, blocks: Tensor) -> Planes:
+    quants, scales = _plane(blocks, 4, 20), _halves(blocks, 0)
+    return _one_level(weight, quants, scales, minima=-_halves(blocks, 2))
+
+
+def _q5_0(weight: QuantizedTensor, blocks: Tensor) -> Planes:
+    high = _fifth_bits(_bits_of_masks(blocks[:, :, 2:6]))
+    return _one_level(weight, _plane(blocks, 6, 22), _halves(blocks, 0), high=high)
+
+
+def _q5_1(weight: QuantizedTensor, blocks: Tensor) -> Planes:
+    high = _fifth_bits(_bits_of_masks(blocks[:, :, 4:8]))
+    quants, scales = _plane(blocks, 8, 24), _halves(blocks, 0)
+    return _one_level(weight, quants, scales, minima=-_halves(blocks, 2), high=high)
+
+
+def _iq4_nl(weight: QuantizedTensor, blocks: Tensor) -> Planes:
+    table = iq4_table(blocks.device)
+    return _one_level(weight, _plane(blocks, 2, 18), _halves(blocks, 0), high=table)
+
+
+def _affine(weight: QuantizedTensor, blocks: Tensor, quants: Tensor, high: Tensor) -> Planes:
+    """Return the planes of Q4_K and Q5_K, which share scales and minima."""
     scales, minima = unpack_k_scales(blocks[:, :, 4:16].reshape(-1, 12))
     rows = weight.shape[0]
     scale_planes = [scales.reshape(rows, -1).contiguous(), minima.reshape(rows, -1).contiguous()]
     supers = [_halves(blocks, 0), _halves(blocks, 2)]
-    return Planes(weight.ggml_type, weight.shape, quants, quants, *scale_planes, *supers)
+    return Planes(weight.ggml_type, weight.shape, quants, high, *scale_planes, *supers)
+
+
+def _q4_k(weight: QuantizedTensor, blocks: Tensor) -> Planes:
+    quants = _plane(blocks, 16, 144)
+    return _affine(weight, blocks, quants, quants)
+
+
+def _q5_k(weight: QuantizedTensor, blocks: Tensor) -> Planes:
+    return _affine(weight, blocks, _plane(blocks, 48, 176), _plane(blocks, 16, 48))
 
 
 def _q6_k(weight: QuantizedTensor, blocks: Tensor) -> Planes:
@@ -124,11 +185,30 @@ def _q6_k(weight: QuantizedTensor, blocks: Tensor) -> Planes:
     return Planes(weight.ggml_type, weight.shape, quants, high, scales, scales, supers, supers)
 
 
+def _iq4_xs(weight: QuantizedTensor, blocks: Tensor) -> Planes:
+    rows, supers = weight.shape[0], _halves(blocks, 0)
+    scales = unpack_iq4_scales(blocks.flatten(0, 1)).reshape(rows, -1)
+    table = iq4_table(blocks.device)
+    quants = _plane(blocks, 8, 136)
+    return Planes(weight.ggml_type, weight.shape, quants, table, scales, scales, supers, supers)
+
+
+def _bits_of_masks(masks: Tensor) -> Tensor:
+    """Return the bits of 32-bit masks (num_rows, num_blocks, 4), the lowest first."""
+    return unpack_masks(masks.reshape(-1, 4)).view(len(masks), -1, 32)
+
+
 _SPLITTERS: Final[dict[GGMLType, Callable[[QuantizedTensor, Tensor], Planes]]] = {
     GGMLType.Q8_0: _q8_0,
     GGMLType.Q4_0: _q4_0,
+    GGMLType.Q4_1: _q4_1,
+    GGMLType.Q5_0: _q5_0,
+    GGMLType.Q5_1: _q5_1,
+    GGMLType.IQ4_NL: _iq4_nl,
     GGMLType.Q4_K: _q4_k,
+    GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,
+    GGMLType.IQ4_XS: _iq4_xs,
 }
 PLANE_TYPES: Final = frozenset(_SPLITTERS)
 _DENSE_TYPES: Final = {

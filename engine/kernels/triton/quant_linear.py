@@ -44,6 +44,7 @@ def _multiply(
     num_rows: int,
     num_columns: int,
     KIND: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -67,6 +68,7 @@ def _multiply(
         super_minima,
         num_columns,
         KIND,
+        ZERO_POINT,
         GROUP_BYTES,
         TOKENS,
         ROWS,
@@ -90,6 +92,7 @@ def _dequantize(
     first_row: int,
     num_columns: int,
     KIND: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
     HAS_IDS: tl.constexpr,
     BYTES: tl.constexpr,
@@ -114,6 +117,7 @@ def _dequantize(
         mask,
         num_columns,
         KIND,
+        ZERO_POINT,
         GROUP_BYTES,
     )
     own = out + target * num_columns

@@ -1,4 +1,4 @@
-"""The draw of one token per row: the rules and the random numbers of `engine.sampler`.
+"""The draw of one token per row: the rules and the random numbers of `engine.sampling.sampler`.
 
 One program per row walks twice over its candidates, sorted the most likely first, or over the whole
 vocabulary in its order when nothing is cut off: once for the mass that may be drawn from, once for
@@ -21,7 +21,7 @@ _TILE: Final = 1024
 
 @triton.jit
 def _uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """Return a float64 in [0, 1) with 53 random bits, equal to `engine.philox.uniform`."""
+    """Return a float64 in [0, 1) with 53 random bits, equal to `engine.sampling.philox.uniform`."""
     low = tl.full([], 0xFFFFFFFF, tl.uint64)
     k0 = seed.to(tl.uint64, bitcast=True) & low
     k1 = seed.to(tl.uint64, bitcast=True) >> 32

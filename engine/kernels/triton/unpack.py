@@ -16,24 +16,46 @@ from engine.formats.ggml import GGMLType
 from engine.kernels.triton.launch import dot
 from engine.kernels.triton.planes import Planes
 
-_DENSE: Final = 4
-_KINDS: Final = {
-    GGMLType.Q8_0: 0,
-    GGMLType.Q4_0: 1,
-    GGMLType.Q4_K: 2,
-    GGMLType.Q6_K: 3,
-    GGMLType.BF16: _DENSE,
-    GGMLType.F16: _DENSE,
-    GGMLType.F32: _DENSE,
+# What a stored number needs to become a weight: flags of a kind. None: it is a float.
+_SCALE: tl.constexpr = tl.constexpr(1)
+_SUPER_SCALE: tl.constexpr = tl.constexpr(2)
+_MINIMUM: tl.constexpr = tl.constexpr(4)
+_FIFTH_BIT: tl.constexpr = tl.constexpr(8)
+_TWO_MORE_BITS: tl.constexpr = tl.constexpr(16)
+_TABLE: tl.constexpr = tl.constexpr(32)
+_GROUPS_OF_16: tl.constexpr = tl.constexpr(64)  # else of 32
+
+# Per type: the flags; the zero point; and how many bytes have consecutive columns in their low
+# nibbles and those that follow in the high ones, 0 where numbers are whole.
+_LAYOUTS: Final = {
+    GGMLType.BF16: (0, 0, 0),
+    GGMLType.F16: (0, 0, 0),
+    GGMLType.F32: (0, 0, 0),
+    GGMLType.Q8_0: (_SCALE.value, 0, 0),
+    GGMLType.Q4_0: (_SCALE.value, 8, 16),
+    GGMLType.Q4_1: (_SCALE.value | _MINIMUM.value, 0, 16),
+    GGMLType.Q5_0: (_SCALE.value | _FIFTH_BIT.value, 16, 16),
+    GGMLType.Q5_1: (_SCALE.value | _MINIMUM.value | _FIFTH_BIT.value, 0, 16),
+    GGMLType.IQ4_NL: (_SCALE.value | _TABLE.value, 0, 16),
+    GGMLType.Q4_K: (_SCALE.value | _SUPER_SCALE.value | _MINIMUM.value, 0, 32),
+    GGMLType.Q5_K: (
+        _SCALE.value | _SUPER_SCALE.value | _MINIMUM.value | _FIFTH_BIT.value,
+        0,
+        32,
+    ),
+    GGMLType.Q6_K: (
+        _SCALE.value | _SUPER_SCALE.value | _TWO_MORE_BITS.value | _GROUPS_OF_16.value,
+        32,
+        64,
+    ),
+    GGMLType.IQ4_XS: (_SCALE.value | _SUPER_SCALE.value | _TABLE.value, 0, 16),
 }
-# The low nibbles of so many bytes are consecutive columns, the high ones those that follow.
-_GROUP_BYTES: Final = {GGMLType.Q4_0: 16, GGMLType.Q4_K: 32, GGMLType.Q6_K: 64}
 
 
 def constants(weight: Planes) -> dict[str, int]:
     """Return the kernels' arguments by which they are compiled for a type."""
-    kind = weight.ggml_type
-    return {"KIND": _KINDS[kind], "GROUP_BYTES": _GROUP_BYTES.get(kind, 0)}
+    kind, zero_point, group_bytes = _LAYOUTS[weight.ggml_type]
+    return {"KIND": kind, "ZERO_POINT": zero_point, "GROUP_BYTES": group_bytes}
 
 
 @triton.jit
@@ -68,22 +90,21 @@ def _values(
     super_minima: tl.tensor,
     num_columns: int,
     KIND: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
 ) -> tl.tensor:
     """Turn stored integers (rows, columns) into float32 weights."""
-    if KIND < 2:
-        group = rows[:, None] * (num_columns // 32) + columns[None, :] // 32
-        scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
-        values = quants.to(tl.float32) * scale
-    else:
-        block = rows[:, None] * (num_columns // 256) + columns[None, :] // 256
-        scale = tl.load(super_scales + block, mask=mask, other=0.0).to(tl.float32)
-        size: tl.constexpr = 32 if KIND == 2 else 16
-        group = rows[:, None] * (num_columns // size) + columns[None, :] // size
-        scale *= tl.load(scales + group, mask=mask, other=0).to(tl.float32)
-        values = scale * quants.to(tl.float32)
-        if KIND == 2:
-            least = tl.load(super_minima + block, mask=mask, other=0.0).to(tl.float32)
-            values -= least * tl.load(minima + group, mask=mask, other=0).to(tl.float32)
+    size: tl.constexpr = 16 if _GROUPS_OF_16 & KIND else 32
+    group = rows[:, None] * (num_columns // size) + columns[None, :] // size
+    block = rows[:, None] * (num_columns // 256) + columns[None, :] // 256
+    scale = tl.load(scales + group, mask=mask, other=0).to(tl.float32)
+    if _SUPER_SCALE & KIND:
+        scale *= tl.load(super_scales + block, mask=mask, other=0.0).to(tl.float32)
+    values = scale * (quants - ZERO_POINT).to(tl.float32)
+    if _MINIMUM & KIND:
+        least = tl.load(minima + group, mask=mask, other=0).to(tl.float32)
+        if _SUPER_SCALE & KIND:
+            least *= tl.load(super_minima + block, mask=mask, other=0.0).to(tl.float32)
+        values -= least
     return values
 
 
@@ -109,19 +130,27 @@ def _integers(
         ).to(tl.int32)
         low = pairs & 15
         top = pairs >> 4
-        if KIND == 1:
-            low -= 8
-            top -= 8
-        if KIND == 3:
-            # Four columns, 32 apart, share a byte of two-bit fields.
+        if _TABLE & KIND:
+            low = tl.load(high + low)
+            top = tl.load(high + top)
+        if _FIFTH_BIT & KIND:
+            # Those of four pairs, 32 apart, share a byte.
+            stride = (num_columns // 2 + 127) // 128 * 32
+            places = (at // 128 * 32 + at % 32)[None, :]
+            packed = tl.load(high + rows[:, None] * stride + places, mask=mask, other=0)
+            packed = packed.to(tl.int32) >> (at % 128 // 32 * 2)[None, :]
+            low |= (packed & 1) << 4
+            top |= (packed & 2) << 3
+        if _TWO_MORE_BITS & KIND:
+            # Four columns, 32 apart, share a byte.
             packed = tl.load(
                 high + rows[:, None] * (num_columns // 4) + (at // 64 * 32 + at % 32)[None, :],
                 mask=mask,
                 other=0,
             ).to(tl.int32)
             shift = (at % 64 // 32 * 2)[None, :]
-            low = (low | ((packed >> shift) & 3) << 4) - 32
-            top = (top | ((packed >> (shift + 4)) & 3) << 4) - 32
+            low |= ((packed >> shift) & 3) << 4
+            top |= ((packed >> (shift + 4)) & 3) << 4
     return low, top
 
 
@@ -138,6 +167,7 @@ def both_halves(
     mask: tl.tensor,
     num_columns: int,
     KIND: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return the weights (rows, positions) of the low and of the high columns.
@@ -145,7 +175,7 @@ def both_halves(
     Unpacked ones are float32, dense ones as they are stored.
     """
     low, top = _integers(quants, high, rows, at, mask, num_columns, KIND, GROUP_BYTES)
-    if KIND != 4:
+    if KIND:
         low = _values(
             low,
             low_columns(at, GROUP_BYTES),
@@ -157,6 +187,7 @@ def both_halves(
             super_minima,
             num_columns,
             KIND,
+            ZERO_POINT,
         )
         top = _values(
             top,
@@ -169,6 +200,7 @@ def both_halves(
             super_minima,
             num_columns,
             KIND,
+            ZERO_POINT,
         )
     return low, top
 
@@ -187,6 +219,7 @@ def row_sums(
     super_minima: tl.tensor,
     num_columns: int,
     KIND: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -218,6 +251,7 @@ def row_sums(
             has_row[:, None] & inside[None, :],
             num_columns,
             KIND,
+            ZERO_POINT,
             GROUP_BYTES,
         )
         mask = has_token[:, None] & inside[None, :]

@@ -15,6 +15,7 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES},
     "/v1/completions": {"prompt": "Hi"},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 50},
+    "/v1/responses": {"input": "Hi"},
 }
 FIELDS: dict[str, Any] = {
     "min_p": 0.25,

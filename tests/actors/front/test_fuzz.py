@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cortexd.anthropic import MessagesRequest
 from cortexd.openai import ChatCompletionRequest, CompletionRequest
+from cortexd.responses import ResponsesRequest
 from tests.doubles.fleet import MODEL
 from tests.doubles.front import ServedFront, served_front
 
@@ -22,6 +23,7 @@ FIELDS = sorted(
         *ChatCompletionRequest.__struct_fields__,
         *CompletionRequest.__struct_fields__,
         *MessagesRequest.__struct_fields__,
+        *ResponsesRequest.__struct_fields__,
     }
     - {"stream"}
 )
@@ -47,13 +49,14 @@ BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6).map(
         "model": MODEL,
         "messages": [{"role": "user", "content": "x"}],
         "prompt": "x",
+        "input": "x",
         "max_tokens": 5,
         **fields,
     }
 )
 
 MESSAGES = ["/v1/messages", "/v1/messages/count_tokens"]
-PATHS = ["/v1/chat/completions", "/v1/completions", *MESSAGES]
+PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", *MESSAGES]
 
 
 class LiveFront:
@@ -87,7 +90,7 @@ def live_front() -> Iterator[LiveFront]:
 def check(status: int, body: Any) -> None:
     """An answer, or an error of the client's with its envelope."""
     if status == 200:
-        assert body.keys() & {"choices", "content", "input_tokens"}
+        assert body.keys() & {"choices", "content", "input_tokens", "output"}
         return
     assert 400 <= status < 500, body
     if body.get("type") == "error":

@@ -23,9 +23,16 @@ ANTHROPIC = (
     b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
     b'"usage":{"output_tokens":4}}\n\n'
 )
+RESPONSES = (
+    b'event: response.created\ndata: {"type":"response.created","response":{"usage":null,'
+    b'"error":null}}\n\n'
+    b'event: response.completed\ndata: {"type":"response.completed","response":{"error":null,'
+    b'"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":2},'
+    b'"output_tokens":4}}}\n\n'
+)
 
 
-@pytest.mark.parametrize("data", [OPENAI, ANTHROPIC])
+@pytest.mark.parametrize("data", [OPENAI, ANTHROPIC, RESPONSES])
 def test_any_cut_gives_the_same_bytes_lines_and_counts(data: bytes) -> None:
     """Bytes pass unchanged, in whole lines, and the counts are the node's own."""
     for cut in range(len(data) + 1):
@@ -36,7 +43,7 @@ def test_any_cut_gives_the_same_bytes_lines_and_counts(data: bytes) -> None:
         assert stream.counts() == Counts(9, 4, 2)
         assert stream.is_between_events
         assert stream.error_code is None
-    assert stream.finish_reason in {"length", "end_turn"}
+    assert data is RESPONSES or stream.finish_reason in {"length", "end_turn"}
 
 
 def test_one_byte_at_a_time_is_the_same() -> None:
@@ -52,6 +59,9 @@ def test_stream_without_usage_is_counted_and_its_error_seen() -> None:
     stream.push(b'data: {"choices":[]}\n\n' * 5 + b'data: {"error":{"code":"engine_gone"}}\n\n')
     assert stream.counts() == Counts(completion_tokens=4, is_estimated=True)
     assert stream.error_code == "engine_gone"
+    failed = RelayedStream()
+    failed.push(b'data: {"type":"response.failed","response":{"error":{"code":"engine_gone"}}}\n\n')
+    assert failed.error_code == "engine_gone"
     stream.push(b"data: half an ev")
     assert stream.is_between_events
     stream.flush()

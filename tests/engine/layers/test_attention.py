@@ -8,11 +8,11 @@ from torch import Tensor
 
 from cortexd.settings import Engine as EngineSettings
 from engine.batch import build_batch
-from engine.kv_cache import CacheSize, KVCache
+from engine.cache.kv_cache import CacheSize, KVCache
 from engine.layers.attention import paged_attention
-from engine.step_plan import PlannedRow, StepPlan
+from engine.scheduling.step_plan import PlannedRow, StepPlan
+from tests.engine.cache.test_kv_cache import SPEC
 from tests.engine.doubles import make_sequence
-from tests.engine.test_kv_cache import SPEC
 
 BLOCK_SIZE = EngineSettings().block_size
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64

@@ -15,10 +15,10 @@ import torch
 
 from cortexd.models import ModelFiles
 from cortexd.settings import Engine as EngineSettings
+from engine.cache.kv_cache import CacheSize
 from engine.engine import Engine
-from engine.kv_cache import CacheSize
 from engine.preflight import inspect
-from engine.step_plan import StepPlan
+from engine.scheduling.step_plan import StepPlan
 from engine.tp.comm import Comm
 from engine.tp.shard_runner import ShardRunner
 from engine.tp.sharding import Shard

@@ -16,8 +16,8 @@ import pytest
 from torch import Tensor
 
 from cortexd.models import ModelFiles
+from engine.cache.state_cache import StateCache
 from engine.engine import Engine
-from engine.state_cache import StateCache
 from tests.engine.checkpoints import make_oracle, random_prompt
 from tests.engine.doubles import make_submit
 from tests.engine.driving import OWNER, Outcome, collect, generate, max_difference, record

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_flatten
 
 from cortexd.models import ModelFiles, ModelSpec
 from engine.formats.checkpoint import Checkpoint
-from engine.loader import Weights
+from engine.loading.loader import Weights
+from engine.loading.stored_tensors import StoredTensors
 from engine.models.registry import REGISTRY, load_class
 from engine.preflight import inspect
-from engine.stored_tensors import StoredTensors
 from engine.tp.comm import Comm
 from engine.tp.sharding import Shard
 from tests.engine.checkpoints import make_oracle

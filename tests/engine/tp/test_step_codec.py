@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from cortexd.errors import InvalidValue
 from cortexd.messages.rpc import GenerateStep
-from engine.kv_cache import CacheSize
-from engine.sequence import Sequence, SequenceState
-from engine.step_plan import PlannedRow, StepPlan
+from engine.cache.kv_cache import CacheSize
+from engine.scheduling.sequence import Sequence, SequenceState
+from engine.scheduling.step_plan import PlannedRow, StepPlan
 from engine.token_ids import pack_token_ids, unpack_token_ids
 from engine.tp.step_codec import ReceivedStep, StepDecoder, StepEncoder
 from tests.engine.doubles import make_sequence

@@ -18,7 +18,7 @@ OUT_OF_MEMORY = 666002  # no step fits
 BUG = 666003
 DEVICE_FAULT = 666004
 MAX_TOKENS = 20
-_MODULE = "engine.row_results"
+_MODULE = "engine.sampling.row_results"
 
 
 def _raise_if_asked(rows: list[Any]) -> None:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from cortexd.models import ModelSpec
 from engine.batch import PagedRows, StepBatch, build_batch
+from engine.cache.kv_cache import CacheSize, KVCache
 from engine.kernels.triton import is_interpreted
-from engine.kv_cache import CacheSize, KVCache
-from engine.step_plan import PlannedRow
-from tests.engine.doubles import make_sequence
-from tests.engine.test_submission import SPEC as TINY
+from engine.scheduling.step_plan import PlannedRow
+from tests.engine.doubles import TINY, make_sequence
 
 DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
 # Of values around 1: accumulation order in float32, one rounding in the others.

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from engine.formats.ggml import GGMLType
 from engine.kernels.triton.activation import sigmoid_mul_, silu_mul
 from engine.kernels.triton.attention_decode import attend_decode
 from engine.kernels.triton.attention_prefill import attend_prefill
@@ -25,7 +26,7 @@ from engine.kernels.triton.delta_heads import DeltaShape, HeadInputs, HeadWeight
 from engine.kernels.triton.delta_prefill import delta_prefill
 from engine.kernels.triton.experts import group_pairs, join_pairs, multiply_pairs
 from engine.kernels.triton.norm import add_rms_norm
-from engine.kernels.triton.planes import PLANE_TYPES, Planes, dense_plane, split_planes
+from engine.kernels.triton.planes import PLANE_TYPES, dense_plane, split_planes
 from engine.kernels.triton.quant_linear import MAX_TOKENS, dequantize_rows, multiply
 from engine.kernels.triton.rope import norm_rotate_write
 from engine.kernels.triton.sampling import draw
@@ -117,14 +118,15 @@ def run_quantised(dtype: torch.dtype) -> None:
 
 
 def run_experts(dtype: torch.dtype) -> None:
-    """Launch the steps of 128 experts, alone, few and many, dense and of every type."""
-    matrices: list[Planes] = [dense_plane(torch.zeros(128 * 2, HIDDEN, dtype=dtype))]
-    for ggml_type in sorted(PLANE_TYPES):
-        packed = torch.zeros(128 * 2, ggml_type.row_bytes(HIDDEN), dtype=torch.uint8)
-        matrices.append(split_planes(QuantizedTensor(ggml_type, (128 * 2, HIDDEN), packed)))
-    for num_tokens in (1, 16, 256, 2048):
+    """Launch the steps of 128 experts: alone, few and many tokens; dense and quantised."""
+    packed = torch.zeros(128 * 2, GGMLType.Q4_K.row_bytes(HIDDEN), dtype=torch.uint8)
+    quantised = QuantizedTensor(GGMLType.Q4_K, (128 * 2, HIDDEN), packed)
+    for num_tokens in (1, 16, 2048):
         tiles = group_pairs(integers(num_tokens, 8), 128)
-        for matrix in matrices:
+        for matrix in (
+            dense_plane(torch.zeros(128 * 2, HIDDEN, dtype=dtype)),
+            split_planes(quantised),
+        ):
             out = torch.zeros(num_tokens * 8, 2, dtype=dtype)
             for x in (out.new_zeros(num_tokens, HIDDEN), out.new_zeros(len(out), HIDDEN)):
                 multiply_pairs(x, matrix, tiles, 128, out)

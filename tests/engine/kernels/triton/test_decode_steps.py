@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cortexd.models import ModelFiles
+from engine.cache.slot_pool import NULL_SLOT
 from engine.decode_steps import BUCKETS, DecodeSteps, Flight
 from engine.engine import Engine
-from engine.slot_pool import NULL_SLOT
-from engine.step_plan import PlannedRow
+from engine.scheduling.step_plan import PlannedRow
 from tests.engine.checkpoints import load_engine, make_oracle, random_prompt, save_oracle
 from tests.engine.doubles import make_submit
 from tests.engine.driving import OWNER, Outcome, collect, run_to_end

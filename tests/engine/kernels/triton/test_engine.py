@@ -65,7 +65,7 @@ def test_quantised_model_on_triton_equals_torch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Matrices and the tied head stay quantised; what has no kernel is named once."""
-    types = {"o_proj.weight": "Q4_1", "proj.weight": "Q4_0"}
+    types = {"o_proj.weight": "MXFP4", "proj.weight": "Q4_0"}
     files = make_files(tmp_path, "llama", types)
     logits = {}
     for backend in ("triton", "reference"):
@@ -75,7 +75,7 @@ def test_quantised_model_on_triton_equals_torch(
         logits[backend] = recorder.logits
     torch.testing.assert_close(logits["triton"][0], logits["reference"][0], atol=1e-4, rtol=1e-4)
     warnings = [r for r in caplog.records if r.message == "weights.without_kernel"]
-    assert [record.cortexd_fields["types"] for record in warnings] == [["Q4_1"]]
+    assert [record.cortexd_fields["types"] for record in warnings] == [["MXFP4"]]
 
 
 def test_hybrid_in_bfloat16_stays_near_torch(tmp_path: Path) -> None:

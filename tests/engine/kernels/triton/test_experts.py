@@ -117,7 +117,7 @@ def test_experts_without_a_kernel_are_not_grouped() -> None:
     gate_up = quantised("Q8_0", 2 * INTERMEDIATE, HIDDEN)
     same = GatedMLP(gate_up, quantised("Q8_0", HIDDEN, INTERMEDIATE))
     other = GatedMLP(gate_up, quantised("Q4_0", HIDDEN, INTERMEDIATE))
-    slabs = GatedMLP(gate_up, quantised("Q4_1", HIDDEN, INTERMEDIATE))
+    slabs = GatedMLP(gate_up, quantised("MXFP4", HIDDEN, INTERMEDIATE))
     assert GroupedExperts.of([same, same]) is not None
     assert GroupedExperts.of([same, other]) is None
     assert GroupedExperts.of([slabs, slabs]) is None

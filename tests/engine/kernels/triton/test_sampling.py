@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.device_sampler import SamplingTensors, effort_of, sample
 from engine.kernels.triton import sampling
-from engine.sampler import Sampler
-from engine.sequence import Sequence
+from engine.sampling.device_sampler import SamplingTensors, effort_of, sample
+from engine.sampling.sampler import Sampler
+from engine.scheduling.sequence import Sequence
 from tests.engine.doubles import make_sequence
 from tests.engine.kernels.triton.cases import DEVICE, random
 

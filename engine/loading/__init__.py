@@ -1,0 +1,1 @@
+"""From a checkpoint's mapped files to the layers of one rank."""
