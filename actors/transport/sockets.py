@@ -29,7 +29,6 @@ _HIGH_WATER_MARK: Final = 1000
 _CONTROL_HIGH_WATER_MARK: Final = 10_000
 _RECONNECT_MS: Final = 5
 _RECONNECT_MAX_MS: Final = 200
-_HANDSHAKE_MS: Final = 2000
 # Time for the last message of a process (`Bye`, its final error) to leave the I/O thread.
 _LAST_MESSAGE_LINGER_MS: Final = 200
 _SHORT_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,22}")
@@ -68,7 +67,6 @@ class Transport:
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + 64)
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         if kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             socket.setsockopt(zmq.ROUTER_HANDOVER, 1)

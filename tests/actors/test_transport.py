@@ -6,6 +6,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from actors.transport.sockets import Inbox, Outbox, Transport, inbox_endpoint
 from cortexd.errors import ConfigError, MailboxFull, NotRunning, RequestTooLarge
 from cortexd.messages import AdminReply, Ping
 from cortexd.messages.envelope import Address, Header
-from tests.waiting import DEADLINE_S
+from tests.waiting import DEADLINE_S, wait_for
 
 OWN = Address("own", 1)
 PEER = Address("peer", 1)
@@ -61,6 +62,27 @@ def test_outbox_to_inbox_keeps_the_order(transport: Transport, folder: Path) -> 
     assert (folder / "peer.1.s").stat().st_mode & 0o077 == 0
     outbox.close()
     inbox.close()
+
+
+def test_peer_that_is_stopped_while_it_connects_is_heard(
+    transport: Transport, folder: Path
+) -> None:
+    """On a busy machine: given up too soon, what it sends next would be lost without a word."""
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
+    kind = b"\x0bSocket-Type\0\0\0\x06DEALER"
+    ready = b"\x05READY" + kind
+    with (
+        closing(Inbox(transport, inbox_endpoint(folder, PEER))) as inbox,
+        socket.socket(socket.AF_UNIX) as peer,
+    ):
+        peer.connect(inbox_endpoint(folder, PEER).removeprefix("ipc://"))
+        peer.sendall(greeting)
+        assert peer.recv(len(greeting), socket.MSG_WAITALL)[:1] == b"\xff"
+        time.sleep(2.5)  # its turn comes late: that is the subject
+        peer.sendall(bytes((4, len(ready))) + ready + b"\0\5hello")
+        frames = wait_for(inbox.receive, "its message")
+    assert frames is not None
+    assert frames[1:] == [b"hello"]
 
 
 def test_outbox_to_a_peer_that_never_reads_is_full_and_never_blocks(

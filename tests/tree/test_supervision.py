@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 
 from actors.root.spec import ChildSpec
 from actors.transport.admin_channel import AdminChannel
-from cortexd.errors import CortexError, NotRunning
+from cortexd.errors import CortexError, DeadlineExceeded, NotRunning
 from tests.tree.toy_daemon import REPOSITORY, ToyDaemon, toys
 from tests.waiting import DEADLINE_S, wait_for
 
@@ -121,7 +122,8 @@ def test_stopped_actor_is_dumped_killed_and_replaced() -> None:
 def test_blocked_loop_is_dumped_with_the_line_that_blocks() -> None:
     """A live process whose loop hangs is a hung actor."""
     with ToyDaemon(toys("router", "peer"), supervision=FAST) as daemon:
-        assert daemon.relay("peer", "block", seconds=600)["error"] == "actor_down"
+        with suppress(DeadlineExceeded):  # of the operation itself, on a busy machine
+            assert daemon.relay("peer", "block", seconds=600)["error"] == "actor_down"
         daemon.wait_event("actor.hung", actor="peer")
         daemon.wait_ready("peer", after=1)
         wait_for(lambda: "do_block" in log_texts(daemon, "peer"), "the stack dump")
