@@ -1,12 +1,29 @@
-"""Sequences and submissions as the engine's tests want them."""
+"""A tiny model's spec, sequences and submissions as the engine's tests want them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from cortexd.messages.inference import Submit
+from cortexd.models import ModelSpec, RopeSpec
 from engine.scheduling.sequence import Sequence
 from engine.token_ids import pack_token_ids, unpack_token_ids
+
+TINY = ModelSpec(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    vocab_size=100,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=64,
+    rope=RopeSpec(),
+    eos_token_ids=(2, 5, 1000),
+)
 
 
 def make_submit(prompt: list[int], sequence_id: int = 1, **fields: Any) -> Submit:

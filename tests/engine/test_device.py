@@ -12,7 +12,7 @@ from cortexd import errors
 from cortexd.settings import Engine as EngineSettings
 from engine import device
 from engine.kernels.cpu import library
-from tests.engine.scheduling.test_submission import SPEC
+from tests.engine.doubles import TINY
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -35,7 +35,7 @@ def test_choose_dtype_follows_device_and_file(
     where: torch.device, stored: str, is_quantized: bool, setting: Any, expected: torch.dtype
 ) -> None:
     """What "auto" means, and that a setting overrides it."""
-    spec = msgspec.structs.replace(SPEC, torch_dtype=stored)
+    spec = msgspec.structs.replace(TINY, torch_dtype=stored)
     assert device.choose_dtype(EngineSettings(dtype=setting), where, spec, is_quantized) == expected
 
 
@@ -46,7 +46,7 @@ def test_choose_dtype_keeps_bfloat16_where_no_native_kernel_runs(
     """In float32 torch would hold the weights twice as large."""
     if backend == "auto":
         monkeypatch.setattr(device.native, "available", lambda: False)
-    spec = msgspec.structs.replace(SPEC, torch_dtype="bfloat16")
+    spec = msgspec.structs.replace(TINY, torch_dtype="bfloat16")
     settings = EngineSettings(backend=backend)
     assert device.choose_dtype(settings, CPU, spec, is_quantized=False) == torch.bfloat16
     assert device.choose_dtype(settings, CPU, spec, is_quantized=True) == torch.float32
@@ -86,7 +86,7 @@ def test_activations_follow_the_setting_then_the_size(
     setting: Any, hidden_size: int, expected: str
 ) -> None:
     """Small models keep their digits unless told otherwise."""
-    spec = msgspec.structs.replace(SPEC, hidden_size=hidden_size)
+    spec = msgspec.structs.replace(TINY, hidden_size=hidden_size)
     assert device.choose_backend(EngineSettings(activations=setting), CPU, spec) == expected
 
 
@@ -96,10 +96,10 @@ def test_rounded_activations_are_refused_where_nothing_rounds(
     """Not silently ignored: on CUDA, and on a CPU without native kernels."""
     settings = EngineSettings(activations="rounded")
     with pytest.raises(errors.ConfigError, match='the model runs on cuda:0; use "auto"'):
-        device.choose_backend(settings, CUDA, SPEC)
+        device.choose_backend(settings, CUDA, TINY)
     monkeypatch.setattr(library, "_load", lambda: "no C++ compiler found")
     with pytest.raises(errors.ConfigError, match="no C\\+\\+ compiler found"):
-        device.choose_backend(settings, CPU, SPEC)
+        device.choose_backend(settings, CPU, TINY)
 
 
 def test_choose_device_refuses_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

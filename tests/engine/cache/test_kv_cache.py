@@ -12,7 +12,7 @@ from cortexd import errors
 from cortexd.models import LinearAttentionSpec, ModelSpec
 from cortexd.settings import Engine as EngineSettings
 from engine.cache.kv_cache import MIB, CacheSize, KVCache, choose_size
-from tests.engine.scheduling.test_submission import SPEC as TINY
+from tests.engine.doubles import TINY
 
 # 2 (K and V) * 4 layers * 2 heads * 64 elements * 4 bytes = 4 KiB per token, 128 KiB per block.
 SPEC = msgspec.structs.replace(

@@ -8,57 +8,42 @@ import pytest
 
 from cortexd import errors
 from cortexd.messages.inference import Submit
-from cortexd.models import ModelLimits, ModelSpec, RopeSpec
+from cortexd.models import ModelLimits
 from engine.scheduling.submission import make_sequence
-from tests.engine.doubles import make_submit
+from tests.engine.doubles import TINY, make_submit
 
-SPEC = ModelSpec(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    vocab_size=100,
-    hidden_size=8,
-    intermediate_size=8,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
-    eos_token_ids=(2, 5, 1000),
-)
 LIMITS = ModelLimits(context=64, output=63)
 
 
 def test_prompt_that_fills_the_context_is_refused_with_both_numbers() -> None:
     """The message and the details name the limit and the prompt's length."""
     with pytest.raises(errors.ContextLengthExceeded) as caught:
-        make_sequence("front.0", make_submit([1] * 64), SPEC, LIMITS)
+        make_sequence("front.0", make_submit([1] * 64), TINY, LIMITS)
     assert "maximum context length is 64 tokens" in caught.value.message
     assert "64 tokens" in caught.value.message
     assert caught.value.details == {"prompt_len": 64, "max": 64}
-    assert make_sequence("front.0", make_submit([1] * 63), SPEC, LIMITS).max_tokens == 1
+    assert make_sequence("front.0", make_submit([1] * 63), TINY, LIMITS).max_tokens == 1
 
 
 def test_max_tokens_is_clamped_to_the_context() -> None:
     """Prompt and output together never exceed the context."""
-    assert make_sequence("f", make_submit([1] * 60, max_tokens=99), SPEC, LIMITS).max_tokens == 4
-    assert make_sequence("f", make_submit([1] * 60, max_tokens=3), SPEC, LIMITS).max_tokens == 3
+    assert make_sequence("f", make_submit([1] * 60, max_tokens=99), TINY, LIMITS).max_tokens == 4
+    assert make_sequence("f", make_submit([1] * 60, max_tokens=3), TINY, LIMITS).max_tokens == 3
 
 
 def test_end_tokens_are_those_of_the_model_and_of_the_request() -> None:
     """The union counts, without ids the model does not have; ignore_eos leaves the request's."""
-    sequence = make_sequence("f", make_submit([1], stop_token_ids=[7]), SPEC, LIMITS)
+    sequence = make_sequence("f", make_submit([1], stop_token_ids=[7]), TINY, LIMITS)
     assert sequence.stop_token_ids == {2, 5, 7}
     ignoring = make_submit([1], stop_token_ids=[7], ignore_eos=True)
-    assert make_sequence("f", ignoring, SPEC, LIMITS).stop_token_ids == {7}
+    assert make_sequence("f", ignoring, TINY, LIMITS).stop_token_ids == {7}
 
 
 def test_seed_is_kept_or_drawn() -> None:
     """A given seed is used as it is, negative ones too; without one, each sequence has its own."""
-    assert make_sequence("f", make_submit([1], seed=42), SPEC, LIMITS).seed == 42
-    assert make_sequence("f", make_submit([1], seed=-1), SPEC, LIMITS).seed == 2**64 - 1
-    drawn = {make_sequence("f", make_submit([1]), SPEC, LIMITS).seed for _ in range(5)}
+    assert make_sequence("f", make_submit([1], seed=42), TINY, LIMITS).seed == 42
+    assert make_sequence("f", make_submit([1], seed=-1), TINY, LIMITS).seed == 2**64 - 1
+    drawn = {make_sequence("f", make_submit([1]), TINY, LIMITS).seed for _ in range(5)}
     assert len(drawn) == 5
 
 
@@ -91,7 +76,7 @@ def test_seed_is_kept_or_drawn() -> None:
 def test_value_out_of_range_is_refused_naming_the_field(field: str, value: Any) -> None:
     """The error's parameter is the field, its text holds the value."""
     with pytest.raises(errors.InvalidValue, match=field) as caught:
-        make_sequence("front.0", make_submit([1], **{field: value}), SPEC, LIMITS)
+        make_sequence("front.0", make_submit([1], **{field: value}), TINY, LIMITS)
     assert caught.value.param == field
 
 
@@ -108,25 +93,25 @@ def test_malformed_prompt_is_refused(packed: bytes, message: str) -> None:
     """Empty, cut and unknown token ids have their own messages."""
     submit = Submit(request_id="r", sequence_id=1, prompt_token_ids=packed, max_tokens=1)
     with pytest.raises(errors.InvalidValue, match=message):
-        make_sequence("front.0", submit, SPEC, LIMITS)
+        make_sequence("front.0", submit, TINY, LIMITS)
 
 
 def test_bad_words_are_checked() -> None:
     """A word has tokens, and the model has them."""
     limits = ModelLimits(context=16, output=15)
-    sequence = make_sequence("f", make_submit([1], bad_words=[[3, 4], [5]]), SPEC, limits)
+    sequence = make_sequence("f", make_submit([1], bad_words=[[3, 4], [5]]), TINY, limits)
     assert sequence.bad_words == [[3, 4], [5]]
     with pytest.raises(errors.InvalidValue, match="empty word"):
-        make_sequence("f", make_submit([1], bad_words=[[]]), SPEC, limits)
+        make_sequence("f", make_submit([1], bad_words=[[]]), TINY, limits)
     with pytest.raises(errors.InvalidValue, match="bad_words holds token id 100"):
-        make_sequence("f", make_submit([1], bad_words=[[100]]), SPEC, limits)
+        make_sequence("f", make_submit([1], bad_words=[[100]]), TINY, limits)
 
 
 def test_stable_length_ends_with_the_last_end_token() -> None:
     """What follows a chat's last message is not counted on; plain text is, but for one token."""
     limits = ModelLimits(context=16, output=15)
-    end = SPEC.eos_token_ids[0]
+    end = TINY.eos_token_ids[0]
     for prompt, length in (([1, end, 3, end, 3, 4], 4), ([1, 3, 4], 2), ([end], 1)):
-        assert make_sequence("f", make_submit(prompt), SPEC, limits).stable_length == length
+        assert make_sequence("f", make_submit(prompt), TINY, limits).stable_length == length
     marked = make_submit([1, 7, 3], stop_token_ids=[7])
-    assert make_sequence("f", marked, SPEC, limits).stable_length == 2
+    assert make_sequence("f", marked, TINY, limits).stable_length == 2

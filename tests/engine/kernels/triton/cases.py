@@ -13,8 +13,7 @@ from engine.batch import PagedRows, StepBatch, build_batch
 from engine.cache.kv_cache import CacheSize, KVCache
 from engine.kernels.triton import is_interpreted
 from engine.scheduling.step_plan import PlannedRow
-from tests.engine.doubles import make_sequence
-from tests.engine.scheduling.test_submission import SPEC as TINY
+from tests.engine.doubles import TINY, make_sequence
 
 DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
 # Of values around 1: accumulation order in float32, one rounding in the others.

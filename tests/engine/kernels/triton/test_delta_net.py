@@ -16,8 +16,8 @@ from engine.layers.gated_delta_net import GatedDeltaNet
 from engine.layers.linear import Linear
 from engine.layers.norm import GatedRMSNorm
 from engine.models.fused_delta_net import FusedDeltaNet
+from tests.engine.doubles import TINY
 from tests.engine.kernels.triton.cases import DEVICE, Lengths, make_batch, random
-from tests.engine.scheduling.test_submission import SPEC as TINY
 
 HIDDEN: Final = 16
 SMALL = LinearAttentionSpec(num_key_heads=2, num_value_heads=4, key_head_dim=16, value_head_dim=24)
