@@ -11,12 +11,16 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from itertools import groupby
+from typing import Final
 
 from actors.root.host import Host
 from actors.root.incarnation import Incarnation
 from actors.root.member import Member
 from actors.root.spec import Backoff, ChildSpec, Exit, Intensity, RestartAfter, RestartRule
 from cortexd.errors import InvalidRequest, NotFound, ShuttingDown
+
+
+_READY: Final = frozenset({"ready", "suspect"})
 
 
 class _Child:
@@ -122,7 +126,8 @@ class Supervisor:
             children = list(tier)
             for child in children:
                 child.start("start")
-            while not all(child.member.lifecycle.state == "ready" for child in children):
+            # One that is suspect was ready; when it beats again is no change that wakes us.
+            while not all(child.member.lifecycle.state in _READY for child in children):
                 if self.failed is not None:
                     return
                 await self.changed()

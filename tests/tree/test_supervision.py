@@ -101,6 +101,24 @@ def test_listener_reaches_the_actor_named_in_its_spec() -> None:
             assert daemon.command("listener") == [listener]
 
 
+def test_actor_that_falls_silent_during_the_start_does_not_hold_it_up() -> None:
+    """As on a busy machine: it was ready, and the others need not wait for it to be so again."""
+    children = [*toys("router"), *toys("late", args=b"waits")]
+    daemon = ToyDaemon(children, supervision={"heartbeat_ms": 50, "suspect_after_s": 0.5})
+    daemon.start()
+    try:
+        wait_for((daemon.folder / "run/admin.s").exists, "the admin socket")
+        daemon.wait_ready("router")
+        daemon.kill("router", signal.SIGSTOP)
+        wait_for(lambda: daemon.actor("router")["state"] == "suspect", "the suspicion")
+        (daemon.folder / "run/go").touch()
+        daemon.wait_ready("late")
+        daemon.kill("router", signal.SIGCONT)
+        wait_for(lambda: daemon.admin("status")["state"] == "ok", "the end of the start")
+    finally:
+        daemon.__exit__()
+
+
 def test_stopped_actor_is_dumped_killed_and_replaced() -> None:
     """Silence makes a suspect, then a stack dump and a kill; the service returns."""
     with ToyDaemon(toys("router", "peer"), supervision=FAST) as daemon:

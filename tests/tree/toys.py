@@ -69,10 +69,12 @@ class Toy(AsyncActor):
         self.drained_s: float | None = None
 
     async def on_start(self) -> None:
-        """Fail or hang at once when told so by the child spec."""
+        """Fail or hang at once, or wait for a file "go", when told so by the child spec."""
         if self.context.args == b"crash":
             print("last words of a crashing actor", flush=True)
             raise RuntimeError("told to crash in on_start")
+        while self.context.args == b"waits" and not (self.context.runtime_dir / "go").exists():
+            await asyncio.sleep(0.01)
         if self.context.args == b"slow to drain":
             self.drained_s = 0.2
 
