@@ -22,6 +22,7 @@ from cortexd.errors import CortexError, Internal, InvalidRequest, RequestTimeout
 HEAD_TIMEOUT_S = 10.0
 # All that is known of a request whose head cannot be read, to answer in its dialect.
 _MESSAGES_START = b"POST /v1/messages"
+_UNREAD_CODING = "Can not decode content-encoding"
 
 
 class Connection(web.RequestHandler):
@@ -70,8 +71,7 @@ class Connection(web.RequestHandler):
         if request.writer is not None and request.writer.output_size > 0:
             raise ConnectionError("part of a response was sent already")
         if status < 500:
-            first_line = (message or "bad request").splitlines()[0][:200].rstrip(":")
-            error = self._answer(InvalidRequest(f"the request is not valid HTTP: {first_line}"))
+            error = self._answer(_unusable(message or "bad request"))
         else:
             self.log_exception("http.unhandled", exc_info=exc)
             error = self._answer(Internal("the server failed; see its log"))
@@ -108,3 +108,13 @@ class Connection(web.RequestHandler):
         head = "\r\n".join(["HTTP/1.1 408 Request Timeout", *lines, "", ""])
         self.transport.write(head.encode() + answer.body)
         self.force_close()
+
+
+def _unusable(message: str) -> InvalidRequest:
+    """Return the error for what the library says of a request that it could not read."""
+    if _UNREAD_CODING in message:  # it would have the client install what is not here
+        return InvalidRequest(
+            "the body's Content-Encoding is not read here; allowed: gzip, deflate"
+        )
+    first_line = message.splitlines()[0][:200].rstrip(":")
+    return InvalidRequest(f"the request is not valid HTTP: {first_line}")

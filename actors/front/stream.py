@@ -78,7 +78,7 @@ async def guarded(
     """Run what writes a stream and end it; a failure is its last event, without an end mark."""
     try:
         await work
-        response.finish()
+        await writer.finish()
     except Cancelled as error:
         record.fail(error, status=CLIENT_GONE_STATUS)
         abort_connection(request)
@@ -149,6 +149,12 @@ class EventWriter:
     def flush(self) -> None:
         """Show the client the head of a stream that has not begun. Raises: ConnectionError."""
         self._response.flush()
+
+    async def finish(self) -> None:
+        """End the stream, after what is held. Raises: SlowClient, ConnectionError."""
+        self._response.finish()
+        if self.is_full:
+            await self.drained()
 
     async def drained(self) -> None:
         """Wait until the client has read. Raises: SlowClient, ConnectionError."""

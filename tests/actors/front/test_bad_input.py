@@ -344,6 +344,19 @@ async def test_unknown_route_names_the_one_that_was_meant_or_all(path: str, hint
 
 
 @async_test
+async def test_compression_that_is_not_read_names_those_that_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The client cannot install what the server's library lacks."""
+    monkeypatch.setattr("aiohttp.http_parser.HAS_BROTLI", False)
+    async with served_front() as front:
+        headers = {"Content-Encoding": "br"}
+        async with front.http.post(front.url + CHAT, data=b"{}", headers=headers) as response:
+            message = (await response.json())["error"]["message"]
+        assert message == "the body's Content-Encoding is not read here; allowed: gzip, deflate"
+
+
+@async_test
 async def test_unknown_route_and_wrong_method_have_the_envelope() -> None:
     """404 and 405 speak the same error language."""
     async with served_front() as front:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ import openai
 import pytest
 from aiohttp import web
 
+from actors.front import written
 from actors.front.foreign_messages import whole_message
 from actors.front.relayed import RelayedStream
 from actors.front.whole_answer import WholeAnswer
@@ -19,6 +21,7 @@ from tests.actors.front.test_proxy import CHAT, MODEL, NEURONS, finished, replic
 from tests.doubles.front import async_test, chat_body, parse_events, served_front
 
 MESSAGES = "/v1/messages"
+MIB = 2**20
 
 
 async def whole(request: web.Request) -> web.Response:
@@ -191,3 +194,28 @@ def test_error_object_with_status_200_is_told() -> None:
     """Some servers say so."""
     with pytest.raises(UpstreamInterrupted, match='node "x": out of luck'):
         events_of({"error": {"message": "out of luck"}})
+
+
+@async_test
+async def test_client_that_does_not_read_a_long_last_piece_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What goes out with the end mark has its deadline as all before it."""
+    monkeypatch.setattr(written, "WRITE_TIMEOUT_S", 0.05)
+
+    async def long(request: web.Request) -> web.Response:
+        choice = {"index": 0, "message": {"role": "assistant", "content": "x" * 16 * MIB}}
+        return web.json_response({"choices": [choice]})
+
+    async with (
+        upstream(long) as url,
+        served_front(neurons=NEURONS, send_buffer_bytes=4096) as front,
+    ):
+        front.fleet.replicas = [replica("a", url, kind="openai")]
+        _, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1)
+        body = json.dumps(chat_body(model=MODEL, stream=True))
+        writer.write(
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        assert (await finished(front)).error_code == "slow_client"
+        writer.close()
