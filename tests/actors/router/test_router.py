@@ -590,7 +590,7 @@ def test_load_is_refused_only_after_a_look_at_what_an_unload_freed(
 ) -> None:
     """However late the look comes; the first one to come may have begun before the unload."""
     monkeypatch.setattr("actors.router.room_maker._RECHECK_S", 0.01)
-    monkeypatch.setattr("actors.router.model_loader._LOOKS_DEADLINE_S", 3600.0)
+    monkeypatch.setattr("actors.router.room_maker._LOOKS_DEADLINE_S", 3600.0)
 
     async def work() -> None:
         world = World()
