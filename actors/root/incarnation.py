@@ -46,7 +46,7 @@ from cortexd.messages.control import (
 from cortexd.messages.envelope import Address, Envelope
 
 # Longest time for a stack dump to be written before the kill; one that is there ends it.
-_DUMP_S: Final = 2.0
+_DUMP_S: Final = 5.0
 _SIGTERM_GRACE_S: Final = 1.0
 
 

@@ -14,7 +14,8 @@ from actors.root.logs import LogHub
 
 # Each thread of the dump begins with a line that says this.
 _BEGIN: Final = b"most recent call first"
-_SILENCE_S: Final = 0.1
+# A busy machine may stop the process between two lines, which then would be killed for the first.
+_SILENCE_S: Final = 0.5
 
 
 async def stack_dump(

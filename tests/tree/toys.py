@@ -66,15 +66,12 @@ class Toy(AsyncActor):
         self.outcomes: Counter[str] = Counter()
         self.num_open = 0
         self.storms: set[asyncio.Task[None]] = set()
-        self.drained_s: float | None = None
 
     async def on_start(self) -> None:
         """Fail or hang at once when told so by the child spec."""
         if self.context.args == b"crash":
             print("last words of a crashing actor", flush=True)
             raise RuntimeError("told to crash in on_start")
-        if self.context.args == b"slow to drain":
-            self.drained_s = 0.2
 
     async def on_drain(self, deadline_s: float) -> None:
         """Take a while, or for ever, when told so."""

@@ -19,7 +19,7 @@ def hub(folder: Path) -> LogHub:
 
 
 def test_dump_that_begins_late_is_waited_for_to_its_end(tmp_path: Path) -> None:
-    """A busy process writes it when it gets a turn; what others print is left out."""
+    """A busy process writes it when it gets its turns; what others print is left out."""
 
     async def work() -> None:
         logs = hub(tmp_path)
@@ -29,7 +29,7 @@ def test_dump_that_begins_late_is_waited_for_to_its_end(tmp_path: Path) -> None:
             logs.add("peer", b'{"text":"not yet"}')
             logs.add("other", DUMP[0])
             loop.call_later(0.4, logs.add, "peer", DUMP[0])
-            loop.call_later(0.4, logs.add, "peer", DUMP[1])
+            loop.call_later(0.6, logs.add, "peer", DUMP[1])
 
         lines = await stack_dump(logs, "peer", tell, deadline_s=DEADLINE_S)
         assert lines == [b'{"text":"not yet"}', *DUMP]
