@@ -6,6 +6,7 @@ the only way our code logs; the root adds nothing but where the line came from.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -51,7 +52,10 @@ class JsonFormatter(logging.Formatter):
         self._second_text = ""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line of JSON; control characters are escaped, so a line stays a line."""
+        """Return one line of JSON; all that is not printable is escaped, so a line stays a line.
+
+        JSON itself lets line separators other than those of ASCII through.
+        """
         document: dict[str, object] = {
             "event": record.getMessage(),
             "level": record.levelname.lower(),
@@ -62,7 +66,10 @@ class JsonFormatter(logging.Formatter):
             document |= record.cortexd_fields
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
-        return _encode(document).decode()
+        line = _encode(document).decode()
+        if line.isprintable():
+            return line
+        return "".join([char if char.isprintable() else json.dumps(char)[1:-1] for char in line])
 
     def _time_to_second(self, created: float) -> str:
         second = int(created)

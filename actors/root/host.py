@@ -9,8 +9,8 @@ from pathlib import Path
 
 from actors.root.control_bus import ControlBus
 from actors.root.events import EventLog
+from actors.root.launcher import Launcher
 from actors.root.logs import LogHub
-from actors.root.process import Launcher
 from cortexd.messages.control import ActorInfo
 from cortexd.messages.envelope import Envelope
 from cortexd.settings import Settings

@@ -25,8 +25,9 @@ from actors.root.events import EventLog
 from actors.root.forkserver import ForkServer
 from actors.root.group import Groups
 from actors.root.host import Host
+from actors.root.launcher import Launcher
 from actors.root.logs import HubStream, LogHub
-from actors.root.process import Launcher, become_subreaper
+from actors.root.process import become_subreaper
 from actors.root.runtime_dir import RuntimeDir
 from actors.root.server_launch import EarlyServers, early_kinds, launch_early, plan_server
 from actors.root.spec import GROUP_STOP_ORDER, ChildSpec

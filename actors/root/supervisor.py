@@ -19,7 +19,6 @@ from actors.root.member import Member
 from actors.root.spec import Backoff, ChildSpec, Exit, Intensity, RestartAfter, RestartRule
 from cortexd.errors import InvalidRequest, NotFound, ShuttingDown
 
-
 _READY: Final = frozenset({"ready", "suspect"})
 
 

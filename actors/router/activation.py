@@ -60,7 +60,7 @@ async def adopt(router: Router, model: ManagedModel, leader: ActorInfo, epoch: i
     assert isinstance(loaded, ModelLoaded), "DescribeModel is answered by ModelLoaded"
     if model.is_in("loading", "recovering", "failed"):
         model.set_loaded(loaded, leader.name, leader.incarnation, epoch)
-        router.loader.measure_loaded(model, loaded.load_s)
+        router.loader.metrics.loaded(model, loaded.load_s)
 
 
 async def _load_in_order(router: Router, models: list[ManagedModel]) -> None:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from actors.router.load_metrics import LoadMetrics
 from actors.router.local_models import AT_REST
 from actors.router.managed_model import ManagedModel
 from actors.router.model_sleep import ModelSleep
@@ -39,7 +37,6 @@ from cortexd.messages import (
     StartGroup,
     StopGroup,
 )
-from cortexd.metrics import EVICTIONS, LOAD_SECONDS, LOADS, UNKNOWN_MODEL
 from cortexd.models import LoadOptions, RankArgs
 
 if TYPE_CHECKING:
@@ -49,8 +46,6 @@ _LEADER_TARGET = "actors.leader:Leader"
 _WORKER_TARGET = "actors.worker:Worker"
 _SLOWEST_READ_BYTES_PER_S = 50e6
 _CONTROL_DEADLINE_S = 10.0
-# The poller looks once a second; without it what was freed is not waited for any longer.
-_LOOKS_DEADLINE_S = 10.0
 
 
 class ModelLoader:
@@ -59,23 +54,8 @@ class ModelLoader:
     def __init__(self, router: Router) -> None:
         self._router = router
         self.rooms = RoomMaker(router)
+        self.metrics = LoadMetrics(router)
         self.sleep = ModelSleep(router, self)
-        # When memory was freed last, by the loop's clock, and how many looks there had been.
-        self._freed_at = -math.inf
-        self._looks_before = 0
-
-    def noticed_room(self) -> None:
-        """Note that memory was freed now: devices show it only at the poller's next look."""
-        self._freed_at = asyncio.get_running_loop().time()
-        self._looks_before = self._router.num_looks
-
-    @property
-    def has_looked_since(self) -> bool:
-        """Tell whether the last look at the devices shows what was freed last."""
-        # The first look to come may have begun before.
-        if self._router.num_looks >= self._looks_before + 2:
-            return True
-        return asyncio.get_running_loop().time() - self._freed_at > _LOOKS_DEADLINE_S
 
     async def ensure_loaded(self, model: ManagedModel) -> None:
         """Return when loaded; raise what made the load fail."""
@@ -103,10 +83,10 @@ class ModelLoader:
         """Bring up a model that is "loading" already; its state tells how it ends."""
         event(self._router.log, "model.loading", model=model.options.model_id, group=model.group)
         try:
-            with self._measured(model, "resolve"):
+            with self.metrics.stage(model, "resolve"):
                 resolved = await self._resolve(model)
                 await self._check_split(model.options, resolved)
-            with self._measured(model, "room"):
+            with self.metrics.stage(model, "room"):
                 await self.rooms.make_room(model, resolved)
             await self._start_group(model, resolved)
         except CortexError as error:
@@ -123,7 +103,7 @@ class ModelLoader:
         if model.state != "loading":
             return  # the group's own end has been told already
         model.become("failed", error=error)
-        self.measure_failed(model)
+        self.metrics.failed(model)
         self._router.local.remember_without(model)
         event(
             self._router.log,
@@ -246,7 +226,7 @@ class ModelLoader:
         except DeadlineExceeded as error:
             model.become("failed", error=error)
             raise
-        self.noticed_room()
+        self.rooms.note_freed()
         if model.is_in("draining"):
             model.become("unloaded")
         self._router.local.forget(model)
@@ -260,7 +240,7 @@ class ModelLoader:
         if reason != "defrag":  # or recycling one would make all others old
             for other in self._router.models.values():
                 other.num_cycles += 1
-        self._router.measure(EVICTIONS.sample(1, reason=reason, **self.labels(model)))
+        self.metrics.evicted(model, reason)
 
     async def clear_failure(self, model: ManagedModel) -> None:
         """Take a failed model for unloaded, and forget it if nobody configured it.
@@ -281,32 +261,6 @@ class ModelLoader:
             StopGroup(model.group, 0.0),
             deadline_s=self._router.context.settings.supervision.stop_timeout_s + 10,
         )
-
-    # For metrics
-
-    def measure_loaded(self, model: ManagedModel, load_s: float) -> None:
-        """Count a load that succeeded; `load_s` is what its engine took."""
-        labels = self.labels(model)
-        self._router.measure(LOADS.sample(1, result="loaded", **labels))
-        self._router.measure(LOAD_SECONDS.sample(load_s, stage="start", **labels))
-
-    def measure_failed(self, model: ManagedModel) -> None:
-        """Count a load that failed."""
-        self._router.measure(LOADS.sample(1, result="failed", **self.labels(model)))
-
-    @contextlib.contextmanager
-    def _measured(self, model: ManagedModel, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        seconds = time.monotonic() - started
-        self._router.measure(LOAD_SECONDS.sample(seconds, stage=stage, **self.labels(model)))
-
-    def labels(self, model: ManagedModel) -> dict[str, str]:
-        """Return a model's name and this node's."""
-        # An id that nobody configured and that has no files may be anybody's invention.
-        exists = model.is_known or model.files is not None
-        model_id = model.options.model_id if exists else UNKNOWN_MODEL
-        return {"model": model_id, "node": self._router.node_name}
 
     async def _drained(self, model: ManagedModel, drain_s: float) -> bool:
         """Return whether all leases closed within the time."""

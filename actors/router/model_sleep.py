@@ -14,7 +14,6 @@ from actors.router.managed_model import ManagedModel
 from cortexd.errors import ActorDown, CortexError, InsufficientMemory, ServiceUnavailable
 from cortexd.log import event
 from cortexd.messages import SleepModel, WakeModel
-from cortexd.metrics import EVICTIONS, LOAD_SECONDS, LOADS
 
 if TYPE_CHECKING:
     from actors.router.model_loader import ModelLoader
@@ -57,10 +56,10 @@ class ModelSleep:
             raise
         if not model.is_in("draining"):
             return  # its group ended meanwhile
-        self._loader.noticed_room()
+        self._loader.rooms.note_freed()
         model.become("sleeping")
         self._router.local.remember()
-        self._router.measure(EVICTIONS.sample(1, reason="sleep", **self._loader.labels(model)))
+        self._loader.metrics.evicted(model, "sleep")
 
     async def sleep_or_unload(self, model: ManagedModel, *, reason: str) -> None:
         """Put a model to sleep, or unload it for `reason` when it cannot."""
@@ -99,10 +98,7 @@ class ModelSleep:
         model.load_task = None
         model.last_used = time.monotonic()
         model.become("loaded")
-        labels = self._loader.labels(model)
-        self._router.measure(LOADS.sample(1, result="woken", **labels))
-        waited_s = time.monotonic() - started
-        self._router.measure(LOAD_SECONDS.sample(waited_s, stage="wake", **labels))
+        self._loader.metrics.woken(model, time.monotonic() - started)
 
     async def _load_anew(self, model: ManagedModel, error: CortexError) -> None:
         """End the group that sleeps; a fresh one takes what cache the device has room for."""

@@ -7,6 +7,7 @@ the way, or another load is, the newcomer waits for them, within a deadline.
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -35,6 +36,8 @@ _HOST_DEADLINE_S: Final = 5.0  # the poller answers from what it saw last
 # Longer than most answers take: whoever asked waits for the load anyway.
 _MAX_WAIT_S: Final = 120.0
 _RECHECK_S: Final = 0.25
+# The poller looks once a second; without it what was freed is not waited for any longer.
+_LOOKS_DEADLINE_S: Final = 10.0
 
 
 class RoomMaker:
@@ -43,6 +46,21 @@ class RoomMaker:
     def __init__(self, router: Router) -> None:
         self._router = router
         self._turn = asyncio.Lock()
+        # When memory was freed last, by the loop's clock, and how many looks there had been.
+        self._freed_at = -math.inf
+        self._looks_before = 0
+
+    def note_freed(self) -> None:
+        """Note that memory was freed now: devices show it only at the poller's next look."""
+        self._freed_at = asyncio.get_running_loop().time()
+        self._looks_before = self._router.num_looks
+
+    def _shows_freed(self) -> bool:
+        """Tell whether the last look at the devices shows what was freed last."""
+        # The first look to come may have begun before.
+        if self._router.num_looks >= self._looks_before + 2:
+            return True
+        return asyncio.get_running_loop().time() - self._freed_at > _LOOKS_DEADLINE_S
 
     async def make_room(self, model: ManagedModel, resolved: ResolvedFiles) -> None:
         """Return when the model fits; what it will take is counted as used from then on.
@@ -51,7 +69,7 @@ class RoomMaker:
         """
         deadline = asyncio.get_running_loop().time() + _MAX_WAIT_S
         while True:
-            shows_freed = self._router.loader.has_looked_since
+            shows_freed = self._shows_freed()
             async with self._turn:
                 room = await self._room(model.options, resolved)
                 if room is not None and room.missing:

@@ -363,7 +363,7 @@ class Router(AsyncActor):
         else:
             error = down.error.to_exception() if down.error else ModelLoadFailed(down.reason)
             model.become("failed", error=error)
-            self.loader.measure_failed(model)
+            self.loader.metrics.failed(model)
             self.local.remember()
             event(self.log, "model.failed", 40, model=model.options.model_id, error=error.message)
         self.requests.serve(model)

@@ -7,11 +7,13 @@ spells a control token is not escaped, as in Hugging Face's own rendering.
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from cortexd.errors import InvalidType, InvalidValue, MissingParameter, UnsupportedParameter
 
 Message = dict[str, Any]
+# What content is where a message only calls tools.
+NoWords = Literal["null", "empty", "as sent"]
 
 # Clients name the reasoning of earlier turns differently; templates read the first name.
 _REASONING_FIELDS: Final = ("reasoning_content", "thinking", "reasoning")
@@ -25,23 +27,35 @@ def has_parts(messages: list[Message]) -> bool:
     )
 
 
-def prepare_messages(messages: list[Message], *, accepts_parts: bool) -> list[Message]:
+def has_wordless_calls(messages: list[Message]) -> bool:
+    """Return whether any message has tool calls and no words beside them; any input will do."""
+    return isinstance(messages, list) and any(
+        isinstance(message, dict) and message.get("tool_calls") and not message.get("content")
+        for message in messages
+    )
+
+
+def prepare_messages(
+    messages: list[Message], *, accepts_parts: bool, no_words: NoWords = "as sent"
+) -> list[Message]:
     """Return copies of `messages` for the template.
 
     Lists of text parts are joined by newlines unless the template iterates over parts
-    (`accepts_parts`); tool-call arguments become objects; a missing content becomes "", but stays
-    None beside tool calls, which templates test for.
+    (`accepts_parts`); tool-call arguments become objects; a missing content becomes "", and beside
+    tool calls `no_words`, for which templates test in their own way.
     Raises: InvalidRequest (a subclass) naming the field.
     """
     if not isinstance(messages, list) or not messages:
         raise InvalidValue("messages: must be a non-empty list", param="messages")
     return [
-        _prepare_message(message, f"messages[{index}]", accepts_parts)
+        _prepare_message(message, f"messages[{index}]", accepts_parts, no_words)
         for index, message in enumerate(messages)
     ]
 
 
-def _prepare_message(message: Message, where: str, accepts_parts: bool) -> Message:
+def _prepare_message(
+    message: Message, where: str, accepts_parts: bool, no_words: NoWords
+) -> Message:
     if not isinstance(message, dict):
         raise InvalidType(f"{where}: must be an object", param=where)
     if not isinstance(message.get("role"), str):
@@ -52,8 +66,10 @@ def _prepare_message(message: Message, where: str, accepts_parts: bool) -> Messa
         texts = [_part_text(part, f"{where}.content[{n}]") for n, part in enumerate(content)]
         if not accepts_parts:
             prepared["content"] = "\n".join(texts)
+    elif content in (None, "") and message.get("tool_calls"):
+        prepared["content"] = {"null": None, "empty": "", "as sent": content}[no_words]
     elif content is None:
-        prepared["content"] = None if message.get("tool_calls") else ""
+        prepared["content"] = ""
     elif not isinstance(content, str):
         raise InvalidType(
             f"{where}.content: must be a string, a list of parts or null", param=f"{where}.content"

@@ -15,7 +15,13 @@ import jinja2
 
 from cortexd.errors import CortexError, InvalidRequest, TemplateRenderFailed
 from engine.text.call_style import EXAMPLE_ID, EXAMPLE_NAME
-from engine.text.chat_messages import Message, has_parts, prepare_messages
+from engine.text.chat_messages import (
+    Message,
+    NoWords,
+    has_parts,
+    has_wordless_calls,
+    prepare_messages,
+)
 from engine.text.render_time import SlowTemplateError
 from engine.text.template_bounds import check_length
 from engine.text.template_sandbox import TemplateEnvironment, start_deadline
@@ -72,7 +78,8 @@ class ChatTemplate:
                 param="chat_template_kwargs",
             )
         accepts_parts = has_parts(messages) and self._accepts_parts
-        prepared = prepare_messages(messages, accepts_parts=accepts_parts)
+        no_words: NoWords = self._no_words if has_wordless_calls(messages) else "as sent"
+        prepared = prepare_messages(messages, accepts_parts=accepts_parts, no_words=no_words)
         return self._run(
             {
                 "documents": None,
@@ -119,9 +126,25 @@ class ChatTemplate:
     @cached_property
     def call_example(self) -> str:
         """What the template makes of an answer that calls a tool, "" when it makes nothing."""
+        return self._call_probe("") or self._call_probe(None)
+
+    @cached_property
+    def _no_words(self) -> NoWords:
+        """What the template takes for no words beside tool calls.
+
+        Some write calls only where content is null, others fail on null, or print it as "None". One
+        that writes none at all gets what was sent, and may refuse it.
+        """
+        text = self._call_probe(None)
+        if text and "None" not in text and "null" not in text:
+            return "null"
+        return "empty" if self._call_probe("") else "as sent"
+
+    def _call_probe(self, content: str | None) -> str:
+        """Return what becomes of an answer of a call and this content, "" without the call."""
         function = {"name": _PROBE_TOOL, "arguments": {"key": "value"}}
         calls = [{"id": EXAMPLE_ID, "type": "function", "function": function}]
-        message = {"role": "assistant", "content": "", "tool_calls": calls}
+        message = {"role": "assistant", "content": content, "tool_calls": calls}
         text = self._run_probe([message], add_generation_prompt=False) or ""
         # What comes before the question describes the tool; the call follows it.
         example = text.rpartition(_PROBE)[2]

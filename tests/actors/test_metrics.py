@@ -9,8 +9,6 @@ from actors.request_counts import RequestCounts
 from cortexd import metrics
 from cortexd.messages import RequestFinished
 
-WHERE = {"model": "m", "node": "n"}
-
 
 def exported(registry: MetricRegistry) -> dict[str, dict[tuple[str, ...], float]]:
     """Return value by sorted label values, by exported name."""

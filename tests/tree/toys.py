@@ -35,7 +35,7 @@ from cortexd.messages import (
 )
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import Envelope
-from tests.waiting import DEADLINE_S
+from tests.waiting import DEADLINE_S, wait_for
 
 _TOLD_TO = b'{"code": "internal_error", "message": "told to"}'
 
@@ -66,17 +66,14 @@ class Toy(AsyncActor):
         self.outcomes: Counter[str] = Counter()
         self.num_open = 0
         self.storms: set[asyncio.Task[None]] = set()
-        self.drained_s: float | None = None
 
     async def on_start(self) -> None:
         """Fail or hang at once, or wait for a file "go", when told so by the child spec."""
         if self.context.args == b"crash":
             print("last words of a crashing actor", flush=True)
             raise RuntimeError("told to crash in on_start")
-        while self.context.args == b"waits" and not (self.context.runtime_dir / "go").exists():
-            await asyncio.sleep(0.01)
-        if self.context.args == b"slow to drain":
-            self.drained_s = 0.2
+        if self.context.args == b"waits":
+            await asyncio.to_thread(wait_for, (self.context.runtime_dir / "go").exists, "the word")
 
     async def on_drain(self, deadline_s: float) -> None:
         """Take a while, or for ever, when told so."""

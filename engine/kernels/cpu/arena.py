@@ -1,9 +1,9 @@
-"""Memory for packed weights: few large mappings in 2 MiB pages.
+"""Memory in 2 MiB pages: for packed weights few large mappings, for a KV cache one.
 
-Used by `linear.pack`. State: the mapping that is being filled; a mapping is freed when the last
-tensor in it is. Huge pages matter: 4 KiB pages read memory at 86 % of the bandwidth at best,
-2 MiB pages at 100 % (measured on a streaming 4-bit kernel), and the kernel gives them only to who
-asks.
+Used by `linear.pack` and `cache.kv_cache`. State: the mapping that is being filled; a mapping is
+freed when the last tensor in it is. Huge pages matter: 4 KiB pages read memory at 86 % of the
+bandwidth at best, 2 MiB pages at 100 % (measured on a streaming 4-bit kernel), and the kernel gives
+them only to who asks.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ class Arena:
     def allocate(self, num_bytes: int) -> Tensor:
         """Return a zeroed uint8 tensor of `num_bytes` that keeps its mapping alive."""
         if num_bytes > CHUNK_BYTES // 4:
-            return _map(num_bytes)[:num_bytes]
+            return map_huge(num_bytes)
         if self._chunk is None or self._used + num_bytes > self._chunk.numel():
-            self._chunk = _map(CHUNK_BYTES)
+            self._chunk = map_huge(CHUNK_BYTES)
             self._used = 0
         begin = self._used
         self._used += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         return self._chunk[begin : begin + num_bytes]
 
 
-def _map(num_bytes: int) -> Tensor:
+def map_huge(num_bytes: int) -> Tensor:
+    """Return a zeroed uint8 tensor in huge pages, which take memory once they are touched."""
     size = -(-num_bytes // HUGE_PAGE) * HUGE_PAGE
     mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     begin = -whole.data_ptr() % HUGE_PAGE
-    return whole[begin : begin + size]
+    return whole[begin : begin + num_bytes]

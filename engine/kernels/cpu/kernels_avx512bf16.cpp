@@ -14,7 +14,7 @@ using Bf16 = Dense<Type::BF16>;
 // As for the other dense weights; see dense_kernel.h.
 constexpr int64_t kAheadBytes = 8192;
 // The tokens of one pass over some groups: their numbers and the groups stay in the caches.
-constexpr int64_t kTokensOfPass = 32;
+constexpr int64_t kTokensOfPass = 128;
 
 __m512bh as_pairs(__m512i words) { return reinterpret_cast<__m512bh>(words); }
 
@@ -50,6 +50,7 @@ void tiles(const Matrix& matrix, int64_t g, const uint16_t* x, int64_t first, in
            const Destination& to) {
     const uint8_t* group = matrix.packed + g * Bf16::group_bytes(matrix.columns);
     for (; first + Tokens <= last; first += Tokens) {
+        prefetch_outputs(to, g, Groups, first, Tokens);
         __m512 sums[Groups][Tokens];
         tile(group, matrix.columns, x + first * matrix.columns, sums);
         for (int i = 0; i < Groups; ++i) {

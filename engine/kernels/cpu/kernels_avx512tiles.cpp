@@ -16,8 +16,8 @@ namespace {
 // 64 rows of 256 columns: 20 KiB, beside 4 KiB of activations.
 constexpr int64_t kPanelGroups = 4;
 constexpr int64_t kPanelBlocks = 8;
-// The tokens of one pass over a panel; their sums of 64 rows are 64 KiB in the second-level cache.
-constexpr int64_t kPassTiles = 32;
+// The tokens of one pass over a panel; their sums of 64 rows are 128 KiB in the second-level cache.
+constexpr int64_t kPanelTokens = 512;
 
 // A block of 16 rows: unsigned bytes with the offset 128 (or none, for types that have none).
 struct alignas(64) PanelBlock {
@@ -69,6 +69,15 @@ void prefetch_panel(const uint8_t* group, int64_t blocks, int64_t first, int64_t
     }
 }
 
+// Asks for part `i` of `parts` of the blocks that come after those being multiplied.
+void prefetch_blocks(const TileBlock* x, int64_t count, int64_t i, int64_t parts) {
+    const auto* const bytes = reinterpret_cast<const uint8_t*>(x);
+    const int64_t lines = count * static_cast<int64_t>(sizeof(TileBlock)) / 64;
+    for (int64_t line = lines * i / parts; line < lines * (i + 1) / parts; ++line) {
+        __builtin_prefetch(bytes + line * 64, 0, 3);
+    }
+}
+
 // The integer sums of quads First..Last-1.
 template <int First, int Last>
 void add_quads(const PanelBlock& weights, const TileBlock& x, __m512i (&dots)[kTileTokens]) {
@@ -114,8 +123,10 @@ void multiply_panel(const PanelBlock* weights, const TileBlock* x, int64_t count
             F term = _mm512_mul_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x->scale[m])),
                                    _mm512_cvtepi32_ps(dots[m]));
             if constexpr (L::kHasMin) {
-                term = _mm512_sub_ps(term, _mm512_mul_ps(_mm512_load_ps(weights->second),
-                                                         _mm512_set1_ps(x->scaled_sum[m])));
+                const F minimum = _mm512_mul_ps(_mm512_load_ps(weights->second),
+                                                _mm512_set1_ps(x->scaled_sum[m]));
+                term = L::kSuperBlocks ? _mm512_sub_ps(term, minimum)
+                                       : _mm512_add_ps(term, minimum);
             }
             sums[m] = _mm512_add_ps(sums[m], term);
         }
@@ -123,16 +134,22 @@ void multiply_panel(const PanelBlock* weights, const TileBlock* x, int64_t count
     for (int m = 0; m < kTileTokens; ++m) _mm512_store_ps(out.of[m], sums[m]);
 }
 
-// Scratch memory of a thread: 84 KiB.
+// Scratch memory of a thread: 148 KiB.
 struct PanelScratch {
     PanelBlock panel[kPanelGroups][kPanelBlocks];
-    TileSums sums[kPassTiles][kPanelGroups];
+    TileSums sums[kPanelTokens / kTileTokens][kPanelGroups];
 };
 
-// Up to 4 groups x up to 32 tiles.
+// How many of `num_tokens` are in the tile that begins with `token`.
+int64_t tokens_of_tile(int64_t token, int64_t num_tokens) {
+    return num_tokens - token < kTileTokens ? num_tokens - token : kTileTokens;
+}
+
+// The sums of up to 4 groups x up to 512 tokens.
 template <class L>
 void multiply_pass(const Matrix& matrix, int64_t g, int64_t num_groups, const TileBlock* x,
-                   int64_t num_tiles, PanelScratch& scratch) {
+                   int64_t num_tokens, const Destination& to, PanelScratch& scratch) {
+    const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
     const int64_t blocks = matrix.columns / kBlock;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
         std::memset(scratch.sums[tile], 0, sizeof(scratch.sums[tile]));
@@ -151,44 +168,47 @@ void multiply_pass(const Matrix& matrix, int64_t g, int64_t num_groups, const Ti
                               next + count);
         }
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
+            const TileBlock* const now = x + tile * blocks + first;
+            if (next == 0) {
+                const int64_t token = tile * kTileTokens;
+                prefetch_outputs(to, g, num_groups, token, tokens_of_tile(token, num_tokens));
+            }
             for (int64_t i = 0; i < num_groups; ++i) {
-                multiply_panel<L>(scratch.panel[i], x + tile * blocks + first, count,
-                                  scratch.sums[tile][i]);
+                prefetch_blocks(now + blocks, count, i, num_groups);
+                multiply_panel<L>(scratch.panel[i], now, count, scratch.sums[tile][i]);
             }
         }
     }
 }
 
-void store_tile(const TileSums& sums, const Output& out, int64_t first, int64_t num_tokens) {
-    for (int64_t m = 0; m < kTileTokens && first + m < num_tokens; ++m) {
-        out.store<Avx512>(_mm512_load_ps(sums.of[m]), first + m);
+void store_pass(const Matrix& matrix, int64_t g, int64_t num_groups, int64_t num_tokens,
+                const Destination& to, const PanelScratch& scratch) {
+    for (int64_t token = 0; token < num_tokens; token += kTileTokens) {
+        for (int64_t i = 0; i < num_groups; ++i) {
+            const Output out(matrix, g + i, to);
+            const TileSums& sums = scratch.sums[token / kTileTokens][i];
+            for (int64_t m = 0; m < tokens_of_tile(token, num_tokens); ++m) {
+                out.store<Avx512>(_mm512_load_ps(sums.of[m]), token + m);
+            }
+        }
     }
 }
 
 void multiply_tiles(const Matrix& matrix, const Activation& x, int64_t num_tokens, int64_t begin,
                     int64_t end, float* y, int64_t y_stride, bool accumulate) {
     static thread_local PanelScratch scratch;
-    const Destination to{y, y_stride, accumulate};
     const int64_t blocks = matrix.columns / kBlock;
-    const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
     for (int64_t g = begin; g < end; g += kPanelGroups) {
         const int64_t num_groups = end - g < kPanelGroups ? end - g : kPanelGroups;
-        for (int64_t first = 0; first < num_tiles; first += kPassTiles) {
-            const int64_t left = num_tiles - first;
-            const int64_t count = left < kPassTiles ? left : kPassTiles;
+        for (int64_t first = 0; first < num_tokens; first += kPanelTokens) {
+            const int64_t left = num_tokens - first;
+            const int64_t count = left < kPanelTokens ? left : kPanelTokens;
+            const Destination to{y + first * y_stride, y_stride, accumulate};
+            const TileBlock* const tiles = x.tiles + first / kTileTokens * blocks;
             visit_layout(matrix.type, [&](auto layout) {
-                using L = decltype(layout);
-                if constexpr (L::kSuperBlocks) {
-                    multiply_pass<L>(matrix, g, num_groups, x.tiles + first * blocks, count,
-                                     scratch);
-                }
+                multiply_pass<decltype(layout)>(matrix, g, num_groups, tiles, count, to, scratch);
             });
-            for (int64_t tile = 0; tile < count; ++tile) {
-                for (int64_t i = 0; i < num_groups; ++i) {
-                    store_tile(scratch.sums[tile][i], Output(matrix, g + i, to),
-                               (first + tile) * kTileTokens, num_tokens);
-                }
-            }
+            store_pass(matrix, g, num_groups, count, to, scratch);
         }
     }
 }

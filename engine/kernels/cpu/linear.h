@@ -35,14 +35,10 @@ struct Projection {
         for (int64_t i = 0; i < num_parts; ++i) sum += parts[i].rows;
         return sum;
     }
-    // Whether all quantised parts have products of tiles that are the faster ones for many tokens.
+    // Whether its quantised parts have products of tiles.
     bool has_tiles() const {
-        for (int64_t i = 0; i < num_parts; ++i) {
-            const Matrix& part = parts[i];
-            if (part.precision != Precision::kFast) return false;
-            if (!is_dense(part.type) && !has_super_blocks(part.type)) return false;
-        }
-        return has_quantized_part() && kernels().multiply_tiles != nullptr;
+        return has_quantized_part() && parts[0].precision == Precision::kFast &&
+               kernels().multiply_tiles != nullptr;
     }
     bool has_part(bool dense) const {
         for (int64_t i = 0; i < num_parts; ++i) {
@@ -64,9 +60,9 @@ struct Projection {
 // Some rows of tokens as a projection needs them; its memory is kept between uses.
 class ActivationBuffer {
    public:
-    // From here on it pays to unpack a panel of weights for all tokens: at 512, 9 % for Q4_K, 13 %
-    // for Q5_K, 16 % for Q6_K; at 32 it costs as much. Types without super-blocks gain nothing.
-    static constexpr int64_t kManyTokens = 128;
+    // From here on it pays to unpack a panel of weights for all tokens: at 512, 3 % for Q4_0 and Q8_0,
+    // 9 % for Q4_K, 13 % for Q5_K, 16 % for Q6_K; at 128 it costs 3 % of Q4_0 and Q8_0.
+    static constexpr int64_t kManyTokens = 192;
 
     // Tiles cannot be taken apart; a `takes_parts` buffer never makes any.
     explicit ActivationBuffer(bool takes_parts = false) : takes_parts_(takes_parts) {}

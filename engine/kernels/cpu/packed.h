@@ -144,13 +144,6 @@ bool visit_layout(Type type, Visitor&& visitor) {
     }
 }
 
-// Types whose blocks' scales are integers times that of a super-block: unpacking them costs most.
-inline bool has_super_blocks(Type type) {
-    bool is_super = false;
-    visit_layout(type, [&](auto layout) { is_super = decltype(layout)::kSuperBlocks; });
-    return is_super;
-}
-
 // How exactly the right-hand side is taken; see activation.h.
 enum class Precision : int32_t { kFast = 0, kExact = 1 };
 

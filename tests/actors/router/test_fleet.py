@@ -29,6 +29,7 @@ from cortexd.messages import (
     ActorDown,
     EndRequest,
     HeldLease,
+    HeldLeases,
     LeaseReport,
     LoadOnNode,
     NeuronReport,
@@ -548,5 +549,41 @@ def test_requests_begun_at_an_open_node_count_there(tmp_path: Path) -> None:
         front = envelope().src
         router.on_actor_down(ActorDown(1, front.name, front.incarnation, "", 0, "killed"))
         assert list(router.fleet.nodes.leases()) == []
+
+    run(work)
+
+
+def test_restarted_router_holds_what_runs_at_the_nodes(tmp_path: Path) -> None:
+    """Fronts tell it; the requests count there until they end, those of unknown nodes never."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, a={MODEL: "loaded"}, b={MODEL: "loaded"})
+        held = [HeldLease("old", MODEL, "a"), HeldLease("lost", MODEL, "gone")]
+        router.on_held_leases(HeldLeases(held), envelope())
+        assert [name for name, _, _ in router.fleet.nodes.leases()] == ["a"]
+        assert await node_of(router, "new") == "b", "it is the less busy one"
+        for request in ("old", "new"):
+            router.on_end_request(EndRequest(request), envelope())
+        assert list(router.fleet.nodes.leases()) == []
+
+    run(work)
+
+
+def test_metrics_hear_of_a_node_that_is_left_alone_at_once(tmp_path: Path) -> None:
+    """Nobody waits for the next round of gauges; anonymous requests are shown with their node."""
+
+    async def work() -> None:
+        world = NodesWorld()
+        router = make_gateway(world, tmp_path)
+        see_all(router, a={MODEL: "loaded"})
+        await placed(router, "r0")
+        for number in range(3):
+            failed = NodeFailed("a", "HTTP 500", f"f{number}", is_refusing=False)
+            router.on_node_failed(failed, envelope())
+        shown = {(one.metric, *one.labels): one.value for one in world.gauges}
+        assert shown["cortex_node_breaker_state", "a"] == 2
+        assert shown["cortex_node_breaker_state", "b"] == 0
+        assert shown["cortex_model_anon_in_flight", "a", MODEL] == 1
 
     run(work)

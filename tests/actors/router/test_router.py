@@ -263,6 +263,24 @@ def test_transient_failure_cools_down_then_is_retried(
     run(work)
 
 
+def test_failed_load_of_an_invented_id_makes_no_series_of_its_own(tmp_path: Path) -> None:
+    """Anybody can invent ids; metrics name the models that are configured or have files."""
+
+    async def work() -> None:
+        world = World()
+        world.resolve_error = ModelSourceError("the hub does not answer")
+        router = make_router(world, tmp_path)
+        for model_id in (MODEL, "typed/wrong"):
+            with pytest.raises(ModelSourceError):
+                await router.load(LoadOptions(model_id=model_id))
+        loads = [one.labels for one in world.measured if one.metric == "cortex_model_loads_total"]
+        assert [labels[-1] for labels in loads] == ["failed", "failed"]
+        assert MODEL in loads[0]
+        assert "unknown" in loads[1]
+
+    run(work)
+
+
 def test_unload_of_a_failed_model_forgets_the_failure(tmp_path: Path) -> None:
     """What nobody configured leaves the lists, a model of the catalogue may be asked for again."""
 
@@ -590,7 +608,7 @@ def test_load_is_refused_only_after_a_look_at_what_an_unload_freed(
 ) -> None:
     """However late the look comes; the first one to come may have begun before the unload."""
     monkeypatch.setattr("actors.router.room_maker._RECHECK_S", 0.01)
-    monkeypatch.setattr("actors.router.model_loader._LOOKS_DEADLINE_S", 3600.0)
+    monkeypatch.setattr("actors.router.room_maker._LOOKS_DEADLINE_S", 3600.0)
 
     async def work() -> None:
         world = World()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -90,3 +91,22 @@ def test_cache_views_share_one_memory() -> None:
     cache.slots(1)[35] = 7.0
     assert float(cache.layer(1)[1, 3].sum()) == 7.0 * 4 * 64
     assert cache.layer(0).shape == (3, 32, 4, 64)
+
+
+def test_cpu_memory_is_asked_for_in_huge_pages() -> None:
+    """The kernel marks the mapping with hg."""
+    cache = KVCache(SPEC, CacheSize(64, 2048), 32, torch.float32, torch.device("cpu"))
+    flags = _mapping_flags(cache.blocks.data_ptr())
+    assert "hg" in flags, flags
+
+
+def _mapping_flags(address: int) -> list[str]:
+    is_inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if first == "VmFlags:" and is_inside:
+            return rest
+        if not first.endswith(":"):
+            begin, end = (int(bound, 16) for bound in first.split("-"))
+            is_inside = begin <= address < end
+    raise AssertionError(f"{address:x} is not mapped")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,6 @@ from engine.kernels.cpu import build, library
 from tests.engine.kernels.instruction_set import force_isa
 from tests.engine.kernels.quantized import random_rows
 from tests.waiting import DEADLINE_S
-
-FindLibrary = Callable[[], Path]
 
 # Stands in for a compiler: notes each link in a log and "links" by copying the real library.
 FAKE_COMPILER = """#!/bin/sh

@@ -61,12 +61,14 @@ def test_linear_row_is_the_same_alone_and_in_any_batch(name: str, is_exact: bool
     assert torch.equal(alone, whole)
 
 
-@pytest.mark.parametrize("shape", [(37, 768), (100, 256)])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("shape", [(37, 768), (100, 256), ODD_SHAPE])
+@pytest.mark.parametrize("name", TYPES)
 def test_linear_row_is_the_same_in_a_long_prefill(
     name: str, shape: tuple[int, int], isa: str
 ) -> None:
     # Many tokens take another path: more than one pass, a tile that is not full, a part of a panel.
+    if shape == ODD_SHAPE:
+        shape = SHAPES.get(name, shape)  # of super-blocks there are only whole ones
     rows = random_rows(name, *shape)
     packed = packed_of(rows, tokens(1, shape[0])[0])
     x = tokens(301, shape[1])

@@ -310,3 +310,33 @@ def test_quick_render_gives_up_early_and_is_no_refusal() -> None:
         _template(HOSTILE[0]).render([USER])
     with quick_render():
         assert _template("{{ messages[0].content }}").render([USER]) == USER["content"]
+
+
+_ROLES = "{% for m in messages %}<{{ m.role }}>"
+_NAMES = "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # Null cannot be added to text.
+        (_ROLES + "{{ m.content + '' }}" + _NAMES + "{% endfor %}", "<assistant>[f]"),
+        # Null is printed.
+        (_ROLES + "{{ m.content | trim }}" + _NAMES + "{% endfor %}", "<assistant>[f]"),
+        # The call is only written where content is null.
+        (
+            _ROLES + "{% if m.content is none %}" + _NAMES + "{% else %}{{ m.content }}{% endif %}"
+            "{% endfor %}",
+            "<assistant>[f]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("content", [None, ""])
+def test_call_without_words_is_given_as_the_template_takes_it(
+    template: str, expected: str, content: str | None
+) -> None:
+    """Clients send null or nothing, the other dialects' translations nothing; both are the same."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [USER, {"role": "assistant", "content": content, "tool_calls": [call]}]
+    text = ChatTemplate({"default": template}, {}, "org/model").render(messages)
+    assert text.endswith(expected)
