@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 Answer = RoutedHere | RoutedRemote
 # A gateway that has just started knows nothing yet, and neurons are often started with it: one that
 # has not answered any poll may be about to.
-_FIRST_POLL_S: Final = 10.0
+_FIRST_POLL_S: Final = 20.0
 _RECHECK_S: Final = 1.0
 # Half of a poll: what the choice rests on is as old as that anyway.
 _OPEN_S: Final = 0.5
