@@ -9,6 +9,7 @@ import torch
 
 from cortexd import errors
 from engine import engine as engine_module
+from engine.cache import kv_cache
 from engine.engine import Engine
 from engine.sleep import tensors_of
 from tests.engine.checkpoints import load_engine, make_oracle, random_prompt, save_oracle
@@ -22,6 +23,8 @@ PROMPT = random_prompt(40)
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """A hybrid on the CPU that is allowed to sleep, as a model on a GPU is."""
     monkeypatch.setattr(engine_module, "check_can_sleep", lambda *_, **__: None)
+    # A GPU's memory can be given back while its tensor stays; a mapping in huge pages cannot.
+    monkeypatch.setattr(kv_cache, "map_huge", lambda size: torch.zeros(size, dtype=torch.uint8))
     files = save_oracle(make_oracle("qwen3_5"), tmp_path / "model")
     return load_engine(files, backend="reference")
 

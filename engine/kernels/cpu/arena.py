@@ -39,9 +39,15 @@ class Arena:
 
 
 def map_huge(num_bytes: int) -> Tensor:
-    """Return a zeroed uint8 tensor in huge pages, which take memory once they are touched."""
+    """Return a zeroed uint8 tensor in huge pages, which take memory once they are touched.
+
+    Raises: MemoryError.
+    """
     size = -(-num_bytes // HUGE_PAGE) * HUGE_PAGE
-    mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"cannot map {size + HUGE_PAGE} bytes: {error.strerror}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
