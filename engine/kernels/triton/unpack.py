@@ -16,7 +16,8 @@ from engine.formats.ggml import GGMLType
 from engine.kernels.triton.launch import dot
 from engine.kernels.triton.planes import Planes
 
-# What a stored number needs to become a weight: flags of a kind. None: it is a float.
+# What a stored number needs to become a weight: flags of a kind.
+_FLOATS: tl.constexpr = tl.constexpr(0)
 _SCALE: tl.constexpr = tl.constexpr(1)
 _SUPER_SCALE: tl.constexpr = tl.constexpr(2)
 _MINIMUM: tl.constexpr = tl.constexpr(4)
@@ -28,34 +29,26 @@ _GROUPS_OF_16: tl.constexpr = tl.constexpr(64)  # else of 32
 # Per type: the flags; the zero point; and how many bytes have consecutive columns in their low
 # nibbles and those that follow in the high ones, 0 where numbers are whole.
 _LAYOUTS: Final = {
-    GGMLType.BF16: (0, 0, 0),
-    GGMLType.F16: (0, 0, 0),
-    GGMLType.F32: (0, 0, 0),
-    GGMLType.Q8_0: (_SCALE.value, 0, 0),
-    GGMLType.Q4_0: (_SCALE.value, 8, 16),
-    GGMLType.Q4_1: (_SCALE.value | _MINIMUM.value, 0, 16),
-    GGMLType.Q5_0: (_SCALE.value | _FIFTH_BIT.value, 16, 16),
-    GGMLType.Q5_1: (_SCALE.value | _MINIMUM.value | _FIFTH_BIT.value, 0, 16),
-    GGMLType.IQ4_NL: (_SCALE.value | _TABLE.value, 0, 16),
-    GGMLType.Q4_K: (_SCALE.value | _SUPER_SCALE.value | _MINIMUM.value, 0, 32),
-    GGMLType.Q5_K: (
-        _SCALE.value | _SUPER_SCALE.value | _MINIMUM.value | _FIFTH_BIT.value,
-        0,
-        32,
-    ),
-    GGMLType.Q6_K: (
-        _SCALE.value | _SUPER_SCALE.value | _TWO_MORE_BITS.value | _GROUPS_OF_16.value,
-        32,
-        64,
-    ),
-    GGMLType.IQ4_XS: (_SCALE.value | _SUPER_SCALE.value | _TABLE.value, 0, 16),
+    GGMLType.BF16: (_FLOATS, 0, 0),
+    GGMLType.F16: (_FLOATS, 0, 0),
+    GGMLType.F32: (_FLOATS, 0, 0),
+    GGMLType.Q8_0: (_SCALE, 0, 0),
+    GGMLType.Q4_0: (_SCALE, 8, 16),
+    GGMLType.Q4_1: (_SCALE | _MINIMUM, 0, 16),
+    GGMLType.Q5_0: (_SCALE | _FIFTH_BIT, 16, 16),
+    GGMLType.Q5_1: (_SCALE | _MINIMUM | _FIFTH_BIT, 0, 16),
+    GGMLType.IQ4_NL: (_SCALE | _TABLE, 0, 16),
+    GGMLType.Q4_K: (_SCALE | _SUPER_SCALE | _MINIMUM, 0, 32),
+    GGMLType.Q5_K: (_SCALE | _SUPER_SCALE | _MINIMUM | _FIFTH_BIT, 0, 32),
+    GGMLType.Q6_K: (_SCALE | _SUPER_SCALE | _TWO_MORE_BITS | _GROUPS_OF_16, 32, 64),
+    GGMLType.IQ4_XS: (_SCALE | _SUPER_SCALE | _TABLE, 0, 16),
 }
 
 
 def constants(weight: Planes) -> dict[str, int]:
     """Return the kernels' arguments by which they are compiled for a type."""
     kind, zero_point, group_bytes = _LAYOUTS[weight.ggml_type]
-    return {"KIND": kind, "ZERO_POINT": zero_point, "GROUP_BYTES": group_bytes}
+    return {"KIND": kind.value, "ZERO_POINT": zero_point, "GROUP_BYTES": group_bytes}
 
 
 @triton.jit
