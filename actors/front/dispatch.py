@@ -93,17 +93,16 @@ class Dispatch:
 
         Return the answer to come, None when nothing was sent. Raises: InvalidRequest.
         """
-        leases = self._services.leases
+        leases, upstream = self._services.leases, self._services.upstream
         routed = leases.open_node(self._model)
         if routed is None:
             return None
         leases.begin(self._enter(routed))
-        if self._record.estimate is None:  # else it is held first
+        # One whose tokens are counted is held first.
+        if self._record.estimate is None and upstream.has_idle(routed.base_url):
             path, body = self._addressed(routed)
             self._record.note_submitted()
-            self._upstream = self._services.upstream.send_idle(
-                routed.base_url, path, self._headers(routed), body
-            )
+            self._upstream = upstream.send_idle(routed.base_url, path, self._headers(routed), body)
         return self._upstream
 
     async def open(self) -> NodeAnswer | None:

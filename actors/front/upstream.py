@@ -124,22 +124,28 @@ class Upstream:
 
         Raises: ConnectFailed.
         """
-        answer = self.send_idle(base_url, path, fields, body)
-        if answer is not None:
-            return answer
+        if self.has_idle(base_url):
+            return self.send_idle(base_url, path, fields, body)
         origin = origin_of(base_url)
         connection = await self._connect(node, origin)
         return connection.send(request_bytes(origin, path, fields, body))
 
+    def has_idle(self, base_url: str) -> bool:
+        """Tell whether a connection is idle, over which `send_idle` sends at once."""
+        connections = self._idle.get(origin_of(base_url))
+        while connections and connections[-1].is_lost:
+            connections.pop()
+        return bool(connections)
+
     def send_idle(
         self, base_url: str, path: str, fields: list[tuple[str, str]], body: bytes
-    ) -> NodeAnswer | None:
-        """Do the same over a connection that is idle; return None when there is none."""
+    ) -> NodeAnswer:
+        """Do the same over the connection that was used last.
+
+        The node has had the least time to close that one.
+        """
         origin = origin_of(base_url)
-        connection = self._take(origin)
-        if connection is None:
-            return None
-        return connection.send(request_bytes(origin, path, fields, body))
+        return self._idle[origin].pop().send(request_bytes(origin, path, fields, body))
 
     def close(self) -> None:
         """Close the connections that are idle; the others end with their requests."""
@@ -173,15 +179,6 @@ class Upstream:
         if self._trust is None:
             self._trust = ssl.create_default_context()
         return self._trust
-
-    def _take(self, origin: Origin) -> NodeConnection | None:
-        """Return the connection that was used last: the node has had the least time to close it."""
-        connections = self._idle.get(origin)
-        while connections:
-            connection = connections.pop()
-            if not connection.is_lost:
-                return connection
-        return None
 
     def _keep(self, origin: Origin, connection: NodeConnection) -> None:
         connection.idle_since = time.monotonic()
