@@ -254,17 +254,22 @@ def test_excluded_node_is_not_chosen_again(tmp_path: Path) -> None:
     run(work)
 
 
+async def check_waits_for_polls(router: Router) -> None:
+    """Check that a request waits until the nodes have answered, and goes where the model is."""
+    waiting = asyncio.create_task(placed(router))
+    await asyncio.sleep(0)
+    see_all(router, b={MODEL: "loaded"})
+    answer = await waiting
+    assert isinstance(answer, RoutedRemote)
+    assert answer.node == "b"
+
+
 def test_first_request_of_a_new_gateway_waits_for_the_first_polls(tmp_path: Path) -> None:
     """A router that knows nothing yet refuses nothing for a moment."""
 
     async def work() -> None:
         router = make_gateway(NodesWorld(), tmp_path)
-        waiting = asyncio.create_task(placed(router))
-        await asyncio.sleep(0)
-        see_all(router, b={MODEL: "loaded"})
-        answer = await waiting
-        assert isinstance(answer, RoutedRemote)
-        assert answer.node == "b"
+        await check_waits_for_polls(router)
 
     run(work)
 
@@ -286,12 +291,7 @@ def test_first_polls_of_a_busy_machine_are_waited_for_too(
     async def work() -> None:
         router = make_gateway(NodesWorld(), tmp_path)
         monkeypatch.setattr("actors.router.fleet.time", Later)
-        waiting = asyncio.create_task(placed(router))
-        await asyncio.sleep(0)
-        see_all(router, b={MODEL: "loaded"})
-        answer = await waiting
-        assert isinstance(answer, RoutedRemote)
-        assert answer.node == "b"
+        await check_waits_for_polls(router)
 
     run(work)
 
@@ -304,12 +304,7 @@ def test_node_that_starts_with_the_gateway_is_waited_for(tmp_path: Path) -> None
         for _ in range(2):
             for name in ("a", "b", "x"):
                 report(router, name, {}, is_healthy=False, num_successes=0, error="refused")
-        waiting = asyncio.create_task(placed(router))
-        await asyncio.sleep(0)
-        see_all(router, b={MODEL: "loaded"})
-        answer = await waiting
-        assert isinstance(answer, RoutedRemote)
-        assert answer.node == "b"
+        await check_waits_for_polls(router)
 
     run(work)
 
