@@ -26,17 +26,19 @@ _MAX_DELAY_S: Final = 300.0
 
 def activate(router: Router) -> None:
     """Begin to bring up what the last router ran, else the models of the start."""
-    to_load = router.default_models
+    to_load = [router.models[options.model_id] for options in router.default_models]
     desired = router.local.remembered()
     if desired is not None:
-        to_load = desired
-        for options in to_load:
-            router.local.add(options, is_known=options.model_id in router.models)
+        to_load = []
+        for entry in desired:
+            is_known = entry.options.model_id in router.models
+            model = router.local.add(entry.options, is_known=is_known)
+            model.given_policy = entry.policy
+            to_load.append(model)
     router.local.remember(to_load)
     leaders = {peer.group: peer for peer in router.peers.all() if peer.group and peer.rank == 0}
     missing = []
-    for options in to_load:
-        model = router.models[options.model_id]
+    for model in to_load:
         leader = leaders.get(model.group)
         if leader is None:
             missing.append(model)

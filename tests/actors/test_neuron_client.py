@@ -185,7 +185,7 @@ async def test_neuron_that_hangs_delays_no_other(monkeypatch: pytest.MonkeyPatch
 async def test_neuron_of_which_only_the_models_are_known_is_healthy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Figures that another version writes otherwise, or never, cost the figures and not the node."""
+    """Figures that another version writes otherwise, or never, cost nothing but the figures."""
     monkeypatch.setattr(neuron_client, "_PERIOD_S", 0.01)
     monkeypatch.setattr(neuron_client, "_OPTIONAL_TIMEOUT_S", 0.05)
     odd, slow = FakeNeuron(), FakeNeuron()

@@ -522,6 +522,31 @@ def test_policy_of_the_loader_wins_over_the_hosts_catalogue(tmp_path: Path) -> N
     run(work)
 
 
+@pytest.mark.parametrize("model_id", [MODEL, "org/by-hand"])
+def test_policy_of_the_loader_outlives_the_router_and_another_catalogue(
+    tmp_path: Path, model_id: str
+) -> None:
+    """A gateway gave it once, with the load; nobody would give it again."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        options = LoadOptions(model_id=model_id)
+        await router.load(options)
+        policy = ModelPolicy(residency_priority=7, idle_ttl_s=3, defaults={"top_k": 5})
+        await router.load(options, policy)
+        again = make_router(world, tmp_path)
+        await again.on_start()
+        entry = CatalogueModel(id=MODEL, residency_priority=20)
+        again.on_catalogue_changed(CatalogueChanged(Catalogue(models=[entry])), envelope())
+        assert (await routed(again, "r2", model_id)).defaults == {"top_k": 5}
+        status = again.models[model_id].status()
+        assert (status.priority, status.idle_ttl_s) == (7, 3)
+        await again.on_stop()
+
+    run(work)
+
+
 def test_draining_host_takes_nothing_new_also_after_a_restart(tmp_path: Path) -> None:
     """What runs keeps its lease; off takes requests again."""
 
