@@ -21,7 +21,7 @@ _MAX_SLUG = 32
 
 
 class DesiredModel(msgspec.Struct, frozen=True):
-    """One model that was asked for, the engine group that runs it, and what its loader said of it."""
+    """One model that was asked for, the group that runs it, and what its loader said of it."""
 
     options: LoadOptions
     group: str

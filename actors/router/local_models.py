@@ -131,7 +131,7 @@ class LocalModels:
         return [
             model
             for model in self.by_id.values()
-            if model is not exclude and model.is_in(*_RUNNING)
+            if model is not exclude and (model.is_due or model.is_in(*_RUNNING))
         ]
 
 

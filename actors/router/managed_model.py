@@ -68,6 +68,7 @@ class ManagedModel:
     given_policy: ModelPolicy | None = None  # by who had it loaded; goes before the catalogue's
     num_cycles: int = 0  # unloads of other models since this one's engine was started
     load_task: asyncio.Task[None] | None = None
+    is_due: bool = False  # to be brought up in its turn since the daemon's start
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def become(
