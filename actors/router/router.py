@@ -400,7 +400,7 @@ class Router(AsyncActor):
         """Unload by id or alias, a gateway at its neurons; ModelNotFound when it is not loaded.
 
         Of a model whose load failed only the failure is forgotten: else a mistyped id would stay in
-        the lists, and the host degraded, until the daemon ends.
+        the lists, and the host impaired, until the daemon ends.
         """
         wanted = self.local.resolve(model_id)
         if not self._serves_here and await self.fleet.unload(wanted, force=force):
