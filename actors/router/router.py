@@ -391,8 +391,9 @@ class Router(AsyncActor):
             model.failures = 0
         else:
             model = self.local.add(options, is_known=False)
-        if policy is not None:
-            model.policy = policy
+        if policy is not None and policy != model.given_policy:
+            model.given_policy = policy
+            self.local.remember()
         await self.loader.ensure_loaded(model)
 
     async def unload(self, model_id: str, *, force: bool) -> None:
