@@ -81,10 +81,13 @@ class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: JsonObject | None = None
+    add_generation_prompt: bool | None = None
     tools: list[JsonObject] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     # Not supported, refused by name.
+    chat_template: Any = None
+    continue_final_message: bool | None = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None

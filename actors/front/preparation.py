@@ -193,11 +193,13 @@ async def _prepare_for(
 
 
 async def tokenise(
-    request: InferenceRequest, text_model: TextModel
+    request: InferenceRequest, text_model: TextModel, *, add_special_tokens: bool | None = None
 ) -> list[tuple[list[int], AnswerFormat | None]]:
     """Return each prompt's token ids and how to read its answer.
 
-    Long ones, and templates that take their time, are done in a thread, so streams go on.
+    `add_special_tokens`: begin and end tokens as the tokenizer adds them; None: to prompts, and not
+    to conversations, whose template has written them. Long ones, and templates that take their
+    time, are done in a thread, so streams go on.
 
     Raises: InvalidRequest, TemplateRenderFailed.
     """
@@ -206,26 +208,27 @@ async def tokenise(
 
     if request.tools is None and _num_characters(request) <= _INLINE_CHARACTERS:
         with suppress(SlowTemplateError), quick_render():
-            return _tokenise_now(request, text_model)
-    return await asyncio.to_thread(_tokenise_now, request, text_model)
+            return _tokenise_now(request, text_model, add_special_tokens)
+    return await asyncio.to_thread(_tokenise_now, request, text_model, add_special_tokens)
 
 
 def _tokenise_now(
-    request: InferenceRequest, text_model: TextModel
+    request: InferenceRequest, text_model: TextModel, add_special_tokens: bool | None
 ) -> list[tuple[list[int], AnswerFormat | None]]:
     if request.messages is None:
-        return [(_encode_prompt(prompt, text_model), None) for prompt in request.prompts]
+        adds = add_special_tokens is not False
+        return [(_encode_prompt(prompt, text_model, adds), None) for prompt in request.prompts]
     text = text_model.render_chat(
         request.messages, tools=request.tools, template_kwargs=request.template_kwargs
     )
     text += request.prefill
-    ids = text_model.encode(text, add_special_tokens=False)
+    ids = text_model.encode(text, add_special_tokens=add_special_tokens is True)
     return [(ids, text_model.answer_format(text, request.tools))]
 
 
-def _encode_prompt(prompt: Prompt, text_model: TextModel) -> list[int]:
+def _encode_prompt(prompt: Prompt, text_model: TextModel, add_special_tokens: bool) -> list[int]:
     if isinstance(prompt, str):
-        return text_model.encode(prompt, add_special_tokens=True)
+        return text_model.encode(prompt, add_special_tokens=add_special_tokens)
     return prompt
 
 

@@ -23,7 +23,13 @@ from cortexd.tools import check_tool
 
 MAX_CHOICES = 128
 _MAX_PROMPTS = 64
-_UNSUPPORTED_IN_CHAT = ("functions", "function_call", "audio", "web_search_options")
+_UNSUPPORTED_IN_CHAT = (
+    "chat_template",
+    "functions",
+    "function_call",
+    "audio",
+    "web_search_options",
+)
 _MAY_LACK_CONTENT = ("assistant", "tool", "function")
 
 
@@ -79,7 +85,7 @@ def check_chat(
         is_single_tool_call=fields.parallel_tool_calls is False,
         # As OpenAI has it: who names the tool knows that it is called.
         call_ending="stop" if structure is not None and structure.is_named else "tool_calls",
-        template_kwargs=fields.chat_template_kwargs,
+        template_kwargs=_template_kwargs(fields),
         prefill=prefill,
     )
 
@@ -139,8 +145,18 @@ def _check_chat_only(fields: ChatCompletionRequest) -> None:
     for name in _UNSUPPORTED_IN_CHAT:
         if getattr(fields, name) is not None:
             raise _unsupported(name)
+    if fields.continue_final_message:
+        raise _unsupported("continue_final_message", "/v1/messages continues a last assistant turn")
     if fields.modalities not in (None, ["text"]):
         raise _unsupported("modalities", 'only ["text"]')
+
+
+def _template_kwargs(fields: ChatCompletionRequest) -> JsonObject | None:
+    """Return the template's variables; that of vLLM's own field is one of them."""
+    if fields.add_generation_prompt is None:
+        return fields.chat_template_kwargs
+    opens_answer = {"add_generation_prompt": fields.add_generation_prompt}
+    return opens_answer | (fields.chat_template_kwargs or {})
 
 
 def _callable_tools(fields: ChatCompletionRequest) -> list[JsonObject] | None:

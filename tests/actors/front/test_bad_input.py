@@ -59,6 +59,8 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
     ({"ignore_eos": 1}, "invalid_type", "ignore_eos"),
     ({"chat_template_kwargs": []}, "invalid_type", "chat_template_kwargs"),
+    ({"chat_template": "{{ x }}"}, "unsupported_parameter", "chat_template"),
+    ({"continue_final_message": True}, "unsupported_parameter", "continue_final_message"),
     ({"tools": {}}, "invalid_type", "tools"),
     ({"tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].function"),
     ({"tools": [{"function": 5}]}, "invalid_type", "tools[0].function"),
@@ -330,7 +332,8 @@ async def test_gzip_bomb_is_413() -> None:
         ("/v1/v1/chat/completions", "did you mean /v1/chat/completions?"),
         ("/completions", "did you mean /v1/completions?"),
         ("/openai/v1/messages", "did you mean /v1/messages?"),
-        ("/api/generate", "served here: /health, /livez, /readyz, /v1/chat/completions, "),
+        ("/api/generate", "served here: /detokenize, /health, /livez, /readyz, /tokenize, /v1/"),
+        ("/v1/tokenize", "did you mean /tokenize?"),
         ("/v1/embeddings", "served here: "),
     ],
 )
