@@ -381,7 +381,9 @@ def test_operator_loads_and_unloads_at_the_neurons_of_a_gateway(tmp_path: Path) 
         router = make_gateway(world, tmp_path)
         see_all(router)
         await router.load(LoadOptions(model_id="org/any"))
-        assert [load.options.model_id for load in world.loads] == ["org/any"]
+        await router.load(LoadOptions(model_id=COLD))
+        wanted = [LoadOptions(model_id="org/any"), LoadOptions(model_id=COLD, quant="Q8_0")]
+        assert [load.options for load in world.loads] == wanted
 
     run(work)
 
