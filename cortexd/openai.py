@@ -70,7 +70,13 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
     # Known to OpenAI-compatible servers, would change the answer, not supported: refused by name.
     best_of: Annotated[int, Meta(ge=1)] | None = None
     guided_grammar: Any = None
+    grammar: Any = None
+    truncate_prompt_tokens: Any = None
     use_beam_search: bool | None = None
+    # The same, but for the value that asks for what is done here anyway.
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
 
 
 class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
@@ -84,7 +90,13 @@ class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     tools: list[JsonObject] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    # As vLLM has them: the last message is the beginning of the answer; no turn is opened for it.
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     # Not supported, refused by name.
+    chat_template: Any = None
+    documents: Any = None
+    echo: bool | None = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None

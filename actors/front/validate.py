@@ -5,6 +5,7 @@ Pure functions of a decoded body; each raises the error that names the field.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -23,13 +24,33 @@ from cortexd.tools import check_tool
 
 MAX_CHOICES = 128
 _MAX_PROMPTS = 64
-_UNSUPPORTED_IN_CHAT = ("functions", "function_call", "audio", "web_search_options")
+_UNSUPPORTED = ("truncate_prompt_tokens",)
+_UNSUPPORTED_IN_CHAT = (
+    "functions",
+    "function_call",
+    "audio",
+    "web_search_options",
+    "chat_template",
+    "documents",
+)
+# Switches of other engines, and what they stand at here.
+_FIXED = {
+    "use_beam_search": False,
+    "skip_special_tokens": True,
+    "include_stop_str_in_output": False,
+}
+_FIXED_IN_CHAT = {"echo": False, "add_special_tokens": False}
+_FIXED_IN_COMPLETIONS = {"add_special_tokens": True}
 _MAY_LACK_CONTENT = ("assistant", "tool", "function")
 
 
 def parse_chat(body: bytes) -> InferenceRequest:
     """Return the checked request of `/v1/chat/completions`. Raises: InvalidRequest's children."""
-    return check_chat(decode_body(body, ChatCompletionRequest))
+    fields = decode_body(body, ChatCompletionRequest)
+    if not fields.continue_final_message:
+        return check_chat(fields)
+    turns, prefill = _split_prefill(fields)
+    return check_chat(msgspec.structs.replace(fields, messages=turns), prefill=prefill)
 
 
 def check_chat(
@@ -79,15 +100,41 @@ def check_chat(
         is_single_tool_call=fields.parallel_tool_calls is False,
         # As OpenAI has it: who names the tool knows that it is called.
         call_ending="stop" if structure is not None and structure.is_named else "tool_calls",
-        template_kwargs=fields.chat_template_kwargs,
+        template_kwargs=_template_kwargs(fields, prefill),
         prefill=prefill,
     )
+
+
+def _template_kwargs(fields: ChatCompletionRequest, prefill: str) -> JsonObject | None:
+    if fields.add_generation_prompt is not False or prefill:
+        return fields.chat_template_kwargs
+    return {**(fields.chat_template_kwargs or {}), "add_generation_prompt": False}
+
+
+def _split_prefill(fields: ChatCompletionRequest) -> tuple[list[JsonObject], str]:
+    """Return the turns before the answer, and the answer's beginning, which is the last one."""
+    if fields.add_generation_prompt:
+        raise InvalidValue(
+            "continue_final_message and add_generation_prompt exclude each other; leave one",
+            param="continue_final_message",
+        )
+    *turns, last = fields.messages or [{}]
+    content = last.get("content")
+    is_text = isinstance(content, str) and content and not last.get("tool_calls")
+    if last.get("role") != "assistant" or not is_text or not turns:
+        raise InvalidValue(
+            "continue_final_message needs messages to end with an assistant's text, as a string",
+            param="continue_final_message",
+        )
+    assert isinstance(content, str), "as was checked"
+    return turns, content
 
 
 def parse_completion(body: bytes) -> InferenceRequest:
     """Return the checked request of `/v1/completions`. Raises: InvalidRequest's children."""
     fields = decode_body(body, CompletionRequest)
     model = _check_common(fields)
+    _check_fixed(fields, _FIXED_IN_COMPLETIONS)
     if fields.suffix:
         raise _unsupported("suffix", "only text after the prompt is generated")
     prompts = _prompts(fields.prompt)
@@ -121,8 +168,8 @@ def _check_common(fields: GenerationFields) -> str:
     """Return the model's name after the checks both dialects share."""
     if fields.model is None:
         raise MissingParameter("model is missing", param="model")
-    if fields.use_beam_search:
-        raise _unsupported("use_beam_search", "leave it out; sampling is what runs here")
+    _refuse(fields, _UNSUPPORTED)
+    _check_fixed(fields, _FIXED)
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise _unsupported("best_of", "leave it out or set it to n")
     if fields.prompt_logprobs is not None and fields.stream:
@@ -136,11 +183,22 @@ def _check_common(fields: GenerationFields) -> str:
 
 
 def _check_chat_only(fields: ChatCompletionRequest) -> None:
-    for name in _UNSUPPORTED_IN_CHAT:
-        if getattr(fields, name) is not None:
-            raise _unsupported(name)
+    _refuse(fields, _UNSUPPORTED_IN_CHAT)
+    _check_fixed(fields, _FIXED_IN_CHAT)
     if fields.modalities not in (None, ["text"]):
         raise _unsupported("modalities", 'only ["text"]')
+
+
+def _refuse(fields: GenerationFields, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(fields, name) is not None:
+            raise _unsupported(name)
+
+
+def _check_fixed(fields: GenerationFields, switches: Mapping[str, bool]) -> None:
+    for name, value in switches.items():
+        if getattr(fields, name) not in (None, value):
+            raise _unsupported(name, f"leave it out; allowed: {str(value).lower()}")
 
 
 def _callable_tools(fields: ChatCompletionRequest) -> list[JsonObject] | None:

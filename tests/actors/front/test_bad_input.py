@@ -118,6 +118,32 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"audio": {"voice": "x"}}, "unsupported_parameter", "audio"),
     ({"best_of": 3}, "unsupported_parameter", "best_of"),
     ({"use_beam_search": True}, "unsupported_parameter", "use_beam_search"),
+    ({"skip_special_tokens": False}, "unsupported_parameter", "skip_special_tokens"),
+    ({"include_stop_str_in_output": True}, "unsupported_parameter", "include_stop_str_in_output"),
+    ({"add_special_tokens": True}, "unsupported_parameter", "add_special_tokens"),
+    ({"echo": True}, "unsupported_parameter", "echo"),
+    ({"truncate_prompt_tokens": 9}, "unsupported_parameter", "truncate_prompt_tokens"),
+    ({"grammar": 'root ::= "a"'}, "unsupported_parameter", "grammar"),
+    ({"chat_template": "{{ 1 }}"}, "unsupported_parameter", "chat_template"),
+    ({"documents": [{"text": "x"}]}, "unsupported_parameter", "documents"),
+    ({"continue_final_message": True}, "invalid_value", "continue_final_message"),
+    (
+        {"continue_final_message": True, "messages": [{"role": "assistant", "content": "a"}]},
+        "invalid_value",
+        "continue_final_message",
+    ),
+    (
+        {
+            "continue_final_message": True,
+            "add_generation_prompt": True,
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+            ],
+        },
+        "invalid_value",
+        "continue_final_message",
+    ),
     ({"model": None}, "missing_required_parameter", "model"),
     ({"model": 5}, "invalid_type", "model"),
     ({"model": ""}, "invalid_value", "model"),
@@ -162,6 +188,7 @@ COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 0}, "invalid_value", "max_tokens"),
     ({"max_tokens": -1, "echo": True}, "invalid_value", "max_tokens"),
     ({"suffix": "x"}, "unsupported_parameter", "suffix"),
+    ({"add_special_tokens": False}, "unsupported_parameter", "add_special_tokens"),
 ]
 
 RAW_BODIES: list[tuple[bytes, str]] = [
