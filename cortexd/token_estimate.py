@@ -16,6 +16,8 @@ _CHARACTERS_PER_TOKEN: Final = 4
 _IMAGE_TOKENS: Final = 1000
 # An answer's bound when the client gives none, as of the reference.
 DEFAULT_OUTPUT_TOKENS: Final = 4096
+# No model says more. A client may send any number, and sums of these must stay numbers of 64 bits.
+_MAX_TOKENS: Final = 2**40
 _PROMPT_FIELDS: Final = ("messages", "prompt", "system", "tools", "input", "instructions")
 _BOUNDS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _ANSWER_FIELDS: Final = ("choices", "content", "output")
@@ -35,7 +37,7 @@ class TokenEstimate(msgspec.Struct, frozen=True):
     def total(self) -> int:
         """Return all of them, with the usual bound of an answer where the client set none."""
         output = DEFAULT_OUTPUT_TOKENS if self.output is None else self.output
-        return self.prompt + output * self.num_answers
+        return self.prompt + min(output * self.num_answers, _MAX_TOKENS)
 
     @property
     def least(self) -> int:

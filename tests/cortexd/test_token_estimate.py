@@ -63,6 +63,8 @@ def test_bound_of_the_answer_is_the_clients(fields: dict[str, object], output: i
         ({"prompt": [[1, 2], [3]], "max_tokens": 7}, 3 + 14),
         ({"prompt": [1, 2, 3], "max_tokens": 7}, 3 + 7),
         ({"prompt": [], "n": 0, "max_tokens": 7}, 7),
+        ({"max_tokens": 2**63}, 2**40),
+        ({"n": 2**63, "max_tokens": 2**63}, 2**40),
     ],
 )
 def test_each_answer_to_each_prompt_counts(fields: dict[str, object], total: int) -> None:
