@@ -10,10 +10,10 @@ from __future__ import annotations
 import platform
 
 from aiohttp import web
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from actors.actor import AsyncActor, handles
 from actors.metric_registry import MetricRegistry
+from actors.metric_series import CONTENT_TYPE
 from actors.node_gauges import NodeGauges
 from actors.request_counts import RequestCounts
 from cortexd import metrics
@@ -36,7 +36,7 @@ class Metrics(AsyncActor):
         """Register all families and serve `/metrics` on the listener the root bound."""
         self._metrics = MetricRegistry()
         self._requests = RequestCounts(self._metrics)
-        self._nodes = NodeGauges(self._metrics.registry)
+        self._nodes = NodeGauges(self._metrics)
         self._local_name = local_node_name(self.context.settings, platform.node())
         app = web.Application()
         app.router.add_get("/metrics", self._render)
@@ -82,6 +82,4 @@ class Metrics(AsyncActor):
         self._metrics.forget(down.name)
 
     async def _render(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})

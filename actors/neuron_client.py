@@ -7,6 +7,7 @@ unhealthy, the first success healthy again; between the two its last devices and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Final
@@ -37,6 +38,8 @@ from cortexd.settings import NeuronEntry
 
 _PERIOD_S: Final = 1.0
 _ANSWER_TIMEOUT_S: Final = 3.0
+# For what a node can be used without; within the time above, so that it costs no poll.
+_OPTIONAL_TIMEOUT_S: Final = 2.0
 _CONNECT_TIMEOUT_S: Final = 2.0
 _MAX_MISSES: Final = 3
 _MAX_ANSWER_BYTES: Final = 8 * 2**20
@@ -197,12 +200,14 @@ class _PolledNeuron:
         models = read_models(models_body)
         devices = self._devices or []
         if discovery_body is not None:
-            devices = read_devices(discovery_body)
+            with contextlib.suppress(BadAnswer):
+                devices = read_devices(discovery_body)
         if not devices and self._num_successes == 0 and self._num_misses < _MAX_MISSES - 1:
             raise BadAnswer("/discovery tells no devices yet")
         if health_body is not None:
-            devices, models = with_load(health_body, devices, models)
-            self._is_draining = is_draining(health_body)
+            with contextlib.suppress(BadAnswer):
+                devices, models = with_load(health_body, devices, models)
+                self._is_draining = is_draining(health_body)
         self._models = models
         if devices:
             self._devices = devices
@@ -220,15 +225,19 @@ class _PolledNeuron:
 
     async def _get_optional(self, path: str) -> bytes | None:
         try:
-            return await self._get(path)
-        except (aiohttp.ClientError, OSError, BadAnswer):
+            async with asyncio.timeout(_OPTIONAL_TIMEOUT_S):
+                return await self._get(path)
+        except _PollError:
             return None
 
     async def _status(self, path: str) -> int:
         try:
-            async with self._session.get(self.url + path, headers=self.headers) as response:
+            async with (
+                asyncio.timeout(_OPTIONAL_TIMEOUT_S),
+                self._session.get(self.url + path, headers=self.headers) as response,
+            ):
                 return response.status
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, TimeoutError, OSError):
             return 0
 
 

@@ -7,49 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Gauge
-
-from cortexd.messages import HostReport, LoadReport, NeuronReport
+from actors.metric_registry import MetricRegistry
+from cortexd.messages import HostReport, LoadReport, NeuronReport, Sample
 from cortexd.messages.neurons import NodeDevice, NodeModel
+from cortexd.metrics import NODE_HEALTHY
 from cortexd.settings import Engine
 
-_MODEL_GAUGES = {
-    "cortex_model_in_flight": "Sequences that run",
-    "cortex_model_queue_depth": "Sequences that wait",
-    "cortex_model_max_in_flight": "Most sequences that run at the same time",
-    "cortex_model_max_queue_depth": "Most sequences that wait",
-    "cortex_model_tok_s_prefill": "Prefill speed, tokens/s",
-    "cortex_model_tok_s_decode": "Decode speed, tokens/s",
-    "cortex_model_kv_blocks_used": "KV blocks in use",
-    "cortex_model_kv_blocks_cached": "Free KV blocks with known KV",
-    "cortex_model_kv_blocks": "KV blocks in all",
-    "cortex_model_preemptions": "Preemptions since load",
-}
-_DEVICE_GAUGES = {
-    "cortex_device_vram_used_mb": "Device memory in use, MiB",
-    "cortex_device_vram_free_mb": "Device memory free, MiB",
-    "cortex_device_utilization_pct": "Device utilisation, percent",
-    "cortex_device_temp_c": "Device temperature, Celsius",
-}
 _Series = tuple[str, str, float | None]  # gauge, model or device, value
 
 
 class NodeGauges:
     """Show the last report of each node."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._gauges = {
-            name: Gauge(name, text, ("node", second), registry=registry)
-            for second, gauges in (("model", _MODEL_GAUGES), ("device", _DEVICE_GAUGES))
-            for name, text in gauges.items()
-        }
-        self._is_up = Gauge(
-            "cortex_node_healthy",
-            "1 while the node answers its polls",
-            ("node",),
-            registry=registry,
-        )
-        self._shown: dict[str, list[_Series]] = {}
+    def __init__(self, registry: MetricRegistry) -> None:
+        self._registry = registry
 
     def show_host(self, node: str, report: HostReport, engine: Engine) -> None:
         """Show this host; `engine` holds the bounds of its models."""
@@ -64,25 +35,23 @@ class NodeGauges:
                 device.utilization_pct,
                 device.temperature_c,
             )
-        self._show(node, series)
+        self._show(node, _samples(node, series))
 
     def show_neuron(self, report: NeuronReport) -> None:
         """Show a remote neuron; nothing of one that does not answer is shown but that."""
-        self._is_up.labels(report.name).set(report.is_healthy)
-        series = [item for model in report.models for item in _of_model(model)]
-        series += [item for device in report.devices for item in _of_remote_device(device)]
-        self._show(report.name, series if report.is_healthy else [])
+        series: list[_Series] = []
+        if report.is_healthy:
+            series += [item for model in report.models for item in _of_model(model)]
+            series += [item for device in report.devices for item in _of_remote_device(device)]
+        is_up = NODE_HEALTHY.sample(report.is_healthy, node=report.name)
+        self._show(report.name, [is_up, *_samples(report.name, series)])
 
-    def _show(self, node: str, series: list[_Series]) -> None:
-        known = [item for item in series if item[2] is not None]
-        for name, label in {item[:2] for item in self._shown.get(node, [])} - {
-            item[:2] for item in known
-        }:
-            self._gauges[name].remove(node, label)
-        self._shown[node] = known
-        for name, label, value in known:
-            if value is not None:
-                self._gauges[name].labels(node, label).set(value)
+    def _show(self, node: str, samples: list[Sample]) -> None:
+        self._registry.show(f"node {node}", samples)
+
+
+def _samples(node: str, series: list[_Series]) -> list[Sample]:
+    return [Sample(name, value, [node, of]) for name, of, value in series if value is not None]
 
 
 def _of_engine(load: LoadReport, engine: Engine) -> Iterator[_Series]:

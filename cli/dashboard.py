@@ -35,7 +35,7 @@ _MIN_ACTORS: Final = 3
 _BORDERS: Final = 2
 _STYLES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("ok", "ready", "loaded"), "green"),
-    **dict.fromkeys(("degraded", "failed", "exited"), "red"),
+    **dict.fromkeys(("degraded", "impaired", "failed", "exited"), "red"),
 }
 _OTHER_STYLE: Final = "yellow"
 _BAD_ENDINGS: Final = (".down", ".failed", ".crashed", ".suspect", ".hung", ".exited")

@@ -12,7 +12,7 @@ USAGE: Final = 2
 NOT_RUNNING: Final = 3
 NOT_FOUND: Final = 4
 REFUSED: Final = 5
-DEGRADED: Final = 6
+NOT_OK: Final = 6
 TIMEOUT: Final = 124
 INTERRUPTED: Final = 130
 

@@ -27,7 +27,7 @@ _STATE_COLOURS: Final[Mapping[str, str]] = {
         ("starting", "suspect", "draining", "stopping", "backoff", "loading", "recovering"),
         "yellow",
     ),
-    **dict.fromkeys(("degraded", "failed", "exited", "down"), "red"),
+    **dict.fromkeys(("degraded", "impaired", "failed", "exited", "down"), "red"),
     "sleeping": "dim",
 }
 # Everything that could move the cursor or retitle the terminal: C0 and C1, but tab and newline.

@@ -20,7 +20,7 @@ from cortexd.errors import CortexError
 Command = Callable[[argparse.Namespace], int]
 _EPILOG: Final = (
     "exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 not running, 4 not found, "
-    "5 refused, 6 degraded, 124 timeout, 130 interrupted"
+    "5 refused, 6 not ok, 124 timeout, 130 interrupted"
 )
 # As many as the daemon keeps of each actor; older ones are in its log file.
 _MAX_LINES: Final = 512
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     _add_start(add("start", "cli.start:start", "run the daemon in the foreground"))
-    status = add("status", "cli.status:status", "show actors and models; exit 6 when degraded")
+    status = add("status", "cli.status:status", "show actors and models; exit 6 unless all is ok")
     status.add_argument("--json", action="store_true", help="the daemon's own answer, as JSON")
     top = add("top", "cli.dashboard:top", "watch actors, models, devices and events live")
     top.add_argument(

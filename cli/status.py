@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from cli import format as fmt
 from cli.control import Document, connected, settings_of
-from cli.exit_code import DEGRADED, OK
+from cli.exit_code import NOT_OK, OK
 from cli.models import documents, models_table
 from cortexd.address import parse_host_port
 from cortexd.errors import ConfigError
@@ -23,7 +23,7 @@ def status(args: argparse.Namespace) -> int:
         print(json.dumps(document, indent=2))
     else:
         print(render(document, colour=fmt.has_colour(sys.stdout)))
-    return OK if document.get("state") == "ok" else DEGRADED
+    return OK if document.get("state") == "ok" else NOT_OK
 
 
 def render(document: Document, *, colour: bool) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from cortexd.models import LoadOptions
+from cortexd.models import LoadOptions, ModelPolicy
 
 _FILE = "desired.json"
 _DRAINING_FILE = "draining"
@@ -21,10 +21,11 @@ _MAX_SLUG = 32
 
 
 class DesiredModel(msgspec.Struct, frozen=True):
-    """One model that was asked for, and the engine group that runs it."""
+    """One model that was asked for, the group that runs it, and what its loader said of it."""
 
     options: LoadOptions
     group: str
+    policy: ModelPolicy | None = None
 
 
 def group_name(model_id: str) -> str:

@@ -34,6 +34,7 @@ _FIRST_TOKEN_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS_PER_S: Final = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 400)
 _WAIT_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300)
 _LOAD_S: Final = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_LAG_S: Final = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
 _CANCEL_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 
@@ -106,6 +107,12 @@ CANCEL_LATENCY: Final = _histogram(
     "From a request's cancellation to the engine's word that its sequence is freed",
     _CANCEL_S,
 )
+LOOP_LAG: Final = _histogram(
+    "cortexd_front_loop_lag_seconds",
+    "How late the timers of a front's event loop are while requests run",
+    _LAG_S,
+    (),
+)
 
 # Of models; told by the router.
 LOAD_SECONDS: Final = _histogram(
@@ -155,7 +162,32 @@ BUDGET_REFUSALS: Final = _counter(
     "cortex_budget_refusals_total", "Requests refused for their key's budget", (*_BY_KEY, "code")
 )
 
+# Of nodes; the metrics actor shows them from the poller's reports.
+NODE_HEALTHY: Final = _gauge("cortex_node_healthy", "1 while the node answers its polls", ("node",))
+_NODE_GAUGES: Final = tuple(
+    _gauge(name, text, ("node", of))
+    for name, of, text in (
+        ("cortex_model_in_flight", "model", "Sequences that run"),
+        ("cortex_model_queue_depth", "model", "Sequences that wait"),
+        ("cortex_model_max_in_flight", "model", "Most sequences that run at the same time"),
+        ("cortex_model_max_queue_depth", "model", "Most sequences that wait"),
+        ("cortex_model_tok_s_prefill", "model", "Prefill speed, tokens/s"),
+        ("cortex_model_tok_s_decode", "model", "Decode speed, tokens/s"),
+        ("cortex_model_kv_blocks_used", "model", "KV blocks in use"),
+        ("cortex_model_kv_blocks_cached", "model", "Free KV blocks with known KV"),
+        ("cortex_model_kv_blocks", "model", "KV blocks in all"),
+        ("cortex_model_preemptions", "model", "Preemptions since load"),
+        ("cortex_device_vram_used_mb", "device", "Device memory in use, MiB"),
+        ("cortex_device_vram_free_mb", "device", "Device memory free, MiB"),
+        ("cortex_device_utilization_pct", "device", "Device utilisation, percent"),
+        ("cortex_device_temp_c", "device", "Device temperature, Celsius"),
+    )
+)
+
 # Of processes; counted by the metrics actor itself.
 ACTOR_DOWNS: Final = _counter("cortexd_actor_downs_total", "Actor processes that ended", ("actor",))
 
-FAMILIES: Final = tuple(family for family in list(globals().values()) if isinstance(family, Family))
+FAMILIES: Final = (
+    *(family for family in list(globals().values()) if isinstance(family, Family)),
+    *_NODE_GAUGES,
+)

@@ -6,9 +6,10 @@ an entry that makes no sense is left out, an unknown field is ignored, a missing
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from cortexd.errors import ERRORS_BY_CODE, CortexError, UpstreamError
 from cortexd.messages.neurons import NodeDevice, NodeModel
@@ -26,6 +27,8 @@ _STATES: Final[dict[str, ModelState]] = {
     "failed": "failed",
 }
 _Entry = TypeVar("_Entry", bound=msgspec.Struct)
+# JSON has integers of any size, our messages have not.
+_Int = Annotated[int, Meta(ge=-(2**53), le=2**53)]
 
 
 class BadAnswer(ValueError):
@@ -33,8 +36,8 @@ class BadAnswer(ValueError):
 
 
 class _Limit(msgspec.Struct):
-    context: int | None = None
-    output: int | None = None
+    context: _Int | None = None
+    output: _Int | None = None
 
 
 class _Servable(msgspec.Struct):
@@ -45,39 +48,39 @@ class _Servable(msgspec.Struct):
 class _Model(msgspec.Struct):
     id: str
     status: str = "loaded"
-    vram_used_mb: int | None = None
+    vram_used_mb: _Int | None = None
     capabilities: list[str] = []
     tool_call: bool = False
     reasoning: bool = False
     limit: _Limit | None = None
     servable: _Servable | None = None
-    max_model_len: int | None = None
+    max_model_len: _Int | None = None
     stage: str | None = None
     progress: float | None = None
     eta_s: float | None = None
-    residency_priority: int | None = None
+    residency_priority: _Int | None = None
 
 
 class _ModelLoad(msgspec.Struct):
     id: str
-    in_flight: int = 0
-    queue_depth: int = 0
+    in_flight: _Int = 0
+    queue_depth: _Int = 0
     tok_s_prefill: float | None = None
     tok_s_decode: float | None = None
-    max_in_flight: int | None = None
-    max_queue_depth: int | None = None
+    max_in_flight: _Int | None = None
+    max_queue_depth: _Int | None = None
 
 
 class _DeviceLoad(msgspec.Struct):
-    index: int
-    vram_free_mb: int | None = None
+    index: _Int
+    vram_free_mb: _Int | None = None
     utilization_pct: float | None = None
     temp_c: float | None = None
 
 
 class _Device(msgspec.Struct):
-    index: int
-    vram_total_mb: int = 0
+    index: _Int
+    vram_total_mb: _Int = 0
 
 
 def read_models(body: bytes) -> list[NodeModel]:

@@ -59,6 +59,7 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # What the answer must be; the last four as vLLM has them.
@@ -76,7 +77,6 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
     # The same, but for the value that asks for what is done here anyway.
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    add_special_tokens: bool | None = None
 
 
 class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):

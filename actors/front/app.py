@@ -25,12 +25,18 @@ from actors.front.inference import InferenceHandler
 from actors.front.messages import MessagesDialect
 from actors.front.responses import ResponsesDialect
 from actors.front.services import FORWARDS, REQUEST_ID, SERVICES, Services
+from actors.front.tokenize import detokenize, tokenize
 from cortexd.errors import CortexError, Internal
 from cortexd.log import event
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _ID_BYTES = 16
-_COUNT_TOKENS = "/v1/messages/count_tokens"
+# Recorded like inference, but with no engine behind them.
+_TEXT_ONLY: dict[str, Handler] = {
+    "/v1/messages/count_tokens": count_tokens,
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+}
 _MAX_LOGGED_PATH = 200
 
 
@@ -56,10 +62,10 @@ class Listener:
             "/v1/messages": InferenceHandler(MessagesDialect()).handle,
             "/v1/responses": InferenceHandler(ResponsesDialect()).handle,
         }
-        for path, handler in self._direct.items():
+        recorded = self._direct | _TEXT_ONLY
+        for path, handler in recorded.items():
             self.app.router.add_post(path, handler)
-        self.app.router.add_post(_COUNT_TOKENS, count_tokens)
-        self._recorded = frozenset((*self._direct, _COUNT_TOKENS))
+        self._recorded = frozenset(recorded)
         _add_routes(self.app, services.keys, is_neuron=self._is_neuron)
 
     def shorten(self, server: web.Server) -> None:

@@ -13,12 +13,10 @@ from actors.front.inference import recorded
 from actors.front.messages import MessagesDialect, parse_messages
 from actors.front.preparation import tokenise
 from actors.front.proxy import forward
-from actors.front.queries import known_models
 from actors.front.record import RequestRecord
-from actors.front.routing import route
-from actors.front.services import FORWARDS, SERVICES, Services
+from actors.front.services import FORWARDS, SERVICES
+from actors.front.text_lookup import text_model_of
 from cortexd.anthropic import CountTokensRequest, TokensCounted
-from cortexd.models import ModelFiles
 
 _MIB = 2**20
 
@@ -36,27 +34,6 @@ async def _answer(request: web.Request, record: RequestRecord) -> web.StreamResp
         if forwarded is not None:
             return forwarded
     wanted = parse_messages(body, CountTokensRequest)
-    record.principal.check_model(wanted.model)
-    text_model = await services.text_models.get(await _files(services, record, wanted.model))
+    text_model, _ = await text_model_of(services, record, wanted.model)
     prompts = await tokenise(wanted, text_model)
     return json_response(TokensCounted(sum(len(ids) for ids, _ in prompts)))
-
-
-async def _files(services: Services, record: RequestRecord, model: str) -> ModelFiles:
-    """Return a model's files; only one that was never fetched is routed to, which fetches it."""
-    known = await known_models(services)
-    model_id = known.aliases.get(model, model)
-    for status in known.models:
-        if status.model_id == model_id:
-            record.model = model_id
-        if status.model_id == model_id and status.files is not None:
-            return status.files
-    lease_id = services.new_lease_id()
-    try:
-        wait_s = services.settings.gateway.unary_load_wait_s
-        routed = await route(
-            services.bus, model, lease_id, wait_s=wait_s, account=record.principal.account
-        )
-        return routed.files
-    finally:
-        services.leases.end(lease_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import time
 from collections import Counter
@@ -13,11 +14,9 @@ from aiohttp import web
 
 import cortexd
 from actors.front.queries import known_models
-from actors.front.services import SERVICES, Services
+from actors.front.services import SERVICES
 from cortexd.errors import CortexError, ShuttingDown
-from cortexd.messages import ModelList
-
-_IMPAIRED = ("failed", "recovering")
+from cortexd.fleet_state import fleet_state, unservable
 
 
 def json_response(document: object, *, status: int = 200) -> web.Response:
@@ -58,52 +57,26 @@ async def health(request: web.Request) -> web.Response:
     statuses = known.models
     healthy = int(services.serves_here) + sum(node.is_healthy for node in known.nodes)
     body: dict[str, object] = {
-        "status": "draining"
-        if known.is_draining
-        else _fleet_status(healthy, has_faults=bool(_unservable(services, known))),
+        "status": fleet_state(known, serves_here=services.serves_here),
         "nodes": {"healthy": healthy, "total": int(services.serves_here) + len(known.nodes)},
         "models": dict(Counter(status.state for status in statuses)) | {"total": len(statuses)},
         "requests": {
             "active": services.num_active,
             "lost_messages": services.num_lost_messages + services.spending.num_lost,
         },
+        "tasks": len(asyncio.all_tasks()),
         "uptime_s": round(time.monotonic() - services.started, 3),
     }
     if draining := [node.name for node in known.nodes if node.is_draining]:
         body["draining"] = draining
-    if unservable := _unservable(services, known):
-        body["unservable"] = unservable
+    if down := unservable(known, services.node):
+        body["unservable"] = down
     return json_response(body)
 
 
 async def version(request: web.Request) -> web.Response:
     """Answer what runs here."""
     return json_response(_version())
-
-
-def _fleet_status(num_healthy: int, *, has_faults: bool) -> str:
-    if num_healthy == 0:
-        return "degraded"
-    return "impaired" if has_faults else "ok"
-
-
-def _unservable(services: Services, known: ModelList) -> list[dict[str, str | None]]:
-    """Return the models that are on a node and cannot serve."""
-    here = [
-        (services.node, status.model_id, status.state, status.error or status.stage)
-        for status in known.models
-    ]
-    remote = [
-        (node.name, model.model_id, model.state, model.detail)
-        for node in known.nodes
-        if node.is_healthy
-        for model in node.models
-    ]
-    return [
-        {"node": node, "model": model_id, "reason": state, "detail": detail}
-        for node, model_id, state, detail in here + remote
-        if state in _IMPAIRED
-    ]
 
 
 @lru_cache

@@ -16,12 +16,22 @@ from actors.front.bus import Bus
 from actors.front.error_response import CODE_HEADER
 from actors.front.node_connection import AnswerBroken, NodeAnswer
 from actors.front.upstream import HEAD_TIMEOUT_S
-from cortexd.errors import CortexError, ModelMismatch, ModelNotFound, UpstreamUnavailable
+from cortexd.errors import (
+    CortexError,
+    InvalidRequest,
+    ModelMismatch,
+    ModelNotFound,
+    UpstreamUnavailable,
+)
 from cortexd.messages import NodeView, QueryNode, RoutedRemote
 
 # How often a node that takes its time is looked after.
 CHECK_PERIOD_S: Final = 5.0
 _NOT_SERVING: Final = frozenset({404, 503, 529})
+_NO_SUCH_PATH: Final = frozenset({404, 405, 501})
+# The field by which vLLM's answer is known: llama-server has the same paths with other fields, and
+# answers a text that it does not see with an empty list.
+_TOKENISES: Final = {"/tokenize": "count", "/detokenize": "prompt"}
 _LEAVING_CODES: Final = frozenset({"node_draining", "server_shutting_down"})
 
 _Result = TypeVar("_Result")
@@ -102,6 +112,30 @@ async def check_serving(upstream: NodeAnswer, routed: RoutedRemote) -> None:
             "try again",
             retry_after_s=2,
         )
+
+
+async def check_tokenises(upstream: NodeAnswer, routed: RoutedRemote, path: str) -> None:
+    """Raise when an external server has no /tokenize or /detokenize, or one of its own kind.
+
+    Raises: InvalidRequest. Else, and for other paths, the body can still be read.
+    """
+    if routed.kind != "openai" or path not in _TOKENISES:
+        return
+    try:
+        document = msgspec.json.decode(await upstream.read(), type=dict[str, object])
+    except AnswerBroken:
+        return  # whoever reads it next is told
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        document = {}
+    is_known = upstream.status not in _NO_SUCH_PATH
+    if is_known and (upstream.status != 200 or _TOKENISES[path] in document):
+        return
+    told = f"HTTP {upstream.status}" + (f' without "{_TOKENISES[path]}"' if is_known else "")
+    raise InvalidRequest(
+        f'model "{routed.model_id}" runs on "{routed.node}", an external server that has no {path} '
+        f"as vLLM has it (it answered {told}); ask another node, or use its own API",
+        param="model",
+    )
 
 
 async def _told_code(upstream: NodeAnswer) -> object:

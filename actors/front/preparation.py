@@ -197,7 +197,9 @@ async def tokenise(
 ) -> list[tuple[list[int], AnswerFormat | None]]:
     """Return each prompt's token ids and how to read its answer.
 
-    Long ones, and templates that take their time, are done in a thread, so streams go on.
+    Begin and end tokens are added as the request wants it, else to prompts, and not to
+    conversations, whose template has written them. Long ones, and templates that take their time,
+    are done in a thread, so streams go on.
 
     Raises: InvalidRequest, TemplateRenderFailed.
     """
@@ -213,19 +215,21 @@ async def tokenise(
 def _tokenise_now(
     request: InferenceRequest, text_model: TextModel
 ) -> list[tuple[list[int], AnswerFormat | None]]:
+    adds = request.fields.add_special_tokens
     if request.messages is None:
-        return [(_encode_prompt(prompt, text_model), None) for prompt in request.prompts]
+        adds = adds is not False
+        return [(_encode_prompt(prompt, text_model, adds), None) for prompt in request.prompts]
     text = text_model.render_chat(
         request.messages, tools=request.tools, template_kwargs=request.template_kwargs
     )
     text += request.prefill
-    ids = text_model.encode(text, add_special_tokens=False)
+    ids = text_model.encode(text, add_special_tokens=adds is True)
     return [(ids, text_model.answer_format(text, request.tools))]
 
 
-def _encode_prompt(prompt: Prompt, text_model: TextModel) -> list[int]:
+def _encode_prompt(prompt: Prompt, text_model: TextModel, add_special_tokens: bool) -> list[int]:
     if isinstance(prompt, str):
-        return text_model.encode(prompt, add_special_tokens=True)
+        return text_model.encode(prompt, add_special_tokens=add_special_tokens)
     return prompt
 
 

@@ -16,6 +16,7 @@ from actors.front.auth import KeyRing
 from actors.front.bus import Bus
 from actors.front.grammars import Grammars
 from actors.front.leases import Leases
+from actors.front.loop_lag import LoopLag
 from actors.front.reports import Reports
 from actors.front.sequences import SequenceTable
 from actors.front.spending import Spending
@@ -26,7 +27,7 @@ from cortexd.errors import CortexError
 from cortexd.keys import node_keys
 from cortexd.messages import Measured
 from cortexd.messages.control import Message
-from cortexd.metrics import CANCEL_LATENCY
+from cortexd.metrics import CANCEL_LATENCY, LOOP_LAG
 from cortexd.neuron_list import local_node_name, remote_neurons
 from cortexd.settings import Settings
 
@@ -47,6 +48,7 @@ class Services:
     spending: Spending = field(init=False)
     reports: Reports = field(init=False)
     leases: Leases = field(init=False)
+    loop_lag: LoopLag = field(init=False)
     node_keys: dict[str, str] = field(init=False, repr=False)
     node: str = field(init=False)
     num_neurons: int = field(init=False)
@@ -72,6 +74,7 @@ class Services:
         self.reports = Reports(
             lambda reports: self.tell_quietly("metrics", reports), self.open_requests
         )
+        self.loop_lag = LoopLag(lambda: self.num_active > 0, self._note_lags)
         self.node_keys = node_keys(remote_neurons(self.settings))
 
     @property
@@ -101,6 +104,9 @@ class Services:
         sample = CANCEL_LATENCY.sample(seconds, model=model, node=self.node)
         self.tell_quietly("metrics", Measured([sample]))
 
+    def _note_lags(self, lags: list[float]) -> None:
+        self.tell_quietly("metrics", Measured([LOOP_LAG.sample(lag) for lag in lags]))
+
     def tell_of_end(self, end: Callable[[], None]) -> None:
         """Let `end_all` call `end`, until `forget_end`: for what no sequence stands for."""
         self._to_end.add(end)
@@ -120,6 +126,7 @@ class Services:
         """Count an inference request in."""
         self.num_active += 1
         self.idle.clear()
+        self.loop_lag.start()
 
     def leave(self) -> None:
         """Count an inference request out; wake a drain that waits for the last."""

@@ -39,18 +39,13 @@ _FIXED = {
     "skip_special_tokens": True,
     "include_stop_str_in_output": False,
 }
-_FIXED_IN_CHAT = {"echo": False, "add_special_tokens": False}
-_FIXED_IN_COMPLETIONS = {"add_special_tokens": True}
+_FIXED_IN_CHAT = {"echo": False}
 _MAY_LACK_CONTENT = ("assistant", "tool", "function")
 
 
 def parse_chat(body: bytes) -> InferenceRequest:
     """Return the checked request of `/v1/chat/completions`. Raises: InvalidRequest's children."""
-    fields = decode_body(body, ChatCompletionRequest)
-    if not fields.continue_final_message:
-        return check_chat(fields)
-    turns, prefill = _split_prefill(fields)
-    return check_chat(msgspec.structs.replace(fields, messages=turns), prefill=prefill)
+    return check_chat(decode_body(body, ChatCompletionRequest))
 
 
 def check_chat(
@@ -68,6 +63,9 @@ def check_chat(
     """
     model = _check_common(fields)
     _check_chat_only(fields)
+    if fields.continue_final_message:
+        turns, prefill = _split_prefill(fields)
+        fields = msgspec.structs.replace(fields, messages=turns)
     if fields.messages is None:
         raise MissingParameter("messages is missing", param="messages")
     if not fields.messages:
@@ -106,9 +104,11 @@ def check_chat(
 
 
 def _template_kwargs(fields: ChatCompletionRequest, prefill: str) -> JsonObject | None:
-    if fields.add_generation_prompt is not False or prefill:
+    """Return the template's variables; that of vLLM's own field is one of them."""
+    if fields.add_generation_prompt is None or prefill:
         return fields.chat_template_kwargs
-    return {**(fields.chat_template_kwargs or {}), "add_generation_prompt": False}
+    opens_answer = {"add_generation_prompt": fields.add_generation_prompt}
+    return opens_answer | (fields.chat_template_kwargs or {})
 
 
 def _split_prefill(fields: ChatCompletionRequest) -> tuple[list[JsonObject], str]:
@@ -134,7 +134,6 @@ def parse_completion(body: bytes) -> InferenceRequest:
     """Return the checked request of `/v1/completions`. Raises: InvalidRequest's children."""
     fields = decode_body(body, CompletionRequest)
     model = _check_common(fields)
-    _check_fixed(fields, _FIXED_IN_COMPLETIONS)
     if fields.suffix:
         raise _unsupported("suffix", "only text after the prompt is generated")
     prompts = _prompts(fields.prompt)

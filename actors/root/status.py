@@ -17,6 +17,7 @@ from actors.root.operations import Document
 from actors.root.supervisor import Supervisor
 from cortexd import __version__
 from cortexd.errors import ActorDown, CortexError
+from cortexd.fleet_state import fleet_state
 from cortexd.messages import ListModels, ModelList
 
 # A hung router costs `status` its models, not its answer.
@@ -47,18 +48,18 @@ class Status:
 
     async def document(self) -> Document:
         """Return the whole status; `models` is null when the router does not answer."""
-        models, nodes, models_error = await self._models()
+        known, models_error = await self._known_models()
         status: Document = {
             "v": PROTOCOL_VERSION,
             "pid": os.getpid(),
             "version": __version__,
             "uptime_s": round(time.monotonic() - self._info.started_at_s, 3),
             "role": self._info.role,
-            "state": self._state(models),
+            "state": self._state(known),
             "listen": self._info.addresses,
             "actors": self.actors(),
-            "models": models,
-            "nodes": nodes,
+            "models": None if known is None else msgspec.to_builtins(known.models),
+            "nodes": [] if known is None else _nodes(known),
             "dead_letters": self.dead_letters(),
         }
         if models_error is not None:
@@ -87,10 +88,8 @@ class Status:
     def _members(self) -> list[Member]:
         return self._supervisor.members + self._groups.members
 
-    async def _models(
-        self,
-    ) -> tuple[list[Document] | None, list[Document], str | None]:
-        """Return this host's models, the remote nodes, and why the models are unknown."""
+    async def _known_models(self) -> tuple[ModelList | None, str | None]:
+        """Return what the router knows of models and nodes, or why that is unknown."""
         try:
             router = self._supervisor.find("router")
             if router is None or not router.is_ready:
@@ -99,23 +98,28 @@ class Status:
                 router.address, ListModels(), deadline_s=_MODELS_DEADLINE_S
             )
         except CortexError as error:
-            return None, [], error.message
+            return None, error.message
         if not isinstance(answer, ModelList):
-            return None, [], f"the router answered {type(answer).__name__}"
-        nodes = [msgspec.structs.asdict(node) for node in answer.nodes]
-        for node in nodes:
-            node["models"] = [msgspec.structs.asdict(model) for model in node["models"]]
-        models = [msgspec.to_builtins(model) for model in answer.models]
-        return models, msgspec.to_builtins(nodes), None
+            return None, f"the router answered {type(answer).__name__}"
+        return answer, None
 
-    def _state(self, models: list[Document] | None) -> str:
+    def _state(self, known: ModelList | None) -> str:
+        """Return one word: that of `/health`, and what only the root sees counts as a fault too."""
         if self.is_stopping:
             return "stopping"
         if not self.is_started:
             return "starting"
-        states = [member.lifecycle.state for member in self._supervisor.members]
-        has_failed = self._groups.has_failed or any(
-            model["state"] == "failed" for model in models or []
-        )
-        is_ok = models is not None and not has_failed and set(states) <= {"ready"}
-        return "ok" if is_ok else "degraded"
+        if known is None:
+            return "degraded"
+        state = fleet_state(known, serves_here=self._info.role != "gateway")
+        states = {member.lifecycle.state for member in self._supervisor.members}
+        has_faults = self._groups.has_failed or not states <= {"ready"}
+        return "impaired" if state == "ok" and has_faults else state
+
+
+def _nodes(known: ModelList) -> list[Document]:
+    nodes = [msgspec.structs.asdict(node) for node in known.nodes]
+    for node in nodes:
+        node["models"] = [msgspec.structs.asdict(model) for model in node["models"]]
+    documents: list[Document] = msgspec.to_builtins(nodes)
+    return documents

@@ -8,6 +8,7 @@ is "unloaded" in between, not failed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Final
 
 from actors.router.managed_model import ManagedModel
@@ -26,19 +27,21 @@ _MAX_DELAY_S: Final = 300.0
 
 def activate(router: Router) -> None:
     """Begin to bring up what the last router ran, else the models of the start."""
-    to_load = router.default_models
+    to_load = [router.models[options.model_id] for options in router.default_models]
     desired = router.local.remembered()
     if desired is not None:
-        to_load = desired
-        for options in to_load:
-            router.local.add(options, is_known=options.model_id in router.models)
-    router.local.remember(to_load)
+        to_load = []
+        for entry in desired:
+            is_known = entry.options.model_id in router.models
+            model = router.local.add(entry.options, is_known=is_known)
+            model.given_policy = entry.policy
+            to_load.append(model)
     leaders = {peer.group: peer for peer in router.peers.all() if peer.group and peer.rank == 0}
     missing = []
-    for options in to_load:
-        model = router.models[options.model_id]
+    for model in to_load:
         leader = leaders.get(model.group)
         if leader is None:
+            model.is_due = True
             missing.append(model)
             continue
         model.become("recovering", stage="adopting")
@@ -67,17 +70,23 @@ async def _load_in_order(router: Router, models: list[ManagedModel]) -> None:
     """Load models one after another; return when each has been tried once."""
     for model in models:
         try:
-            await router.loader.ensure_loaded(model)
+            await _load(router, model)
         except RegistryUnreachable:
             router.spawn(_retry_later(router, model))
-        except CortexError as error:
-            event(
-                router.log,
-                "model.load_failed",
-                40,
-                model=model.options.model_id,
-                error=error.message,
-            )
+
+
+async def _load(router: Router, model: ManagedModel) -> None:
+    """Load a model whose turn it is, or log why it cannot be. Raises: RegistryUnreachable."""
+    try:
+        await router.loader.ensure_loaded(model)
+    except RegistryUnreachable:
+        raise
+    except CortexError as error:
+        event(
+            router.log, "model.load_failed", 40, model=model.options.model_id, error=error.message
+        )
+    model.is_due = False
+    router.local.remember()
 
 
 async def _retry_later(router: Router, model: ManagedModel) -> None:
@@ -85,8 +94,5 @@ async def _retry_later(router: Router, model: ManagedModel) -> None:
         delay_s = min(_FIRST_DELAY_S * 2.0**number, _MAX_DELAY_S)
         model.become("unloaded", stage=f"its registry did not answer; again in {delay_s:g} s")
         await asyncio.sleep(delay_s)
-        try:
-            await router.loader.ensure_loaded(model)
-            return
-        except RegistryUnreachable:
-            continue
+        with contextlib.suppress(RegistryUnreachable):
+            return await _load(router, model)

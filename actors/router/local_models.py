@@ -76,16 +76,13 @@ class LocalModels:
         for model_id, model in list(self.by_id.items()):
             if model_id not in listed and model_id not in kept:
                 model.is_known = False
-                model.policy = ModelPolicy()
+                model.listed_policy = ModelPolicy()
                 self.forget(model)
         for entry in catalogue.models:
-            if entry.id in self.by_id:
-                self.by_id[entry.id].policy = entry.policy
-            if entry.id not in self.by_id:
-                self.add(_options(entry), is_known=True)
-                self.by_id[entry.id].policy = entry.policy
-            elif entry.id not in kept:
-                model = self.by_id[entry.id]
+            known = self.by_id.get(entry.id)
+            model = known or self.add(_options(entry), is_known=True)
+            model.listed_policy = entry.policy
+            if known is not None and entry.id not in kept:
                 model.is_known = True
                 if model.is_in(*AT_REST):
                     model.options = _options(entry)
@@ -110,31 +107,31 @@ class LocalModels:
 
     # What should run
 
-    def remembered(self) -> list[LoadOptions] | None:
+    def remembered(self) -> list[DesiredModel] | None:
         """Return what should run by the state file, None when there is none."""
-        desired = read_desired(self._runtime_dir)
-        return None if desired is None else [entry.options for entry in desired]
+        return read_desired(self._runtime_dir)
 
-    def remember(self, options: list[LoadOptions] | None = None) -> None:
-        """Write what should run; without `options`, what runs now."""
-        wanted = self._running_options() if options is None else options
+    def remember(self, models: list[ManagedModel] | None = None) -> None:
+        """Write what should run; without `models`, what runs now."""
+        wanted = self._running() if models is None else models
         write_desired(
-            self._runtime_dir, [DesiredModel(entry, group_name(entry.model_id)) for entry in wanted]
+            self._runtime_dir,
+            [DesiredModel(model.options, model.group, model.given_policy) for model in wanted],
         )
 
     def remember_with(self, model: ManagedModel) -> None:
         """Write the desired state before this model is loaded."""
-        self.remember([*self._running_options(exclude=model), model.options])
+        self.remember([*self._running(exclude=model), model])
 
     def remember_without(self, model: ManagedModel) -> None:
         """Write the desired state before this model is unloaded."""
-        self.remember(self._running_options(exclude=model))
+        self.remember(self._running(exclude=model))
 
-    def _running_options(self, exclude: ManagedModel | None = None) -> list[LoadOptions]:
+    def _running(self, exclude: ManagedModel | None = None) -> list[ManagedModel]:
         return [
-            model.options
+            model
             for model in self.by_id.values()
-            if model is not exclude and model.is_in(*_RUNNING)
+            if model is not exclude and (model.is_due or model.is_in(*_RUNNING))
         ]
 
 

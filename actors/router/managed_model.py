@@ -64,9 +64,11 @@ class ManagedModel:
     last_load_s: float | None = None
     expected_s: float | None = None  # what the present state takes, where that is known
     sleep_bytes: int = 0
-    policy: ModelPolicy = field(default_factory=ModelPolicy)
+    listed_policy: ModelPolicy = field(default_factory=ModelPolicy)  # by this host's catalogue
+    given_policy: ModelPolicy | None = None  # by who had it loaded; goes before the catalogue's
     num_cycles: int = 0  # unloads of other models since this one's engine was started
     load_task: asyncio.Task[None] | None = None
+    is_due: bool = False  # to be brought up in its turn since the daemon's start
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def become(
@@ -124,6 +126,11 @@ class ManagedModel:
         be missed.
         """
         return self._changed.wait()
+
+    @property
+    def policy(self) -> ModelPolicy:
+        """How it is treated while it runs."""
+        return self.listed_policy if self.given_policy is None else self.given_policy
 
     @property
     def priority(self) -> int:

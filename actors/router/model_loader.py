@@ -104,7 +104,7 @@ class ModelLoader:
             return  # the group's own end has been told already
         model.become("failed", error=error)
         self.metrics.failed(model)
-        self._router.local.remember_without(model)
+        self._router.local.remember()
         event(
             self._router.log,
             "model.load_failed",
@@ -210,6 +210,7 @@ class ModelLoader:
             model.load_task.cancel()
             model.load_task = None
         drain_s = 0.0 if force else self._router.context.settings.gateway.drain_s
+        model.is_due = False
         self._router.local.remember_without(model)
         model.become("draining")
         if not await self._drained(model, drain_s) and not force:

@@ -391,15 +391,16 @@ class Router(AsyncActor):
             model.failures = 0
         else:
             model = self.local.add(options, is_known=False)
-        if policy is not None:
-            model.policy = policy
+        if policy is not None and policy != model.given_policy:
+            model.given_policy = policy
+            self.local.remember()
         await self.loader.ensure_loaded(model)
 
     async def unload(self, model_id: str, *, force: bool) -> None:
         """Unload by id or alias, a gateway at its neurons; ModelNotFound when it is not loaded.
 
         Of a model whose load failed only the failure is forgotten: else a mistyped id would stay in
-        the lists, and the host degraded, until the daemon ends.
+        the lists, and the host impaired, until the daemon ends.
         """
         wanted = self.local.resolve(model_id)
         if not self._serves_here and await self.fleet.unload(wanted, force=force):

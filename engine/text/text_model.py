@@ -199,6 +199,11 @@ class TextModel:
             table, strips_leading_space=table.strips_leading_space and not continues_text
         )
 
+    def token_text(self, token_id: int) -> str | None:
+        """Return a token as the vocabulary writes it, None for an id that is no token."""
+        text: str | None = self._tokenizer.id_to_token(token_id)
+        return text
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes one token stands for (a part of a character, perhaps)."""
         return self._token_bytes[token_id]

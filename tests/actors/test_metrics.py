@@ -5,9 +5,11 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.metric_registry import MetricRegistry
+from actors.node_gauges import NodeGauges
 from actors.request_counts import RequestCounts
 from cortexd import metrics
-from cortexd.messages import RequestFinished
+from cortexd.messages import NeuronReport, RequestFinished
+from cortexd.messages.neurons import NodeDevice, NodeModel
 
 
 def exported(registry: MetricRegistry) -> dict[str, dict[tuple[str, ...], float]]:
@@ -29,6 +31,20 @@ def finished(**fields: object) -> RequestFinished:
         "cached_tokens": 4, "completion_tokens": 20,
     }  # fmt: skip
     return RequestFinished(**(values | fields))  # type: ignore[arg-type]
+
+
+def neuron(name: str, *, is_healthy: bool) -> NeuronReport:
+    """Return what a poll of a neuron found."""
+    return NeuronReport(
+        name=name,
+        kind="cortex",
+        base_url="http://far",
+        is_healthy=is_healthy,
+        sequence=1,
+        num_successes=1,
+        devices=[NodeDevice(0, total_mib=100, free_mib=60)],
+        models=[NodeModel("m", "loaded", in_flight=3)],
+    )
 
 
 def test_every_family_is_exported_under_its_own_name() -> None:
@@ -83,3 +99,36 @@ def test_gauge_that_is_not_told_again_disappears() -> None:
     found = exported(registry)
     assert "cortex_node_breaker_state" not in found
     assert found["cortex_router_queue_depth"] == {("m",): 1}
+
+
+def test_histogram_counts_a_value_in_all_buckets_that_hold_it() -> None:
+    """Buckets are cumulative, a bound belongs to its own bucket, and what is above all counts."""
+    registry = MetricRegistry()
+    for value in (0.1, 0.3, 1e6):
+        registry.add([metrics.DURATION.sample(value, model="m", node="n")])
+    found = exported(registry)
+    buckets = {le: count for (le, *_), count in found[f"{metrics.DURATION.name}_bucket"].items()}
+    assert [buckets[le] for le in ("0.1", "0.25", "0.5", "1200.0", "+Inf")] == [1, 1, 2, 2, 3]
+    assert found[f"{metrics.DURATION.name}_count"] == {("m", "n"): 3}
+    assert found[f"{metrics.DURATION.name}_sum"] == {("m", "n"): 1e6 + 0.4}
+
+
+def test_label_value_stays_inside_its_quotes() -> None:
+    """A name with quotes, backslashes and line ends comes back as it was."""
+    name = 'a"b\\c\nd\\n'
+    registry = MetricRegistry()
+    registry.add([metrics.REQUESTS.sample(1, model=name, node="n")])
+    assert exported(registry)["cortex_requests_total"] == {(name, "n"): 1}
+
+
+def test_node_that_does_not_answer_shows_only_that() -> None:
+    """Its models' and devices' series disappear, those of other nodes stay."""
+    registry = MetricRegistry()
+    nodes = NodeGauges(registry)
+    for name in ("a", "b"):
+        nodes.show_neuron(neuron(name, is_healthy=True))
+    nodes.show_neuron(neuron("a", is_healthy=False))
+    found = exported(registry)
+    assert found["cortex_node_healthy"] == {("a",): 0, ("b",): 1}
+    assert found["cortex_model_in_flight"] == {("m", "b"): 3}
+    assert found["cortex_device_vram_used_mb"] == {("0", "b"): 40}

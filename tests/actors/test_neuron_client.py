@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -14,6 +15,7 @@ from actors import neuron_client
 from actors.neuron_client import NeuronClient
 from cortexd.errors import InsufficientMemory, NotFound
 from cortexd.messages import NeuronReport
+from cortexd.messages.neurons import NodeModel
 from cortexd.models import LoadOptions, ModelPolicy
 from cortexd.settings import NeuronEntry
 from tests.doubles.front import async_test
@@ -29,13 +31,17 @@ class FakeNeuron:
         self.health: dict[str, Any] = {}
         self.status = 200
         self.hangs = False
+        self.silent: set[str] = set()  # paths that are never answered
+        self.garbled: set[str] = set()  # paths that are answered with something else
         self.devices: list[Any] = [{"index": 0, "vram_total_mb": 8}]
         self.loads: list[Any] = []
 
     async def answer(self, request: web.Request) -> web.Response:
         """Answer any path."""
-        if self.hangs:
+        if self.hangs or request.path in self.silent:
             await asyncio.Event().wait()
+        if request.path in self.garbled:
+            return web.Response(text="fine, thanks")
         if request.method == "POST":
             self.loads.append(await request.json())
             error = {"error": {"message": "too big", "code": "insufficient_memory"}}
@@ -173,6 +179,37 @@ async def test_neuron_that_hangs_delays_no_other(monkeypatch: pytest.MonkeyPatch
         assert down.num_successes == 0
         assert down.error == "no answer within 1.5 s"
         assert reports.last["n1"].sequence > 3
+
+
+@async_test
+async def test_neuron_of_which_only_the_models_are_known_is_healthy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Figures that another version writes otherwise, or never, cost nothing but the figures."""
+    monkeypatch.setattr(neuron_client, "_PERIOD_S", 0.01)
+    monkeypatch.setattr(neuron_client, "_OPTIONAL_TIMEOUT_S", 0.05)
+    odd, slow = FakeNeuron(), FakeNeuron()
+    odd.garbled = slow.silent = {"/health", "/discovery"}
+    async with fleet(odd, slow) as (_, reports):
+        for name in ("n0", "n1"):
+            seen = await reports.until(name, is_healthy=True)
+            assert [(model.model_id, model.in_flight) for model in seen.models] == [("m", 0)]
+
+
+@async_test
+async def test_poll_that_cannot_be_told_is_a_miss_and_not_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A number that no message can carry: the node comes back when it writes another."""
+    monkeypatch.setattr(neuron_client, "_PERIOD_S", 0.01)
+    neuron = FakeNeuron()
+    neuron.models = [{"id": "m", "status": "loaded", "vram_used_mb": 2**70}]
+    async with fleet(neuron) as (_, reports):
+        seen = await reports.until("n0", is_healthy=True)
+        msgspec.msgpack.encode(seen)
+        assert seen.models == []
+        neuron.models = [{"id": "m", "status": "loaded"}]
+        await reports.until("n0", models=[NodeModel("m", "loaded", in_flight=2)])
 
 
 @async_test

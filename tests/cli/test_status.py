@@ -99,7 +99,15 @@ def test_status_json_is_the_daemons_answer(
 
 
 @pytest.mark.parametrize(
-    ("state", "code"), [("ok", 0), ("starting", 6), ("degraded", 6), ("stopping", 6)]
+    ("state", "code"),
+    [
+        ("ok", 0),
+        ("starting", 6),
+        ("impaired", 6),
+        ("degraded", 6),
+        ("draining", 6),
+        ("stopping", 6),
+    ],
 )
 def test_exit_code_tells_health(daemon: FakeDaemon, state: str, code: int) -> None:
     """Only a daemon that is well gives 0."""

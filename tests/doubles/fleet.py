@@ -110,6 +110,7 @@ class Fleet:
         self.catalogue: list[CatalogueCard] = []
         self.is_draining = False
         self.is_asleep = False
+        self.has_failed = False
         self.defaults: dict[str, float] = {}
         self.lost_nodes: set[str] = set()
         self.in_flight: dict[str, int] = {}  # by node, as the polls say
@@ -306,6 +307,8 @@ class Fleet:
             state: ModelState = "loaded" if self._loaded.is_set() else "loading"
             if self.is_asleep:
                 state = "sleeping"
+            if self.has_failed:
+                state = "failed"
             limits = ModelLimits(context=self.context, output=self.context)
             status = ModelStatus(
                 model_id=MODEL,

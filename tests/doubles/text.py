@@ -78,6 +78,10 @@ class ByteTextModel:
         """Return the bytes."""
         return list(text.encode())
 
+    def token_text(self, token_id: int) -> str | None:
+        """Return the byte as a character."""
+        return chr(token_id) if 0 <= token_id < EOS else None
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text."""
         return bytes(ids).decode(errors="replace")

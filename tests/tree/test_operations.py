@@ -70,6 +70,8 @@ def test_no_http_operation_ends_in_a_message_that_nobody_reads(
         "/v1/completions": {"prompt": "hello", "max_tokens": 2},
         "/v1/messages": {"messages": messages, "max_tokens": 2},
         "/v1/messages/count_tokens": {"messages": messages},
+        "/tokenize": {"messages": messages},
+        "/detokenize": {"tokens": [1, 2]},
     }
     for path, body in bodies.items():
         status, answer = daemon.post(path, {"model": model, **body})

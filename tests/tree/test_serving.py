@@ -156,3 +156,18 @@ def test_neuron_unload_and_load_again(daemon: Daemon, tiny_model: Path) -> None:
     )
     assert (status, answer) == (200, {"status": "loaded"})
     assert daemon.chat(str(tiny_model), "hello")[1]["choices"] == before
+
+
+def test_health_and_status_say_the_same_word(daemon: Daemon) -> None:
+    """Of a host that is well, and of one that drains."""
+
+    def words() -> set[str]:
+        return {daemon.admin("status")["state"], json.loads(daemon.get("/health")[1])["status"]}
+
+    wait_for(lambda: words() == {"ok"}, "all being well")
+    daemon.admin("drain", on=True)
+    try:
+        assert words() == {"draining"}
+    finally:
+        daemon.admin("drain", on=False)
+    assert words() == {"ok"}

@@ -68,7 +68,7 @@ def test_structural_error_of_a_rank_is_told_and_not_retried() -> None:
         assert down["message"] == "needs 9 bytes, has 1"
         assert not down["will_restart"]
         wait_for(lambda: daemon.actor("g/0")["state"] == "failed", "the group failing")
-        assert daemon.admin("status")["state"] == "degraded"
+        assert daemon.admin("status")["state"] == "impaired"
         assert daemon.command("start_group")[1:] == ["g", 2]
         daemon.wait_seen("group_up", n=2)
 

@@ -35,9 +35,15 @@ from cortexd.messages import (
 )
 from cortexd.messages.control import Message
 from cortexd.messages.envelope import Envelope
+from cortexd.messages.neurons import NodeStatus
 from tests.waiting import DEADLINE_S, wait_for
 
 _TOLD_TO = b'{"code": "internal_error", "message": "told to"}'
+
+
+_NODE = NodeStatus(
+    name="n", kind="cortex", endpoint="http://n", is_healthy=True, age_s=0.0, dispatched=0
+)
 
 
 def _block(seconds: float) -> None:
@@ -113,8 +119,8 @@ class Toy(AsyncActor):
 
     @handles(ListModels)
     def on_list_models(self, message: ListModels, envelope: Envelope) -> ModelList:
-        """Answer what `status` asks of the router."""
-        return ModelList([])
+        """Answer what `status` asks of the router: one node, which is well."""
+        return ModelList([], nodes=[_NODE])
 
     @handles(AdminCommand)
     async def on_command(self, message: AdminCommand, envelope: Envelope) -> AdminReply:

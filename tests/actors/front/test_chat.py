@@ -293,7 +293,10 @@ async def test_chat_generation_prompt_can_be_left_out() -> None:
     async with served_front() as front:
         await front.chat(add_generation_prompt=False, chat_template_kwargs={"a": 1})
         await front.chat(add_generation_prompt=True)
-        assert front.text_model.template_kwargs == [{"a": 1, "add_generation_prompt": False}, None]
+        assert front.text_model.template_kwargs == [
+            {"a": 1, "add_generation_prompt": False},
+            {"add_generation_prompt": True},
+        ]
 
 
 @async_test

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cortexd.anthropic import MessagesRequest
 from cortexd.openai import ChatCompletionRequest, CompletionRequest
 from cortexd.responses import ResponsesRequest
+from cortexd.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.doubles.fleet import MODEL
 from tests.doubles.front import ServedFront, served_front
 
@@ -24,6 +25,8 @@ FIELDS = sorted(
         *CompletionRequest.__struct_fields__,
         *MessagesRequest.__struct_fields__,
         *ResponsesRequest.__struct_fields__,
+        *TokenizeRequest.__struct_fields__,
+        *DetokenizeRequest.__struct_fields__,
     }
     - {"stream"}
 )
@@ -56,7 +59,14 @@ BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6).map(
 )
 
 MESSAGES = ["/v1/messages", "/v1/messages/count_tokens"]
-PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", *MESSAGES]
+PATHS = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/tokenize",
+    "/detokenize",
+    *MESSAGES,
+]
 
 
 class LiveFront:

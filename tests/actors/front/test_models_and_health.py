@@ -60,12 +60,21 @@ async def test_models_without_router_is_503() -> None:
 
 @async_test
 async def test_health_names_the_state() -> None:
-    """`/health` is always 200 and says ok, or starting while there is no router."""
+    """`/health` is always 200: ok, impaired by a model, or starting while there is no router."""
     async with served_front() as front:
         status, body = await front.get("/health")
         assert (status, body["status"]) == (200, "ok")
         assert body["nodes"] == {"healthy": 1, "total": 1}
+        assert body["tasks"] > 0
         assert body["models"] == {"loaded": 1, "total": 1}
+        assert "unservable" not in body
+        front.fleet.has_failed = True
+        status, body = await front.get("/health")
+        assert (status, body["status"]) == (200, "impaired")
+        here = front.services.node
+        assert body["unservable"] == [
+            {"node": here, "model": MODEL, "reason": "failed", "detail": None}
+        ]
         front.fleet.incarnations["router"] = None
         status, body = await front.get("/health")
         assert (status, body["status"]) == (200, "starting")

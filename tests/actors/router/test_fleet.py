@@ -525,6 +525,56 @@ def test_node_without_choice_or_seats_is_open_to_the_front(tmp_path: Path) -> No
     run(work)
 
 
+def test_request_that_tries_a_node_again_opens_it_to_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server failed: one request finds out whether it still does."""
+
+    class Later:
+        """When the breaker lets one through."""
+
+        @staticmethod
+        def monotonic() -> float:
+            return time.monotonic() + 5.0
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, x={MODEL: "loaded"})
+        for number in range(3):
+            failed = NodeFailed("x", "HTTP 500", f"f{number}", is_refusing=False)
+            router.on_node_failed(failed, envelope())
+        with pytest.raises(NoHealthyNode):
+            await placed(router, "early")
+        for module in ("fleet", "remote_node", "remote_nodes"):
+            monkeypatch.setattr(f"actors.router.{module}.time", Later)
+        trial = await placed(router, "trial")
+        assert isinstance(trial, RoutedRemote)
+        assert (trial.node, trial.open_until) == ("x", 0.0)
+        router.on_end_request(EndRequest("trial", is_answered=True), envelope())
+        after = await placed(router, "after")
+        assert isinstance(after, RoutedRemote)
+        assert after.open_until > 0
+
+    run(work)
+
+
+def test_requests_that_a_front_began_itself_count_as_the_nodes_turn(tmp_path: Path) -> None:
+    """Among idle replicas the next request goes to the one that was sent one least recently."""
+
+    async def work() -> None:
+        router = make_gateway(NodesWorld(), tmp_path)
+        see_all(router, a={MODEL: "loaded"})
+        assert await node_of(router, "r1") == "a"
+        see_all(router, x={MODEL: "loaded"})
+        router.on_lease_report(LeaseReport([HeldLease("r2", MODEL, "x")], []), envelope())
+        for request in ("r1", "r2"):
+            router.on_end_request(EndRequest(request), envelope())
+        see_all(router, a={MODEL: "loaded"}, x={MODEL: "loaded"})
+        assert await node_of(router, "r3") == "a"
+
+    run(work)
+
+
 def test_requests_begun_at_an_open_node_count_there(tmp_path: Path) -> None:
     """They are leases as any other; a failure after them counts from one again."""
 

@@ -66,6 +66,8 @@ def test_displaced_model_sleeps_and_wakes_for_its_next_request(tmp_path: Path) -
         assert evictions(world) == ["sleep", "sleep"]
         results = [one.labels for one in world.measured if one.metric == "cortex_model_loads_total"]
         assert [labels[-1] for labels in results] == ["loaded", "loaded", "woken"]
+        stages = [one for one in world.measured if one.metric == "cortex_model_load_seconds"]
+        assert [one.labels[0] for one in stages if one.labels[-1] == "wake"] == [OTHER]
 
     run(work)
 

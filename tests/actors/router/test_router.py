@@ -29,6 +29,7 @@ from cortexd.messages import (
     ActorDown,
     ActorUp,
     CatalogueChanged,
+    DescribeModel,
     EndRequest,
     GroupDown,
     HeldLease,
@@ -41,7 +42,7 @@ from cortexd.messages import (
     StartGroup,
     UnloadIdle,
 )
-from cortexd.messages.control import ActorInfo
+from cortexd.messages.control import ActorInfo, Message
 from cortexd.models import (
     LoadOptions,
     ModelPolicy,
@@ -322,6 +323,104 @@ def test_group_death_recovers_and_a_given_up_group_fails(tmp_path: Path) -> None
     run(work)
 
 
+class BusyLeaders(World):
+    """Leaders that are asked what they run while a step keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+        self.is_late = False
+
+    async def _describe(self, leader: str) -> Message:
+        self.is_asked.set()
+        await self.may_answer.wait()
+        if self.is_late:
+            self.is_late = False
+            raise DeadlineExceeded("no answer")
+        return await super()._describe(leader)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_leader_that_is_too_busy_to_answer_is_asked_until_it_is_gone(
+    tmp_path: Path, is_replaced: bool
+) -> None:
+    """A step may last; one whose successor runs has nothing to say any more."""
+
+    async def work() -> None:
+        world = BusyLeaders()
+        router = make_router(world, tmp_path)
+        world.is_late = True
+        waiting = asyncio.create_task(routed(router))
+        await world.is_asked.wait()
+        if is_replaced:
+            successor = ActorInfo(f"{router.models[MODEL].group}/0", 2, "starting")
+            world.peers.apply(ActorUp(world.peers.sequence + 1, successor))
+        world.may_answer.set()
+        if is_replaced:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert (world.count(DescribeModel), state_of(router)) == (1, "loading")
+            world.spawn_up(router.models[MODEL].group, 2)
+        assert (await waiting).incarnation == (2 if is_replaced else 1)
+        assert world.count(DescribeModel) == 2
+
+    run(work)
+
+
+def test_model_that_is_unloaded_before_its_leader_was_heard_stays_unloaded(tmp_path: Path) -> None:
+    """What the leader said of itself is old by then."""
+
+    async def work() -> None:
+        world = BusyLeaders()
+        router = make_router(world, tmp_path)
+        loading = asyncio.create_task(router.load(LoadOptions(model_id=MODEL)))
+        await world.is_asked.wait()
+        model = router.models[MODEL]
+        await router.unload(MODEL, force=True)
+        with pytest.raises(ModelLoadFailed):
+            await loading
+        world.may_answer.set()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert (model.state, model.leader) == ("unloaded", "")
+
+    run(work)
+
+
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_router_that_dies_while_it_loads_the_first_model_forgets_no_other(
+    tmp_path: Path, is_reachable: bool
+) -> None:
+    """What the next one brings up is all that was to be, also what waits for its registry."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        router.default_models = [LoadOptions(model_id=name) for name in (MODEL, OTHER)]
+        last = router.models[OTHER]
+        if is_reachable:
+            world.loads_by_itself = False
+            await router.on_start()
+            await world.started.wait()
+        else:
+            world.resolve_error = RegistryUnreachable("no network")
+            await router.on_start()
+            while "registry" not in (last.stage or ""):
+                await last.wait_changed()
+        await router.on_stop()
+        world.loads_by_itself, world.resolve_error = True, None
+        again = make_router(world, tmp_path)
+        await again.on_start()
+        for name in (MODEL, OTHER):
+            model = again.models[name]
+            while not model.is_in("loaded"):
+                await model.wait_changed()
+        await again.on_stop()
+
+    run(work)
+
+
 def test_unload_waits_for_requests_and_refuses_when_they_do_not_end(tmp_path: Path) -> None:
     """Nothing in use is unloaded unless forced."""
 
@@ -518,6 +617,31 @@ def test_policy_of_the_loader_wins_over_the_hosts_catalogue(tmp_path: Path) -> N
         status = router.models[MODEL].status()
         assert (status.priority, status.idle_ttl_s) == (7, 3)
         assert (await routed(router)).defaults == {"top_k": 5}
+
+    run(work)
+
+
+@pytest.mark.parametrize("model_id", [MODEL, "org/by-hand"])
+def test_policy_of_the_loader_outlives_the_router_and_another_catalogue(
+    tmp_path: Path, model_id: str
+) -> None:
+    """A gateway gave it once, with the load; nobody would give it again."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        options = LoadOptions(model_id=model_id)
+        await router.load(options)
+        policy = ModelPolicy(residency_priority=7, idle_ttl_s=3, defaults={"top_k": 5})
+        await router.load(options, policy)
+        again = make_router(world, tmp_path)
+        await again.on_start()
+        entry = CatalogueModel(id=MODEL, residency_priority=20)
+        again.on_catalogue_changed(CatalogueChanged(Catalogue(models=[entry])), envelope())
+        assert (await routed(again, "r2", model_id)).defaults == {"top_k": 5}
+        status = again.models[model_id].status()
+        assert (status.priority, status.idle_ttl_s) == (7, 3)
+        await again.on_stop()
 
     run(work)
 
