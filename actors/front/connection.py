@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -34,6 +35,8 @@ class Connection(web.RequestHandler):
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_start = b""
+        # Called when more waits for the client than may.
+        self.on_full: Callable[[], None] | None = None
 
     def data_received(self, data: bytes) -> None:
         """Pass bytes on; start the clock when they leave a head unfinished."""
@@ -54,6 +57,12 @@ class Connection(web.RequestHandler):
         """
         if self._reading_paused:
             super().resume_reading(resume_parser)
+
+    def pause_writing(self) -> None:
+        """Tell who writes that the client does not keep up."""
+        super().pause_writing()
+        if self.on_full is not None:
+            self.on_full()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Forget the clock."""

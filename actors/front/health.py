@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import time
 from collections import Counter
@@ -63,6 +64,7 @@ async def health(request: web.Request) -> web.Response:
             "active": services.num_active,
             "lost_messages": services.num_lost_messages + services.spending.num_lost,
         },
+        "tasks": len(asyncio.all_tasks()),
         "uptime_s": round(time.monotonic() - services.started, 3),
     }
     if draining := [node.name for node in known.nodes if node.is_draining]:

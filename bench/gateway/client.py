@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -25,13 +26,14 @@ class StreamFigures:
     num_broken: int = 0
 
 
-def request_bytes(path: str, *, stream: bool, max_tokens: int) -> bytes:
-    """Return a whole HTTP request; the same body serves both dialects."""
+def request_bytes(path: str, *, stream: bool, max_tokens: int, **fields: object) -> bytes:
+    """Return a whole HTTP request; the same body serves both dialects. `fields` go into it."""
     document = {
         "model": MODEL,
         "max_tokens": max_tokens,
         "stream": stream,
         "messages": [{"role": "user", "content": _PROMPT}],
+        **fields,
     }
     body = json.dumps(document).encode()
     head = (
@@ -51,7 +53,7 @@ async def unary(port: int, path: str, *, concurrency: int, count: int) -> list[f
         for _ in range(number):
             started = time.perf_counter()
             writer.write(request)
-            await _read_answer(reader)
+            await read_answer(reader)
             latencies.append(time.perf_counter() - started)
         writer.close()
 
@@ -80,7 +82,7 @@ async def paced(
                 await asyncio.sleep(early_s)
                 started = time.perf_counter()
             writer.write(request)
-            await _read_answer(reader)
+            await read_answer(reader)
             latencies.append(time.perf_counter() - started)
         writer.close()
 
@@ -89,14 +91,18 @@ async def paced(
 
 
 async def streams(
-    port: int, path: str, *, num_streams: int, num_chunks: int, stagger_s: float
+    port: int, path: str, *, begins_s: Sequence[float], num_chunks: int, **fields: object
 ) -> StreamFigures:
-    """Run the streams, started `stagger_s` apart, to their ends."""
-    figures = StreamFigures()
-    request = request_bytes(path, stream=True, max_tokens=num_chunks)
+    """Run a stream from each of these times to its end; first tokens are noted as they come.
 
-    async def one_stream(number: int) -> None:
-        await asyncio.sleep(number * stagger_s)
+    `fields` go into the bodies.
+    uvloop's timers count milliseconds, here and in the mock: times within one are the same.
+    """
+    figures = StreamFigures()
+    request = request_bytes(path, stream=True, max_tokens=num_chunks, **fields)
+
+    async def one_stream(begin_s: float) -> None:
+        await asyncio.sleep(begin_s)
         started = time.perf_counter()
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
         writer.write(request)
@@ -117,16 +123,16 @@ async def streams(
         figures.num_broken += num_seen != num_chunks
         writer.close()
 
-    await asyncio.gather(*(one_stream(number) for number in range(num_streams)))
+    await asyncio.gather(*map(one_stream, begins_s))
     return figures
 
 
-async def _read_answer(reader: asyncio.StreamReader) -> None:
-    """Read one answer. Raises: RuntimeError unless its status is 200."""
+async def read_answer(reader: asyncio.StreamReader, *, status: int = 200) -> None:
+    """Read one answer. Raises: RuntimeError unless it has this status."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
-    if not head.startswith((b"http/1.1 200", b"http/1.0 200")):
+    if not head.startswith((b"http/1.1 %d" % status, b"http/1.0 %d" % status)):
         rest = await reader.read(2000)
-        raise RuntimeError(f"the answer is not 200: {(head + rest).decode(errors='replace')}")
+        raise RuntimeError(f"the answer is not {status}: {(head + rest).decode(errors='replace')}")
     begin = head.find(b"\r\ncontent-length:")
     if begin >= 0:
         await reader.readexactly(int(head[begin + 17 :].split(b"\r\n", 1)[0]))

@@ -2,7 +2,9 @@
 
 `python -m bench.gateway.mock PORT INTERVAL_S`. A streamed answer has `max_tokens` chunks, one each
 interval; the content of a chunk is the monotonic clock in ns, so that a client on the same machine
-can subtract. A unary answer comes at once.
+can subtract. A unary answer comes at once. A field "mock" of the body asks for something else:
+`{"interval_s": S}` for another pace, `{"is_mute": true}` for no answer at all, `{"status": N}` for
+an error. `GET /closed` tells when requests were given up: the clock in ns, one for each.
 """
 
 from __future__ import annotations
@@ -16,8 +18,16 @@ from typing import Final, cast
 import uvloop
 
 MODEL: Final = "mock"
+# All answer the same: models have series of their own in the metrics.
+MODELS: Final = (MODEL, *(f"mock-{number}" for number in range(1, 16)))
 _MODELS: Final = json.dumps(
-    {"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 32768}]}
+    {
+        "object": "list",
+        "data": [{"id": model, "object": "model", "max_model_len": 32768} for model in MODELS],
+    }
+).encode()
+_ERROR: Final = json.dumps(
+    {"error": {"message": "as asked", "type": "mock", "code": "mock"}}
 ).encode()
 _ANSWER: Final = json.dumps(
     {
@@ -54,8 +64,10 @@ _LAST: Final = (
 class Mock(asyncio.Protocol):
     """One connection; requests on it come one after the other."""
 
-    def __init__(self, interval_s: float) -> None:
-        self._interval_s = interval_s
+    def __init__(self, interval_s: float, closed_ns: list[int]) -> None:
+        self._default_interval_s = self._interval_s = interval_s
+        self._closed_ns = closed_ns
+        self._is_answering = False
         self._buffer = b""
         self._left = 0
         self._num_chunks = 0
@@ -68,6 +80,8 @@ class Mock(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop streaming."""
         self._left = -1
+        if self._is_answering:
+            self._closed_ns.append(time.monotonic_ns())
 
     def data_received(self, data: bytes) -> None:
         """Take in a request; answer when it is whole."""
@@ -80,28 +94,39 @@ class Mock(asyncio.Protocol):
                 return
             body = self._buffer[end + 4 : end + 4 + size]
             self._buffer = self._buffer[end + 4 + size :]
-            self._answer(body)
+            self._answer(head, body)
 
-    def _answer(self, body: bytes) -> None:
+    def _answer(self, head: bytes, body: bytes) -> None:
         if not body:
-            self._send(_MODELS)
+            is_log = head.startswith(b"get /closed ")
+            self._send(json.dumps(self._closed_ns).encode() if is_log else _MODELS)
             return
         request = json.loads(body)
+        wish = request.get("mock") or {}
+        self._is_answering = bool(wish.get("is_mute"))
+        if self._is_answering:
+            return
+        self._interval_s = wish.get("interval_s", self._default_interval_s)
+        if "status" in wish:
+            self._send(_ERROR, wish["status"])
+            return
         if not request.get("stream"):
             self._send(_ANSWER)
             return
+        self._is_answering = True
         self._transport.write(_STREAM_HEAD)
         self._left = self._num_chunks = int(request["max_tokens"])
         self._next_chunk(asyncio.get_running_loop().time())
 
-    def _send(self, body: bytes) -> None:
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        self._transport.write(head % len(body) + body)
+    def _send(self, body: bytes, status: int = 200) -> None:
+        head = b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        self._transport.write(head % (status, len(body)) + body)
 
     def _next_chunk(self, due_s: float) -> None:
         if self._left < 0:
             return
         if self._left == 0:
+            self._is_answering = False
             last = _LAST % (self._num_chunks, 100 + self._num_chunks)
             self._transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(last), last))
             return
@@ -115,7 +140,10 @@ class Mock(asyncio.Protocol):
 async def serve(port: int, interval_s: float) -> None:
     """Serve until killed."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Mock(interval_s), "127.0.0.1", port, backlog=2048)
+    closed_ns: list[int] = []
+    server = await loop.create_server(
+        lambda: Mock(interval_s, closed_ns), "127.0.0.1", port, backlog=2048
+    )
     await server.serve_forever()
 
 

@@ -27,6 +27,11 @@ def cpu_ns(pid: int) -> Counter[str]:
     return used
 
 
+def pss_bytes(process: psutil.Process) -> int:
+    """Return the resident memory of one process, what it shares divided by who shares it."""
+    return int(process.memory_full_info().pss)
+
+
 def rss_bytes(pid: int) -> int:
     """Return the private and shared resident memory of a process tree, shared pages once."""
-    return sum(int(process.memory_full_info().pss) for process in tree(pid))
+    return sum(map(pss_bytes, tree(pid)))

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from actors.transport.admin_channel import AdminChannel
 from bench.gateway.mock import MODEL
 from bench.servers import free_port, wait_until
 
 _START_TIMEOUT_S: Final = 120.0
 _STOP_TIMEOUT_S: Final = 30.0
+_ADMIN_TIMEOUT_S: Final = 10.0
 _NGINX: Final = """
 worker_processes 1;
 daemon off;
@@ -43,7 +45,7 @@ _CORTEXD: Final = """
 role = "gateway"
 [gateway]
 listen = "127.0.0.1:{port}"
-metrics_listen = "127.0.0.1:0"
+metrics_listen = "127.0.0.1:{metrics_port}"
 fronts = {fronts}
 [paths]
 runtime_dir = "{folder}/run"
@@ -77,12 +79,30 @@ class Target:
     speaks_anthropic: bool = False
 
 
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Gateway(Target):
+    """One of ours, which tells more about itself."""
+
+    metrics_port: int
+    runtime_dir: Path
+
+    def request(self, operation: str) -> dict[str, Any]:
+        """Run one operation of the admin socket."""
+        with AdminChannel(self.runtime_dir / "admin.s", timeout_s=_ADMIN_TIMEOUT_S) as channel:
+            return channel.request(operation)
+
+    def pids(self) -> dict[str, int]:
+        """Return the pid of every actor, by name, and of the root."""
+        actors = self.request("status")["actors"]
+        return {"root": self.pid, **{actor["name"]: actor["pid"] for actor in actors}}
+
+
 @contextmanager
 def mock(interval_s: float) -> Iterator[Target]:
     """Run the upstream itself: the target "direct"."""
     port = free_port()
     command = [sys.executable, "-m", "bench.gateway.mock", str(port), str(interval_s)]
-    with _running(command, port) as pid:
+    with running(command, port) as pid:
         yield Target("direct", port, pid)
 
 
@@ -97,22 +117,46 @@ def nginx(folder: Path, upstream: int) -> Iterator[Target]:
     config = folder / "nginx.conf"
     config.write_text(_NGINX.format(folder=folder, upstream=upstream, port=port))
     command = [program, "-e", str(folder / "error.log"), "-p", str(folder), "-c", str(config)]
-    with _running(command, port) as pid:
+    with running(command, port) as pid:
         yield Target("nginx", port, pid)
 
 
 @contextmanager
-def cortexd(folder: Path, upstream: int, fronts: int) -> Iterator[Target]:
+def cortexd(folder: Path, upstream: int, fronts: int) -> Iterator[Gateway]:
     """Run our gateway with the mock as an external server."""
-    port = free_port()
+    gateway = prepared(folder, upstream, fronts)
+    with running(gateway.command, gateway.port) as pid:
+        name = f"cortexd, {fronts} front" + ("s" if fronts > 1 else "")
+        yield Gateway(
+            name,
+            gateway.port,
+            pid,
+            speaks_anthropic=True,
+            metrics_port=gateway.metrics_port,
+            runtime_dir=folder / "run",
+        )
+
+
+@dataclass(slots=True, frozen=True)
+class Prepared:
+    """A gateway that can be started."""
+
+    port: int
+    metrics_port: int
+    command: list[str]
+
+
+def prepared(folder: Path, upstream: int, fronts: int) -> Prepared:
+    """Write the configuration of a gateway in front of the mock."""
+    port, metrics_port = free_port(), free_port()
     folder.mkdir()
     config = folder / "cortex.toml"
-    text = _CORTEXD.format(folder=folder, upstream=upstream, port=port, fronts=fronts)
+    text = _CORTEXD.format(
+        folder=folder, upstream=upstream, port=port, metrics_port=metrics_port, fronts=fronts
+    )
     config.write_text(text)
     command = [sys.executable, "-m", "cortexd", "start", "--config", str(config)]
-    with _running(command, port) as pid:
-        name = f"cortexd, {fronts} front" + ("s" if fronts > 1 else "")
-        yield Target(name, port, pid, speaks_anthropic=True)
+    return Prepared(port, metrics_port, command)
 
 
 @contextmanager
@@ -128,14 +172,14 @@ def litellm(folder: Path, upstream: int, venv: Path) -> Iterator[Target]:
     config = folder / "litellm.yaml"
     config.write_text(_LITELLM.format(model=MODEL, upstream=upstream))
     command = [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
-    with _running(command, port, ready_path="/health/liveliness") as pid:
+    with running(command, port, ready_path="/health/liveliness") as pid:
         # Its /v1/messages asks the upstream for OpenAI's Responses API, which the mock has not.
         yield Target("LiteLLM", port, pid)
 
 
 @contextmanager
-def _running(command: list[str], port: int, ready_path: str = "/v1/models") -> Iterator[int]:
-    """Run a server, from when it answers until the block ends."""
+def running(command: list[str], port: int, ready_path: str = "/v1/models") -> Iterator[int]:
+    """Run a server, from when it answers until the block ends. Yields its pid."""
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "0"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
 

@@ -65,6 +65,7 @@ async def test_health_names_the_state() -> None:
         status, body = await front.get("/health")
         assert (status, body["status"]) == (200, "ok")
         assert body["nodes"] == {"healthy": 1, "total": 1}
+        assert body["tasks"] > 0
         assert body["models"] == {"loaded": 1, "total": 1}
         assert "unservable" not in body
         front.fleet.has_failed = True

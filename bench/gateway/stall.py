@@ -1,0 +1,74 @@
+"""How long the event loop of a front is held up while it relays and its metrics are scraped.
+
+The front's own histogram says it (`cortexd_front_loop_lag_seconds`: a timer each 10 ms). Client and
+mock take their share of the same cores, so it holds the waits for a core as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from bench.gateway import targets
+from bench.gateway.client import paced, streams
+from bench.gateway.metrics_text import bucket_counts, bucket_quantile, scrape
+
+_CHAT: Final = "/v1/chat/completions"
+_LAG: Final = "cortexd_front_loop_lag_seconds"
+_INTERVAL_S: Final = 0.02
+_UNARY_INTERVAL_S: Final = 0.04
+_SCRAPE_PERIOD_S: Final = 0.1
+_NUM_STREAMS: Final = 100
+_TOLD_S: Final = 1.5  # lags are told once a second
+
+
+def measure_stall(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Relay 100 streams and 200 requests a second, scrape ten times a second; return the goal."""
+    with (
+        targets.mock(_INTERVAL_S) as upstream,
+        targets.cortexd(folder / "stall", upstream.port, 1) as gateway,
+    ):
+        before = bucket_counts(scrape(gateway.metrics_port), _LAG)
+        num_scrapes = uvloop.run(_load(gateway, options.seconds))
+        time.sleep(_TOLD_S)
+        after = bucket_counts(scrape(gateway.metrics_port), _LAG)
+    counts = {bound: count - before.get(bound, 0) for bound, count in after.items()}
+    shown = [
+        f"{name} ≤ {bucket_quantile(counts, share) * 1e3:g} ms"
+        for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("all", 1.0))
+    ]
+    print(
+        f"loop lag of the front, {counts[float('inf')]:.0f} timers in {options.seconds} s with "
+        f"{num_scrapes} scrapes: {', '.join(shown)}"
+    )
+    return {"stall p999 ms": bucket_quantile(counts, 0.999) * 1e3}
+
+
+async def _load(gateway: targets.Gateway, seconds: int) -> int:
+    """Make the load; return how often was scraped."""
+    num_chunks = round(seconds / _INTERVAL_S)
+    begins_s = [_INTERVAL_S * number / _NUM_STREAMS for number in range(_NUM_STREAMS)]
+    work = asyncio.gather(
+        streams(gateway.port, _CHAT, begins_s=begins_s, num_chunks=num_chunks),
+        paced(
+            gateway.port,
+            _CHAT,
+            concurrency=8,
+            count=8 * round(seconds / _UNARY_INTERVAL_S),
+            interval_s=_UNARY_INTERVAL_S,
+        ),
+    )
+    num_scrapes = 0
+    while not work.done():
+        await asyncio.wait({work}, timeout=_SCRAPE_PERIOD_S)
+        await asyncio.to_thread(scrape, gateway.metrics_port)
+        num_scrapes += 1
+    seen, _ = await work
+    if seen.num_broken:
+        raise RuntimeError(f"{seen.num_broken} streams did not get all their chunks")
+    return num_scrapes
