@@ -291,6 +291,10 @@ class Fleet:
         """Return how far the load of a model is at the neurons."""
         return loading_of(model_id, self.nodes, self._loads.running(model_id))
 
+    def knows(self, model_id: str) -> bool:
+        """Tell whether the catalogue or a node has the model."""
+        return model_id in self._catalogue or any(node.has_model(model_id) for node in self.nodes)
+
     def statuses(self) -> list[NodeStatus]:
         """Return every remote node for people and for `/v1/models`."""
         return node_statuses(self.nodes)

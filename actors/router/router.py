@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from typing import Final
 
 import msgspec
@@ -173,12 +173,26 @@ class Router(AsyncActor):
     @handles(Route)
     async def on_route(self, message: Route, envelope: Envelope) -> Routed:
         """Lease a loaded model, loading it first when it is cold."""
-        return await self.requests.route(message, envelope)
+        with self._naming(message.model):
+            return await self.requests.route(message, envelope)
 
     @handles(Place)
     async def on_place(self, message: Place, envelope: Envelope) -> RoutedHere | RoutedRemote:
         """Choose the node of a request, bringing the model up on one when it is cold."""
-        return await self.fleet.place(message, envelope)
+        with self._naming(message.model):
+            return await self.fleet.place(message, envelope)
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Let what is raised inside say which model it is about, if clients did not invent it."""
+        try:
+            yield
+        except CortexError as error:
+            model_id = self.local.resolve(name)
+            model = self.models.get(model_id)
+            if (model is not None and model.is_known) or self.fleet.knows(model_id):
+                error.model = model_id
+            raise
 
     @handles(EndRequest)
     def on_end_request(self, message: EndRequest, envelope: Envelope) -> None:

@@ -477,6 +477,29 @@ def test_wait_for_a_seat_has_an_end(tmp_path: Path) -> None:
     run(work)
 
 
+@pytest.mark.parametrize(
+    ("name", "model_id"), [("s", MODEL), (COLD, COLD), ("org/invented", None), ("org/gone", None)]
+)
+def test_refusal_tells_which_of_the_known_models_it_is_about(
+    tmp_path: Path, name: str, model_id: str | None
+) -> None:
+    """For the log and the metrics of the front; a name that a client invented is none."""
+
+    async def work() -> None:
+        world = NodesWorld()
+        world.load_error = InsufficientMemory("too big")
+        router = make_gateway(world, tmp_path, gateway=Gateway(max_queue_depth=0))
+        seats(router, "a", 1)
+        for node in ("b", "x"):
+            report(router, node, {})
+        await placed(router, "first")
+        with pytest.raises(CortexError) as caught:
+            await placed(router, "r", name)
+        assert caught.value.to_info().to_exception().model == model_id
+
+    run(work)
+
+
 def test_node_that_was_cut_off_serves_at_its_first_good_poll(tmp_path: Path) -> None:
     """Requests that failed while its polls failed are no case for the breaker."""
 
