@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from cortexd.errors import ContextLengthExceeded, CortexError
+from cortexd.errors import ContextLengthExceeded, CortexError, Detail
 from cortexd.openai import EngineFields, JsonObject, StopString, TokenCount, Usage
 
 OVERLOADED_STATUS: Final = 529
@@ -40,6 +40,7 @@ class CountTokensRequest(EngineFields, frozen=True, kw_only=True):
     output_format: JsonObject | None = None
     # Would change the answer, not supported: refused by name.
     mcp_servers: list[Any] | None = None
+    thread: Any = None
 
 
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
@@ -51,6 +52,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    compaction: Any = None
     container: Any = None
 
 
@@ -185,10 +187,11 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """What went wrong."""
+    """What went wrong. `details` hold the code of an error on which the official client acts."""
 
     type: str
     message: str
+    details: dict[str, Detail] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ErrorDocument(msgspec.Struct, frozen=True, tag="error"):
@@ -260,7 +263,8 @@ def error_document(error: CortexError, request_id: str) -> ErrorDocument:
     status = error_status(error)
     fallback = "invalid_request_error" if status < 500 else "api_error"
     kind = _TYPES_BY_STATUS.get(status, fallback)
-    return ErrorDocument(ErrorBody(kind, _message(error)), request_id)
+    details = error.details if "error_code" in error.details else msgspec.UNSET
+    return ErrorDocument(ErrorBody(kind, _message(error), details), request_id)
 
 
 def _message(error: CortexError) -> str:

@@ -59,6 +59,7 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # What the answer must be; the last four as vLLM has them.
@@ -70,7 +71,12 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
     # Known to OpenAI-compatible servers, would change the answer, not supported: refused by name.
     best_of: Annotated[int, Meta(ge=1)] | None = None
     guided_grammar: Any = None
+    grammar: Any = None
+    truncate_prompt_tokens: Any = None
     use_beam_search: bool | None = None
+    # The same, but for the value that asks for what is done here anyway.
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
 
 
 class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
@@ -81,13 +87,16 @@ class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: JsonObject | None = None
-    add_generation_prompt: bool | None = None
     tools: list[JsonObject] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    # As vLLM has them: the last message is the beginning of the answer; no turn is opened for it.
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     # Not supported, refused by name.
     chat_template: Any = None
-    continue_final_message: bool | None = None
+    documents: Any = None
+    echo: bool | None = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None

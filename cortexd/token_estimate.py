@@ -16,6 +16,8 @@ _CHARACTERS_PER_TOKEN: Final = 4
 _IMAGE_TOKENS: Final = 1000
 # An answer's bound when the client gives none, as of the reference.
 DEFAULT_OUTPUT_TOKENS: Final = 4096
+# No model says more. A client may send any number, and sums of these must stay numbers of 64 bits.
+_MAX_TOKENS: Final = 2**40
 _PROMPT_FIELDS: Final = ("messages", "prompt", "system", "tools", "input", "instructions")
 _BOUNDS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _ANSWER_FIELDS: Final = ("choices", "content", "output")
@@ -25,33 +27,43 @@ _MAX_DEPTH: Final = 64
 
 
 class TokenEstimate(msgspec.Struct, frozen=True):
-    """Tokens of the prompt, and of all answers at most; None: the client set no bound."""
+    """Tokens of the prompt, and of each answer at most; None: the client set no bound."""
 
     prompt: int
     output: int | None
+    num_answers: int = 1
 
     @property
     def total(self) -> int:
         """Return all of them, with the usual bound of an answer where the client set none."""
-        return self.prompt + (DEFAULT_OUTPUT_TOKENS if self.output is None else self.output)
+        output = DEFAULT_OUTPUT_TOKENS if self.output is None else self.output
+        return self.prompt + min(output * self.num_answers, _MAX_TOKENS)
 
     @property
     def least(self) -> int:
         """Return what to hold before it is known where the request runs and what fits there."""
-        return self.prompt + (1 if self.output is None else min(self.output, DEFAULT_OUTPUT_TOKENS))
+        output = 1 if self.output is None else self.output * self.num_answers
+        return self.prompt + min(output, DEFAULT_OUTPUT_TOKENS)
 
 
 def estimate_request(body: bytes) -> TokenEstimate:
     """Return the estimate of a request of either dialect; of what is no JSON object, nothing."""
     document = _object(body)
     prompt = sum(_tokens(document.get(name)) for name in _PROMPT_FIELDS)
-    bounds = (document.get(name) for name in _BOUNDS)
-    bound = next((bound for bound in bounds if bound is not None), None)
+    # A path reads one of them and passes over the others, so a small one there bounds nothing.
+    bounds = [one for name in _BOUNDS if isinstance(one := document.get(name), int) and one > 0]
     answers = document.get("n")
     num_answers = answers if isinstance(answers, int) and answers > 0 else 1
     return TokenEstimate(
-        prompt, bound * num_answers if isinstance(bound, int) and bound > 0 else None
+        prompt, max(bounds, default=None), num_answers * _num_prompts(document.get("prompt"))
     )
+
+
+def _num_prompts(prompt: object) -> int:
+    """Return how many prompts a legacy request holds: each has answers of its own."""
+    if not isinstance(prompt, list):
+        return 1
+    return max(sum(isinstance(item, str | list) for item in prompt), 1)
 
 
 def estimate_answer(body: bytes) -> int:

@@ -18,7 +18,6 @@ class TokenizeRequest(ChatCompletionRequest, frozen=True, kw_only=True):
     """Body of `POST /tokenize`: either `prompt` or `messages`."""
 
     prompt: str | None = None
-    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     # Those of llama-server, whose answers look different: refused by name.
     content: Any = None

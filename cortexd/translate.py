@@ -92,9 +92,18 @@ def _answer_schema(body: CountTokensRequest) -> tuple[str, object] | None:
 def _check_supported(body: CountTokensRequest) -> None:
     if body.mcp_servers:
         raise _unsupported("mcp_servers")
+    if body.thread is not None:
+        # By this code the official client knows to send the whole conversation itself.
+        raise UnsupportedParameter(
+            "thread is not supported here; nothing is held: leave it out and send all messages",
+            param="thread",
+            error_code="thread_unsupported_request",
+            unsupported=["thread"],
+        )
     if isinstance(body, MessagesRequest):
-        if body.container is not None:
-            raise _unsupported("container")
+        for name in ("container", "compaction"):
+            if getattr(body, name) is not None:
+                raise _unsupported(name)
         if body.max_tokens is None:
             raise MissingParameter("max_tokens is missing", param="max_tokens")
 

@@ -7,6 +7,7 @@ would let one answer pass for two. Source: RFC 9112, sections 4 to 7.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final, NoReturn
 
 from multidict import CIMultiDict
@@ -40,6 +41,11 @@ class AnswerParser:
         self._is_chunked = False
         self._is_in_trailer = False
         self._is_before_chunk = False
+
+    @property
+    def is_before_chunk(self) -> bool:
+        """Tell whether nothing is held and the next bytes are those of a new chunk."""
+        return self._is_before_chunk
 
     def push(self, data: bytes) -> bytes:
         """Return the bytes of the body that `data` brings. Raises: BadAnswer."""
@@ -178,6 +184,22 @@ class AnswerParser:
             return at
         self.is_complete = True
         return end + 4
+
+
+@lru_cache(maxsize=4096)
+def chunk_line(num_bytes: int) -> bytes:
+    """Return the line before a chunk that takes `num_bytes` with that line and its own line end.
+
+    As nearly every server writes it: in small letters, without leading noughts, nothing after it.
+    Where no chunk takes so many bytes the result is one that no chunk begins with.
+    """
+    num_digits = 1
+    while (size := num_bytes - num_digits - 4) > 0:
+        line = b"%x\r\n" % size
+        if len(line) == num_digits + 2:
+            return line
+        num_digits += 1
+    return b"\r"
 
 
 def _refuse(what: str) -> NoReturn:

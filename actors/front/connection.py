@@ -36,6 +36,8 @@ class Connection(web.RequestHandler):
         self._on_lost = on_lost
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_start = b""
+        # Called when more waits for the client than may.
+        self.on_full: Callable[[], None] | None = None
 
     def data_received(self, data: bytes) -> None:
         """Pass bytes on; start the clock when they leave a head unfinished."""
@@ -56,6 +58,12 @@ class Connection(web.RequestHandler):
         """
         if self._reading_paused:
             super().resume_reading(resume_parser)
+
+    def pause_writing(self) -> None:
+        """Tell who writes that the client does not keep up."""
+        super().pause_writing()
+        if self.on_full is not None:
+            self.on_full()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Forget the clock."""

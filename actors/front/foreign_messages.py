@@ -105,6 +105,27 @@ class ForeignStream:
     is_between_events: Final = True
 
     @property
+    def takes_chunks(self) -> bool:
+        """Tell whether `push_chunk` may be called: no event is half here."""
+        return not self._held and not self._data
+
+    def push_chunk(self, framed: bytes, start: int) -> bytes:
+        """Do as `push` does for whole events in an HTTP chunk; return a chunk.
+
+        Raises: UpstreamInterrupted.
+        """
+        end = len(framed) - 4
+        if (
+            framed.find(b"\n", start) == end  # one line, as most are
+            and framed.startswith(b"data: ", start)
+            and framed.find(b"\r", start, end) < 0
+        ):
+            events = self._event(framed[start + 6 : end])
+        else:
+            events = self.push(framed[start:-2])
+        return b"%x\r\n%b\r\n" % (len(events), events) if events else b""
+
+    @property
     def has_data(self) -> bool:
         """Tell whether the model has begun to answer."""
         return self._num_chunks > 0
@@ -205,15 +226,15 @@ class ForeignStream:
         events = b""
         words = choice.delta
         if words is not None:
-            thoughts = words.thoughts
+            thoughts, content, calls = words.thoughts, words.content, words.tool_calls
+            if thoughts or content or calls:
+                self._num_chunks += 1
             if thoughts:
                 events += self._blocks.thinking(thoughts)
-            if words.content:
-                events += self._blocks.text(words.content)
-            for call in words.tool_calls or ():
+            if content:
+                events += self._blocks.text(content)
+            for call in calls or ():
                 events += self._call(call)
-            if thoughts or words.content or words.tool_calls:
-                self._num_chunks += 1
         if choice.finish_reason is not None:
             self._stop = _stop(choice)
         return events

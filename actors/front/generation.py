@@ -93,8 +93,11 @@ class Generation:
 
     @property
     def is_finished(self) -> bool:
-        """Tell whether every choice has ended and been handed out."""
-        return bool(self._choices) and not self._running
+        """Tell whether every choice has ended and been handed out.
+
+        What is cancelled, because its client is too far behind, runs no more and has not ended.
+        """
+        return bool(self._choices) and all(choice.finish_reason for choice in self._choices)
 
     @property
     def is_submitted(self) -> bool:

@@ -88,6 +88,16 @@ class NodeAnswer:
         else:
             self._connection.resume()
 
+    def pass_raw(self, on_raw: Callable[[bytes], bool]) -> None:
+        """Hand over the connection's bytes unread for as long as `on_raw` takes them.
+
+        To be called by who follows, for each stretch anew: it ends with the first bytes for which
+        `on_raw` returns False, which are read as ever. Those that it takes must be one whole chunk
+        of the body each. Between chunks only; anywhere else nothing happens.
+        """
+        if self._parser.is_before_chunk and not self._is_ended:
+            self._connection.on_raw = on_raw
+
     def hold_back(self) -> None:
         """Read nothing more from the node until `go_on`."""
         if not self._is_ended:
@@ -100,7 +110,7 @@ class NodeAnswer:
 
     def stop_following(self) -> None:
         """Hand nothing over any more; what still comes waits for `close`."""
-        self._on_data = self._on_end = None
+        self._on_data = self._on_end = self._connection.on_raw = None
         self.hold_back()
 
     def close(self) -> None:
@@ -183,6 +193,7 @@ class NodeConnection(asyncio.Protocol):
         self._is_paused = False
         self.is_lost = False
         self.idle_since = 0.0
+        self.on_raw: Callable[[bytes], bool] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
@@ -197,6 +208,10 @@ class NodeConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand bytes to the answer; bytes that nobody asked for end the connection."""
+        if self.on_raw is not None:
+            if self.on_raw(data):
+                return
+            self.on_raw = None
         answer = self._answer
         if answer is None:
             self.abort()
@@ -242,7 +257,7 @@ class NodeConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once; what is under way is lost."""
-        self._answer = None
+        self._answer = self.on_raw = None
         self.is_lost = True
         self._transport.abort()
 

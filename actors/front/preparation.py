@@ -193,13 +193,13 @@ async def _prepare_for(
 
 
 async def tokenise(
-    request: InferenceRequest, text_model: TextModel, *, add_special_tokens: bool | None = None
+    request: InferenceRequest, text_model: TextModel
 ) -> list[tuple[list[int], AnswerFormat | None]]:
     """Return each prompt's token ids and how to read its answer.
 
-    `add_special_tokens`: begin and end tokens as the tokenizer adds them; None: to prompts, and not
-    to conversations, whose template has written them. Long ones, and templates that take their
-    time, are done in a thread, so streams go on.
+    Begin and end tokens are added as the request wants it, else to prompts, and not to
+    conversations, whose template has written them. Long ones, and templates that take their time,
+    are done in a thread, so streams go on.
 
     Raises: InvalidRequest, TemplateRenderFailed.
     """
@@ -208,21 +208,22 @@ async def tokenise(
 
     if request.tools is None and _num_characters(request) <= _INLINE_CHARACTERS:
         with suppress(SlowTemplateError), quick_render():
-            return _tokenise_now(request, text_model, add_special_tokens)
-    return await asyncio.to_thread(_tokenise_now, request, text_model, add_special_tokens)
+            return _tokenise_now(request, text_model)
+    return await asyncio.to_thread(_tokenise_now, request, text_model)
 
 
 def _tokenise_now(
-    request: InferenceRequest, text_model: TextModel, add_special_tokens: bool | None
+    request: InferenceRequest, text_model: TextModel
 ) -> list[tuple[list[int], AnswerFormat | None]]:
+    adds = request.fields.add_special_tokens
     if request.messages is None:
-        adds = add_special_tokens is not False
+        adds = adds is not False
         return [(_encode_prompt(prompt, text_model, adds), None) for prompt in request.prompts]
     text = text_model.render_chat(
         request.messages, tools=request.tools, template_kwargs=request.template_kwargs
     )
     text += request.prefill
-    ids = text_model.encode(text, add_special_tokens=add_special_tokens is True)
+    ids = text_model.encode(text, add_special_tokens=adds is True)
     return [(ids, text_model.answer_format(text, request.tools))]
 
 

@@ -24,6 +24,8 @@ _ERROR_LINE: Final = re.compile(
     rb'^data:\s*\{"(?:error"|type":\s*"(?:error|response\.failed)")', re.MULTILINE
 )
 _ERROR_CODE: Final = re.compile(rb'(?<!\\)"code"\s*:\s*"(\w+)"')
+_MAX_PASSED: Final = 64
+_LARGE_BYTES: Final = 4096
 _END_EVENTS: Final = 2  # the finish event and the end mark carry no token
 
 
@@ -73,6 +75,16 @@ class Relay(Protocol):
         """Tell whether an event of ours may follow."""
 
     @property
+    def takes_chunks(self) -> bool:
+        """Tell whether `push_chunk` may be called: no event is half here."""
+
+    def push_chunk(self, framed: bytes, start: int) -> bytes:
+        """Do as `push` does for whole events in an HTTP chunk, at `start`; return it framed too.
+
+        Raises: UpstreamInterrupted.
+        """
+
+    @property
     def has_data(self) -> bool:
         """Tell whether an event has passed."""
 
@@ -102,13 +114,14 @@ class RelayedStream:
     """Follow one event stream."""
 
     def __init__(self) -> None:
-        self.num_events = 0
         self.is_between_events = True
         self._held = b""
+        self._num_events = 0
+        # What has passed since it was last looked through: to do that for each piece costs more.
+        self._passed: list[bytes] = []
         # The dialect with message_start counts the prompt in its first event.
-        self._head: list[bytes] = []
-        self._tail: list[bytes] = []
-        self._tail_bytes = 0
+        self._head = b""
+        self._tail = b""
 
     def push(self, chunk: bytes) -> bytes:
         """Return the whole lines that the chunk completes."""
@@ -116,23 +129,36 @@ class RelayedStream:
             chunk = self._whole_lines(chunk)
             if not chunk:
                 return chunk
-        self._tail.append(chunk)
-        self._tail_bytes += len(chunk)
-        if self._tail_bytes > _MAX_KEPT_BYTES:
-            self._forget()
-        self.num_events += chunk.count(b"data:")
+        self._note(chunk)
         if chunk.endswith(b"\n\n"):
             self.is_between_events = True
         else:
             self._read_last_line(chunk)
         return chunk
 
+    @property
+    def takes_chunks(self) -> bool:
+        """Tell whether `push_chunk` may be called: no event is half here."""
+        return self.is_between_events and not self._held
+
+    def push_chunk(self, framed: bytes, start: int) -> bytes:
+        """Return the chunk as it is."""
+        passed = self._passed  # the framing between events hides nothing that is looked for
+        passed.append(framed)
+        if len(passed) >= _MAX_PASSED or len(framed) > _LARGE_BYTES:
+            self._look_through()
+        return framed
+
+    def _note(self, chunk: bytes) -> None:
+        self._passed.append(chunk)
+        if len(self._passed) >= _MAX_PASSED or len(chunk) > _LARGE_BYTES:
+            self._look_through()
+
     def flush(self) -> bytes:
         """Return what the stream ended with, if that was no whole line."""
         rest, self._held = self._held, b""
         if rest:
-            self._tail.append(rest)
-            self.num_events += rest.count(b"data:")
+            self._note(rest)
             self._read_last_line(rest)
         return rest
 
@@ -150,12 +176,28 @@ class RelayedStream:
         if not last_line.startswith(b":"):
             self.is_between_events = last_line.strip() == b""
 
-    def _forget(self) -> None:
-        """Keep the beginning, once, and of the rest no more than the tail."""
-        if not self._head:
-            self._head = [b"".join(self._tail)[:_TAIL_BYTES]]
-        self._tail = [b"".join(self._tail)[-_TAIL_BYTES:]]
-        self._tail_bytes = _TAIL_BYTES
+    def _look_through(self) -> None:
+        """Count the events that have passed; keep the beginning of the stream and its tail."""
+        if not self._passed:
+            return
+        data = b"".join(self._passed)
+        self._passed.clear()
+        self._num_events += data.count(b"data:")
+        data = self._tail + data
+        if len(data) > _MAX_KEPT_BYTES:
+            self._head = self._head or data[:_TAIL_BYTES]
+            data = data[-_TAIL_BYTES:]
+        self._tail = data
+
+    def _kept(self) -> bytes:
+        self._look_through()
+        return self._tail
+
+    @property
+    def num_events(self) -> int:
+        """Return how many events have passed."""
+        self._look_through()
+        return self._num_events
 
     @property
     def has_data(self) -> bool:
@@ -165,12 +207,12 @@ class RelayedStream:
     @property
     def finish_reason(self) -> str | None:
         """Return why the model stopped, None when the stream did not say."""
-        return _finish_reason(b"".join(self._tail))
+        return _finish_reason(self._kept())
 
     @property
     def error_code(self) -> str | None:
         """Return the code of an error event, None when there was none."""
-        tail = b"".join(self._tail)
+        tail = self._kept()
         found = _ERROR_LINE.search(tail) if b'"error"' in tail else None
         if found is None:
             return None
@@ -184,10 +226,10 @@ class RelayedStream:
 
     def counts(self) -> Counts:
         """Return the tokens; without a usage object the events are counted instead."""
-        data = b"".join(self._tail)
+        data = self._kept()
         tail = head = read_counts(data)
         if self._head or data.find(b'"usage"') != data.rfind(b'"usage"'):
-            head = read_counts(b"".join(self._head) or data, is_first=True)
+            head = read_counts(self._head or data, is_first=True)
         if tail is None or head is None:
             return Counts(completion_tokens=self.num_tokens, is_estimated=True)
         return Counts(

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from actors.front.answer_parser import chunk_line
 from actors.front.node_connection import NodeAnswer
 from actors.front.record import RequestRecord
 from actors.front.relayed import Relay
@@ -30,7 +31,10 @@ class Splice:
         period_s: float,
         on_silence: Callable[[float], Awaitable[None]],
     ) -> None:
-        """`on_silence` is awaited after each silent period with how long the silence is, in s."""
+        """`on_silence` is awaited when the client has been sent nothing for `period_s`, in s.
+
+        It is given how long the node has said nothing; after it another period begins.
+        """
         self._upstream = upstream
         self._relay = relay
         self._writer = writer
@@ -38,11 +42,12 @@ class Splice:
         self._period_s = period_s
         self._on_silence = on_silence
         self._loop = asyncio.get_running_loop()
-        self._heard_at = time.monotonic()
+        self._sent_at = self._heard_at = time.monotonic()
         self._is_silent = False
         self._is_ended = False
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: asyncio.Transport | None = None
 
     async def run(self) -> None:
         """Return when the stream has ended and all of it has been written.
@@ -50,27 +55,31 @@ class Splice:
         Raises: AnswerBroken, UpstreamInterrupted, Cancelled, and what `on_silence` raises.
         """
         self._timer = self._loop.call_later(self._period_s, self._on_timer)
+        self._writer.on_full(self._on_full)
         self._upstream.follow(self._on_data, self._on_end)
         try:
             if not self._is_ended:
                 self._writer.flush()
             while True:
                 if self._writer.is_full:
+                    self._upstream.hold_back()
                     await self._writer.drained()
                     self._upstream.go_on()
                 elif self._is_ended:
                     break
                 elif self._is_silent:
                     self._is_silent = False
-                    await self._on_silence(time.monotonic() - self._heard_at)
+                    self._writer.note_event(self._sent_at)
+                    await self._on_silence(time.monotonic() - self._last_heard)
                 else:
                     self._waiter = self._loop.create_future()
                     await self._waiter
         finally:
             self._timer.cancel()
             self._upstream.stop_following()
+            self._writer.on_full(None)
             if self._record.first_token is not None:
-                self._record.last_token = self._heard_at
+                self._record.last_token = self._last_heard
         if self._failure is not None:
             raise self._failure
         rest = self._relay.flush()
@@ -83,18 +92,55 @@ class Splice:
         try:
             lines = relay.push(chunk)
         except Exception as error:  # raised where the request's task sees it
-            self._upstream.hold_back()
-            self._on_end(error)
+            self._fail(error)
             return
         if record.first_token is None and relay.has_data:
             record.first_token = now
-        if not lines:
-            return
-        if is_last:
+        if lines and is_last:
             writer.hold(lines)
-        elif writer.send(lines, now):
-            self._upstream.hold_back()
-            self._wake()
+        elif lines:
+            self._sent_at = now
+            writer.send(lines)
+        if record.first_token is not None and not is_last and relay.takes_chunks:
+            self._sink = writer.chunk_sink
+            if self._sink is not None:
+                self._upstream.pass_raw(self._on_chunk)
+
+    def _on_chunk(self, framed: bytes) -> bool:
+        """Pass on one HTTP chunk of whole events; return False for anything else.
+
+        Nearly all of a stream comes so. To unpack and pack it again costs more than the rest of its
+        way through here.
+        """
+        line = chunk_line(len(framed))
+        if not (framed.startswith(line) and framed.endswith(b"\n\n\r\n")):
+            return False
+        now = time.monotonic()
+        try:
+            framed = self._relay.push_chunk(framed, len(line))
+        except Exception as error:
+            self._fail(error)
+            return True
+        assert self._sink is not None, "chunks are asked for when there is one"
+        if not framed:
+            self._heard_at = now
+        elif not self._sink.is_closing():  # else the request's task is cancelled already
+            self._sent_at = now
+            self._sink.write(framed)
+        return True
+
+    @property
+    def _last_heard(self) -> float:
+        # What is sent has been heard: a piece need not set both.
+        return max(self._heard_at, self._sent_at)
+
+    def _on_full(self) -> None:
+        self._upstream.hold_back()
+        self._wake()
+
+    def _fail(self, error: Exception) -> None:
+        self._upstream.hold_back()
+        self._on_end(error)
 
     def _on_end(self, error: Exception | None) -> None:
         if not self._is_ended:
@@ -102,7 +148,7 @@ class Splice:
             self._wake()
 
     def _on_timer(self) -> None:
-        left_s = self._heard_at + self._period_s - time.monotonic()
+        left_s = self._sent_at + self._period_s - time.monotonic()
         if left_s <= 0:
             self._is_silent = True
             self._wake()

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
 from aiohttp import web
 
 from actors.front.choice import ChoiceOutput
+from actors.front.connection import Connection
 from actors.front.dialect import Answer, ChunkEncoder, encoded
 from actors.front.generation import Generation
 from actors.front.load_note import load_note
@@ -123,6 +124,7 @@ class EventWriter:
         record.status = response.status
         self._record = record
         self._request = request
+        assert isinstance(request.protocol, Connection), "the server makes no others"
         self._protocol = request.protocol
         self._transport = request.transport
         self._response = response
@@ -136,11 +138,25 @@ class EventWriter:
         """Tell whether as much waits for the client as may."""
         return self._protocol.writing_paused
 
-    def send(self, data: bytes, now: float) -> bool:
-        """Write event bytes, which are not empty, without waiting; return `is_full`."""
-        self._last_event = now
+    def on_full(self, hear: Callable[[], None] | None) -> None:
+        """Have `hear` called each time that `is_full` becomes true; None: no more."""
+        self._protocol.on_full = hear
+
+    def note_event(self, at: float) -> None:
+        """Note when an event was sent by `send` or `chunk_sink`; monotonic, s."""
+        self._last_event = max(self._last_event, at)
+
+    @property
+    def chunk_sink(self) -> asyncio.Transport | None:
+        """Return where chunks may be written framed already; None: not now, or not to this client.
+
+        Whoever does looks first whether it is closing.
+        """
+        return self._response.chunk_sink
+
+    def send(self, data: bytes) -> None:
+        """Write event bytes, which are not empty, without waiting."""
         self._response.send(data)
-        return self._protocol.writing_paused
 
     def hold(self, data: bytes) -> None:
         """Let the last event bytes of a stream go out with its end mark."""
@@ -187,8 +203,11 @@ class EventWriter:
     async def _write(self, data: bytes, event_at: float) -> None:
         if self._transport.is_closing():
             raise ConnectionResetError("the client went away")
-        # An empty chunk would end the body.
-        if data and self.send(data, event_at):
+        if not data:
+            return  # an empty chunk would end the body
+        self.note_event(event_at)
+        self.send(data)
+        if self.is_full:
             await self.drained()
 
 

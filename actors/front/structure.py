@@ -55,7 +55,7 @@ def answer_rule(fields: GenerationFields) -> AnswerRule | None:
 
     Raises: InvalidType, InvalidValue, MissingParameter, UnsupportedParameter.
     """
-    for name in ("guided_grammar",):
+    for name in ("guided_grammar", "grammar"):
         if getattr(fields, name) is not None:
             raise UnsupportedParameter(f"{name} is not supported here; {_INSTEAD}", param=name)
     rules = [

@@ -66,7 +66,7 @@ async def _tokenize(services: Services, record: RequestRecord, body: bytes) -> T
     fields = decode_body(body, TokenizeRequest)
     wanted = _checked(fields)
     text_model, limits = await text_model_of(services, record, wanted.model)
-    ((ids, _),) = await tokenise(wanted, text_model, add_special_tokens=fields.add_special_tokens)
+    ((ids, _),) = await tokenise(wanted, text_model)
     strs = [text_model.token_text(token) or "" for token in ids]
     return TokenizeAnswer(
         count=len(ids),

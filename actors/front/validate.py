@@ -5,6 +5,7 @@ Pure functions of a decoded body; each raises the error that names the field.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -23,13 +24,22 @@ from cortexd.tools import check_tool
 
 MAX_CHOICES = 128
 _MAX_PROMPTS = 64
+_UNSUPPORTED = ("truncate_prompt_tokens",)
 _UNSUPPORTED_IN_CHAT = (
-    "chat_template",
     "functions",
     "function_call",
     "audio",
     "web_search_options",
+    "chat_template",
+    "documents",
 )
+# Switches of other engines, and what they stand at here.
+_FIXED = {
+    "use_beam_search": False,
+    "skip_special_tokens": True,
+    "include_stop_str_in_output": False,
+}
+_FIXED_IN_CHAT = {"echo": False}
 _MAY_LACK_CONTENT = ("assistant", "tool", "function")
 
 
@@ -53,6 +63,9 @@ def check_chat(
     """
     model = _check_common(fields)
     _check_chat_only(fields)
+    if fields.continue_final_message:
+        turns, prefill = _split_prefill(fields)
+        fields = msgspec.structs.replace(fields, messages=turns)
     if fields.messages is None:
         raise MissingParameter("messages is missing", param="messages")
     if not fields.messages:
@@ -85,9 +98,36 @@ def check_chat(
         is_single_tool_call=fields.parallel_tool_calls is False,
         # As OpenAI has it: who names the tool knows that it is called.
         call_ending="stop" if structure is not None and structure.is_named else "tool_calls",
-        template_kwargs=_template_kwargs(fields),
+        template_kwargs=_template_kwargs(fields, prefill),
         prefill=prefill,
     )
+
+
+def _template_kwargs(fields: ChatCompletionRequest, prefill: str) -> JsonObject | None:
+    """Return the template's variables; that of vLLM's own field is one of them."""
+    if fields.add_generation_prompt is None or prefill:
+        return fields.chat_template_kwargs
+    opens_answer = {"add_generation_prompt": fields.add_generation_prompt}
+    return opens_answer | (fields.chat_template_kwargs or {})
+
+
+def _split_prefill(fields: ChatCompletionRequest) -> tuple[list[JsonObject], str]:
+    """Return the turns before the answer, and the answer's beginning, which is the last one."""
+    if fields.add_generation_prompt:
+        raise InvalidValue(
+            "continue_final_message and add_generation_prompt exclude each other; leave one",
+            param="continue_final_message",
+        )
+    *turns, last = fields.messages or [{}]
+    content = last.get("content")
+    is_text = isinstance(content, str) and content and not last.get("tool_calls")
+    if last.get("role") != "assistant" or not is_text or not turns:
+        raise InvalidValue(
+            "continue_final_message needs messages to end with an assistant's text, as a string",
+            param="continue_final_message",
+        )
+    assert isinstance(content, str), "as was checked"
+    return turns, content
 
 
 def parse_completion(body: bytes) -> InferenceRequest:
@@ -127,8 +167,8 @@ def _check_common(fields: GenerationFields) -> str:
     """Return the model's name after the checks both dialects share."""
     if fields.model is None:
         raise MissingParameter("model is missing", param="model")
-    if fields.use_beam_search:
-        raise _unsupported("use_beam_search", "leave it out; sampling is what runs here")
+    _refuse(fields, _UNSUPPORTED)
+    _check_fixed(fields, _FIXED)
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise _unsupported("best_of", "leave it out or set it to n")
     if fields.prompt_logprobs is not None and fields.stream:
@@ -142,21 +182,22 @@ def _check_common(fields: GenerationFields) -> str:
 
 
 def _check_chat_only(fields: ChatCompletionRequest) -> None:
-    for name in _UNSUPPORTED_IN_CHAT:
-        if getattr(fields, name) is not None:
-            raise _unsupported(name)
-    if fields.continue_final_message:
-        raise _unsupported("continue_final_message", "/v1/messages continues a last assistant turn")
+    _refuse(fields, _UNSUPPORTED_IN_CHAT)
+    _check_fixed(fields, _FIXED_IN_CHAT)
     if fields.modalities not in (None, ["text"]):
         raise _unsupported("modalities", 'only ["text"]')
 
 
-def _template_kwargs(fields: ChatCompletionRequest) -> JsonObject | None:
-    """Return the template's variables; that of vLLM's own field is one of them."""
-    if fields.add_generation_prompt is None:
-        return fields.chat_template_kwargs
-    opens_answer = {"add_generation_prompt": fields.add_generation_prompt}
-    return opens_answer | (fields.chat_template_kwargs or {})
+def _refuse(fields: GenerationFields, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(fields, name) is not None:
+            raise _unsupported(name)
+
+
+def _check_fixed(fields: GenerationFields, switches: Mapping[str, bool]) -> None:
+    for name, value in switches.items():
+        if getattr(fields, name) not in (None, value):
+            raise _unsupported(name, f"leave it out; allowed: {str(value).lower()}")
 
 
 def _callable_tools(fields: ChatCompletionRequest) -> list[JsonObject] | None:

@@ -30,6 +30,11 @@ class WholeAnswer:
 
     # Nothing is sent before the end.
     is_between_events: Final = True
+    takes_chunks: Final = False
+
+    def push_chunk(self, framed: bytes, start: int) -> bytes:
+        """Do as `push` does for the document's part in an HTTP chunk."""
+        return self.push(framed[start:-2])
 
     @property
     def has_data(self) -> bool:

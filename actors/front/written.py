@@ -64,6 +64,14 @@ class WrittenAnswer(web.StreamResponse):
         """End the body, if that has not been done. Raises: ConnectionError."""
         self.finish()
 
+    @property
+    def chunk_sink(self) -> asyncio.Transport | None:
+        """Return where chunks may be written framed already; None: not now, or not to this client.
+
+        Whoever does looks first whether it is closing.
+        """
+        return self._transport if self._is_chunked and not self._waiting else None
+
     def send(self, data: bytes) -> None:
         """Write a piece of a stream, which is not empty, after what waits.
 

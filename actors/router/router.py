@@ -92,7 +92,6 @@ class Router(AsyncActor):
         args = msgspec.msgpack.decode(context.args, type=RouterArgs)
         # A gateway runs no engine: its models are those of its neurons.
         self._serves_here = context.settings.role != "gateway"
-        self.default_models = args.default_models if self._serves_here else []
         self.local = LocalModels(context.runtime_dir)
         self.host: HostReport | None = None
         self.num_looks = 0  # how many there were
@@ -104,6 +103,8 @@ class Router(AsyncActor):
         self.node_name = local_node_name(context.settings, platform.node())
         self.fleet = Fleet(self, remote_neurons(context.settings), args.catalogue, self.node_name)
         self.local.use_catalogue(args.catalogue, serves_here=self._serves_here)
+        wanted = args.default_models if self._serves_here else []
+        self.default_models = [self.local.completed(options) for options in wanted]
         for options in self.default_models:
             self.local.add(options, is_known=True)
 
@@ -377,6 +378,7 @@ class Router(AsyncActor):
         if not self._serves_here:
             await self.fleet.load(options)
             return
+        options = self.local.completed(options)
         model = self.models.get(options.model_id)
         if model and model.is_in("loading", "loaded", "recovering", "draining", "sleeping"):
             if options != model.options:

@@ -22,6 +22,7 @@ from engine.text.chat_messages import (
     has_wordless_calls,
     prepare_messages,
 )
+from engine.text.dropped_messages import DroppedMessages
 from engine.text.render_time import SlowTemplateError
 from engine.text.template_bounds import check_length
 from engine.text.template_sandbox import TemplateEnvironment, start_deadline
@@ -51,6 +52,7 @@ class ChatTemplate:
         self._model_id = model_id
         self._origin = origin
         self._compiled: dict[str, jinja2.Template] = {}
+        self._dropped = DroppedMessages(self._try_with, model_id)
 
     def render(
         self,
@@ -62,7 +64,8 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt text, control tokens spelled out.
 
-        Raises: InvalidRequest when there is no template, or it refuses the conversation.
+        Raises: InvalidRequest when there is no template, or it refuses the conversation;
+        TemplateRenderFailed when it would leave out a message.
         """
         if not self._sources:
             raise InvalidRequest(
@@ -79,7 +82,10 @@ class ChatTemplate:
             )
         accepts_parts = has_parts(messages) and self._accepts_parts
         no_words: NoWords = self._no_words if has_wordless_calls(messages) else "as sent"
-        prepared = prepare_messages(messages, accepts_parts=accepts_parts, no_words=no_words)
+        prepared = self._dropped.check(
+            prepare_messages(messages, accepts_parts=accepts_parts, no_words=no_words),
+            has_tools=bool(tools),
+        )
         return self._run(
             {
                 "documents": None,
@@ -151,13 +157,20 @@ class ChatTemplate:
         return example if _PROBE_TOOL in example else ""
 
     def _run_probe(self, turns: list[Message], *, add_generation_prompt: bool) -> str | None:
+        asked = [{"role": "user", "content": _PROBE}, *turns]
+        return self._try_with(asked, True, add_generation_prompt=add_generation_prompt)
+
+    def _try_with(
+        self, messages: list[Message], has_tools: bool, *, add_generation_prompt: bool = False
+    ) -> str | None:
+        """Return what the template makes of a conversation of ours, None when it refuses it."""
         function = {"name": _PROBE_TOOL, "description": "", "parameters": {"type": "object"}}
         try:
             return self._run(
                 {
                     **self._variables,
-                    "messages": [{"role": "user", "content": _PROBE}, *turns],
-                    "tools": [{"type": "function", "function": function}],
+                    "messages": messages,
+                    "tools": [{"type": "function", "function": function}] if has_tools else None,
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
@@ -172,17 +185,7 @@ class ChatTemplate:
         show when it is tried.
         """
         part = {"type": "text", "text": _PROBE}
-        try:
-            text = self._run(
-                {
-                    "messages": [{"role": "user", "content": [part]}],
-                    "tools": None,
-                    "add_generation_prompt": False,
-                    **self._variables,
-                }
-            )
-        except InvalidRequest:
-            return False
+        text = self._try_with([{"role": "user", "content": [part]}], False) or ""
         return _PROBE in text and "'type'" not in text and '"type"' not in text
 
     def text_after_answer(self) -> str:

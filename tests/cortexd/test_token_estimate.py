@@ -42,7 +42,7 @@ def test_image_does_not_count_by_its_bytes() -> None:
     [
         ({"max_tokens": 7}, 7),
         ({"max_tokens": 7, "max_completion_tokens": 9}, 9),
-        ({"max_tokens": 7, "n": 3}, 21),
+        ({"max_tokens": 9, "max_completion_tokens": 7, "max_output_tokens": 1}, 9),
         ({"max_output_tokens": 7}, 7),
         ({"max_tokens": "7"}, None),
         ({"max_tokens": -1}, None),
@@ -50,8 +50,26 @@ def test_image_does_not_count_by_its_bytes() -> None:
     ],
 )
 def test_bound_of_the_answer_is_the_clients(fields: dict[str, object], output: int | None) -> None:
-    """`max_completion_tokens` wins; each of `n` answers counts; nonsense is no bound."""
+    """The greatest counts, since it may be the one that is read; nonsense is no bound."""
     assert estimate(**fields)[1] == output
+
+
+@pytest.mark.parametrize(
+    ("fields", "total"),
+    [
+        ({"prompt": "abcd", "max_tokens": 7, "n": 3}, 1 + 21),
+        ({"prompt": "abcd", "n": 3}, 1 + 3 * DEFAULT_OUTPUT_TOKENS),
+        ({"prompt": ["abcd"] * 5, "max_tokens": 7, "n": 2}, 5 + 70),
+        ({"prompt": [[1, 2], [3]], "max_tokens": 7}, 3 + 14),
+        ({"prompt": [1, 2, 3], "max_tokens": 7}, 3 + 7),
+        ({"prompt": [], "n": 0, "max_tokens": 7}, 7),
+        ({"max_tokens": 2**63}, 2**40),
+        ({"n": 2**63, "max_tokens": 2**63}, 2**40),
+    ],
+)
+def test_each_answer_to_each_prompt_counts(fields: dict[str, object], total: int) -> None:
+    """A legacy request may hold many prompts, and any request ask for `n` answers."""
+    assert estimate_request(msgspec.json.encode(fields)).total == total
 
 
 def test_what_is_held_first_does_not_assume_a_long_answer() -> None:

@@ -29,6 +29,9 @@ from tests.waiting import DEADLINE_S, wait_for
 class Daemon:
     """One daemon under test; use as a context manager."""
 
+    host = "127.0.0.1"
+    command_prefix: tuple[str, ...] = ()  # what starts it elsewhere than here
+
     def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
         self.root = root
         self.api_port, self.metrics_port, self.neuron_port = (free_port() for _ in range(3))
@@ -61,7 +64,7 @@ class Daemon:
         self.output = self.root / "output.txt"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cortexd", "start", *self.arguments],
+                [*self.command_prefix, sys.executable, "-m", "cortexd", "start", *self.arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -236,7 +239,7 @@ class Daemon:
                     yield data if data == "[DONE]" else json.loads(data)
 
     def _at(self, port: int | None, path: str) -> str:
-        return f"http://127.0.0.1:{port or self.api_port}{path}"
+        return f"http://{self.host}:{port or self.api_port}{path}"
 
     @staticmethod
     def _open(request: urllib.request.Request) -> tuple[int, str]:

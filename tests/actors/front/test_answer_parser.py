@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.front.answer_parser import AnswerParser, BadAnswer
+from actors.front.answer_parser import AnswerParser, BadAnswer, chunk_line
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -83,3 +83,12 @@ def test_what_is_no_answer_is_refused(data: bytes) -> None:
     parser = AnswerParser()
     with pytest.raises(BadAnswer):
         parser.push(data)
+
+
+def test_chunk_line_is_what_servers_write_before_a_chunk() -> None:
+    """For every size of a chunk; where none takes so many bytes it begins no chunk."""
+    lines = {len(line) + size + 2: line for size in range(1, 70_000) if (line := b"%x\r\n" % size)}
+    for num_bytes in range(70_000):
+        line = chunk_line(num_bytes)
+        assert line == lines.get(num_bytes, line)
+        assert num_bytes in lines or not (b"1\r\n" + bytes(num_bytes)).startswith(line)

@@ -95,6 +95,32 @@ async def test_sdk_round_trip_of_a_tool() -> None:
 
 
 @async_test
+async def test_sdk_runs_tools_without_a_thread_of_ours() -> None:
+    """The SDK's runner asks the server to hold the conversation: told no, it sends all of it."""
+
+    @anthropic.beta_async_tool
+    async def weather(days: int) -> str:
+        """Tell the weather."""
+        return f"sun for {days} days"
+
+    async with served_front() as front, client_of(front) as client:
+        front.text_model.added_tokens = {"<think>", "</think>", "<tool_call>", "</tool_call>"}
+        front.fleet.context = 2000
+        front.fleet.replies = [ANSWER, b"Sun."]
+        runner = client.beta.messages.tool_runner(
+            model=MODEL,
+            max_tokens=500,
+            messages=[{"role": "user", "content": "Hi"}],
+            tools=[weather],
+        )
+        last = await runner.until_done()
+        assert last.content[0].to_dict()["text"] == "Sun."
+        roles = [[message["role"] for message in sent] for sent in front.text_model.rendered]
+        assert roles == [["user"], ["user", "assistant", "tool"]]
+        assert front.text_model.rendered[1][2]["content"] == "sun for 2 days"
+
+
+@async_test
 async def test_sdk_survives_pings_while_a_model_loads() -> None:
     """Pings before and after the first event do not disturb the SDK."""
     async with (

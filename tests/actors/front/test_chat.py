@@ -270,6 +270,36 @@ async def test_chat_text_parts_tools_and_null_content_reach_the_template() -> No
 
 
 @async_test
+async def test_chat_final_message_is_continued() -> None:
+    """As vLLM has it: no turn is opened, the answer holds only what follows."""
+    async with served_front() as front:
+        messages = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Dear"},
+        ]
+        body = {"model": MODEL, "messages": messages, "continue_final_message": True}
+        for fields in ({}, {"add_generation_prompt": False}):
+            status, answer, _ = await front.post(CHAT, {**body, **fields})
+            assert status == 200
+            assert answer["choices"][0]["message"]["content"] == "Hello, world!"
+        for submit in front.fleet.submits:
+            assert bytes(submit.prompt_token_ids[::4]) == b"user: Hi\nassistant: Dear"
+        assert front.text_model.template_kwargs == [None, None]
+
+
+@async_test
+async def test_chat_generation_prompt_can_be_left_out() -> None:
+    """The template is told."""
+    async with served_front() as front:
+        await front.chat(add_generation_prompt=False, chat_template_kwargs={"a": 1})
+        await front.chat(add_generation_prompt=True)
+        assert front.text_model.template_kwargs == [
+            {"a": 1, "add_generation_prompt": False},
+            {"add_generation_prompt": True},
+        ]
+
+
+@async_test
 async def test_chat_client_request_id_is_echoed_only_when_harmless() -> None:
     """A well-formed x-request-id comes back; any other is replaced."""
     async with served_front() as front:

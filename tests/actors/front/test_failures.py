@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from actors.front import written
+from actors.front.sequences import MAX_PENDING_TOKENS
 from cortexd.errors import ModelLoadFailed, NonFiniteLogits, Overloaded, ShuttingDown
 from cortexd.log import JsonFormatter
 from cortexd.messages import Cancel, EndRequest, Route, TokenBatch
@@ -258,6 +259,23 @@ async def test_client_that_does_not_read_is_cancelled(monkeypatch: pytest.Monkey
         await front.fleet.wait_for_finished()
         assert (await front.fleet.wait_for_finished())[0].error_code == "slow_client"
         writer.close()
+
+
+@async_test
+async def test_client_too_far_behind_is_cut_off_and_not_told_that_this_was_all() -> None:
+    """What the engine was stopped at is no ending: the stream breaks, without an end mark."""
+    async with served_front() as front:
+        front.fleet.pause_after = 3
+        response = await open_stream(front)
+        await read_until(response, b'"content":"l"')
+        (submit,) = front.fleet.submits
+        delta = SequenceDelta(submit.sequence_id, list(b"x" * (MAX_PENDING_TOKENS + 1)))
+        front.services.sequences.dispatch(TokenBatch(front.fleet.epoch, 1, [delta]))
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+        await front.fleet.wait_for(Cancel)
+        record = (await front.fleet.wait_for_finished())[0]
+        assert (record.status, record.error_code) == (499, "request_cancelled")
 
 
 @async_test

@@ -73,6 +73,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"thinking": {"type": "maybe"}}, 'thinking.type is "maybe"; allowed'),
     ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
     ({"container": "c"}, "container is not supported"),
+    ({"compaction": {"type": "summary"}}, "compaction is not supported"),
     ({"output_format": {"type": "json_schema"}}, "output_format.schema is missing"),
     ({"output_config": {"format": {}}}, "output_config.format.type must be json_schema"),
     (
@@ -114,13 +115,29 @@ async def test_each_bad_field_is_refused_by_name() -> None:
 async def test_count_tokens_checks_the_same() -> None:
     """What a message with it would be refused for, but for the fields it does not have."""
     only_messages = {"max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "stream"}
-    only_messages.add("container")
+    only_messages |= {"container", "compaction"}
     async with served_front() as front:
         for fields, text in FIELDS:
             if not only_messages & fields.keys():
                 answer = await front.post(COUNT, {**valid(), **fields})
                 if "forced" not in text:
                     check(*answer)
+
+
+@async_test
+async def test_thread_is_refused_in_the_words_the_sdk_knows() -> None:
+    """Nothing is held here; a turn without its history would be answered as if it had none."""
+    for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+        async with served_front() as front:
+            for path in (MESSAGES, COUNT):
+                status, answer, _ = await front.post(path, {**valid(), "thread": thread})
+                assert status == 400
+                assert "thread is not supported here" in answer["error"]["message"]
+                assert answer["error"]["details"] == {
+                    "error_code": "thread_unsupported_request",
+                    "unsupported": ["thread"],
+                }
+            assert front.fleet.submits == []
 
 
 @async_test

@@ -23,6 +23,7 @@ from tests.engine.text.gguf_metadata import train_byte_level
 TOKENIZE = "/tokenize"
 DETOKENIZE = "/detokenize"
 CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 BEGIN = 3
 TEXT = "Grüße an alle"
@@ -76,8 +77,15 @@ async def test_conversation_becomes_the_prompt_of_that_chat(text_model: TextMode
             assert (await front.post(CHAT, body))[0] == 200
             assert answer["tokens"] == list(array("i", front.fleet.submits[-1].prompt_token_ids))
         assert "assistant" not in text_model.decode(answer["tokens"])
-        _, begun, _ = await front.post(TOKENIZE, body | {"add_special_tokens": True})
+        body |= {"add_special_tokens": True}
+        _, begun, _ = await front.post(TOKENIZE, body)
         assert begun["tokens"] == [BEGIN, *answer["tokens"]]
+        assert (await front.post(CHAT, body))[0] == 200
+        assert begun["tokens"] == list(array("i", front.fleet.submits[-1].prompt_token_ids))
+        body = {"model": MODEL, "prompt": TEXT, "add_special_tokens": False}
+        _, plain, _ = await front.post(TOKENIZE, body)
+        assert (await front.post(COMPLETIONS, body))[0] == 200
+        assert plain["tokens"] == list(array("i", front.fleet.submits[-1].prompt_token_ids))
 
 
 @async_test
@@ -110,7 +118,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (TOKENIZE, {"content": "x"}, "content", "send the text as prompt"),
     (TOKENIZE, {"prompt": "x", "with_pieces": True}, "with_pieces", "return_token_strs"),
     (TOKENIZE, chat_body(chat_template="{{ x }}"), "chat_template", "not supported"),
-    (TOKENIZE, chat_body(continue_final_message=True), "continue_final_message", "/v1/messages"),
+    (TOKENIZE, chat_body(continue_final_message=True), "continue_final_message", "to end with"),
     (DETOKENIZE, {}, "tokens", "tokens is missing"),
     (DETOKENIZE, {"tokens": [1], "model": None}, "model", "model is missing"),
     (DETOKENIZE, {"tokens": [-1]}, "tokens[0]", "tokens may be a list"),

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from cortexd.errors import InvalidRequest, InvalidType, InvalidValue, UnsupportedParameter
+from cortexd.errors import (
+    InvalidRequest,
+    InvalidType,
+    InvalidValue,
+    TemplateRenderFailed,
+    UnsupportedParameter,
+)
 from engine.text import template_sandbox
 from engine.text.chat_template import ChatTemplate
 from engine.text.render_time import SlowTemplateError, quick_render
@@ -340,3 +346,42 @@ def test_call_without_words_is_given_as_the_template_takes_it(
     messages = [USER, {"role": "assistant", "content": content, "tool_calls": [call]}]
     text = ChatTemplate({"default": template}, {}, "org/model").render(messages)
     assert text.endswith(expected)
+
+
+def test_message_that_a_template_leaves_out_is_refused() -> None:
+    """A role that it passes over, tool calls that it does not write: named, never dropped."""
+    qwen, chatml = _template(THINKING_WITH_TOOLS), _template(CHATML)
+    for messages, what, param in (
+        ([{"role": "wizard", "content": "abra"}, USER], 'the role "wizard"', "messages[0].role"),
+        ([USER, {"role": "function", "content": "42"}], 'the role "function"', "messages[1].role"),
+    ):
+        with pytest.raises(TemplateRenderFailed, match=what) as caught:
+            qwen.render(messages)
+        assert caught.value.param == param
+        assert messages[-1]["content"] in chatml.render(messages)
+    with pytest.raises(TemplateRenderFailed, match="leaves out tool calls") as caught:
+        chatml.render([USER, {**CALL, "content": ""}, {"role": "tool", "content": "42"}])
+    assert caught.value.param == "messages[1].tool_calls"
+
+
+def test_developer_is_system_where_the_template_knows_no_better() -> None:
+    """OpenAI's newer name for the same; a template that writes it gets it as it is."""
+    said = {"content": "Be brief"}
+    qwen, chatml = _template(THINKING_WITH_TOOLS), _template(CHATML)
+    as_system = qwen.render([{"role": "system", **said}, USER])
+    assert qwen.render([{"role": "developer", **said}, USER]) == as_system
+    assert "developer\nBe brief" in chatml.render([{"role": "developer", **said}, USER])
+
+
+def test_what_a_template_writes_with_tools_only_is_taken_with_them() -> None:
+    """It is tried as it will be rendered."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' or tools %}{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+        "{% endif %}{% endfor %}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+    )
+    template = _template(source)
+    messages = [USER, CALL, {"role": "tool", "content": "42"}]
+    assert "42" in template.render(messages, tools=TOOLS)
+    with pytest.raises(TemplateRenderFailed):
+        template.render(messages)
