@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Final
@@ -17,7 +18,7 @@ from typing import Final
 from cli import format as fmt
 from cli.control import settings_of
 from cli.exit_code import NOT_FOUND, OK, CommandError
-from cli.sse import ApiClient, Document
+from cli.sse import KEY_VARIABLE, ApiClient, Document
 from cortexd.address import parse_host_port
 from cortexd.errors import CortexError
 
@@ -27,7 +28,7 @@ _PROMPT: Final = "> "
 def chat(args: argparse.Namespace) -> int:
     """Talk until the end of input. Raises: CommandError when there is nobody to talk to."""
     url = args.url or parse_host_port(settings_of(args).settings.gateway.listen).url()
-    client = ApiClient(url)
+    client = ApiClient(url, os.environ.get(KEY_VARIABLE, ""))
     model = args.model or first_model(client)
     interactive = sys.stdin.isatty()
     conversation = Conversation(
@@ -41,7 +42,7 @@ def chat(args: argparse.Namespace) -> int:
         # Importing it gives `input` line editing and history.
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")
-        print(f"{model} at {url}; Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
+        print(f"{model} at {client.url}; Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
     for question in _questions(interactive=interactive):
         _answer(conversation, question, interactive=interactive)
     return OK

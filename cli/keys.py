@@ -28,7 +28,10 @@ def keys(args: argparse.Namespace) -> int:
     settings = settings_of(args).settings
     path = settings.entitlements.keys_file
     if path is None:
-        raise ConfigError("no keys file is configured; set keys_file in [entitlements]")
+        raise ConfigError(
+            "no keys file is configured; set keys_file in [entitlements] of cortex.toml, such as "
+            'keys_file = "keys.toml"'
+        )
     if args.action == "list":
         return _list(settings, Path(path))
     if args.key_id is None:

@@ -9,19 +9,34 @@ from collections.abc import Mapping
 from cli import format as fmt
 from cli.control import Document, connected, settings_of
 from cli.exit_code import OK
+from cortexd.errors import NotRunning
+from cortexd.paths import state_dir
+from cortexd.settings import Settings
 
 
 def logs(args: argparse.Namespace) -> int:
-    """Print the last lines of one actor or of all, and with --follow each new one."""
+    """Print the last lines of one actor or of all, and with --follow each new one.
+
+    Raises: NotRunning, which names the folder of the log files.
+    """
     options: Document = {"lines": args.lines, "follow": args.follow}
     if args.actor:
         options["name"] = args.actor
-    with connected(settings_of(args).settings) as channel:
+    settings = settings_of(args).settings
+    try:
+        return _show(settings, options, follows=args.follow)
+    except NotRunning as error:
+        folder = state_dir(settings) / "logs"
+        raise NotRunning(f"{error.message}; what was written before: {folder}") from None
+
+
+def _show(settings: Settings, options: Document, *, follows: bool) -> int:
+    with connected(settings) as channel:
         result = channel.request("actor.logs", options)
         lines = result.get("lines")
         for line in lines if isinstance(lines, list) else []:
             print(log_line(line))
-        if args.follow:
+        if follows:
             for event in channel.events():
                 if event.get("event") == "end":  # the daemon stops
                     break

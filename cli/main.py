@@ -59,12 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="cortexd",
-        description="Serve language models on this machine, OpenAI-compatible.",
+        description="Serve language models over the APIs of OpenAI and Anthropic.",
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"cortexd {__version__}")
+    # Before the command or after it: what stands after it wins.
+    config_help = "configuration file (cortex.toml)"
+    parser.add_argument("--config", metavar="FILE", help=config_help)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="FILE", help="configuration file (cortex.toml)")
+    common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=config_help)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, target: str, summary: str) -> argparse.ArgumentParser:
@@ -81,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     stop = add("stop", "cli.stop:stop", "stop the daemon, letting running requests finish")
     stop.add_argument("--now", action="store_true", help="do not wait for running requests")
-    add("reload", "cli.reload:reload", "read the model catalogue again and show what changed")
+    add("reload", "cli.reload:reload", "read catalogue and API keys again, show what changed")
     drain = add("drain", "cli.drain:drain", "take no new requests, let running ones finish")
     drain.add_argument("state", choices=("on", "off"))
     models = add("models", "cli.models:models", "list the models")
@@ -158,6 +161,7 @@ def _add_chat(chat: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.7, metavar="T", help="0 = the likeliest (0.7)"
     )
     chat.add_argument("--url", metavar="URL", help="another cortexd than the one of this host")
+    chat.epilog = "where keys are asked for, $CORTEXD_API_KEY is shown"
 
 
 def _count(text: str) -> int:

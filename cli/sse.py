@@ -10,11 +10,20 @@ from urllib.parse import urlsplit
 
 from cli.exit_code import CommandError
 from cortexd.address import check_endpoint
-from cortexd.errors import CortexError, ErrorInfo, Internal, ModelNotFound, NotRunning
+from cortexd.errors import (
+    CortexError,
+    ErrorInfo,
+    Internal,
+    InvalidApiKey,
+    ModelNotFound,
+    NotRunning,
+)
 
 CONNECT_TIMEOUT_S: Final = 10.0
 # The daemon sends a keep-alive every second; a longer silence means that it is gone.
 SILENCE_TIMEOUT_S: Final = 60.0
+# Where the user's key stands: on a command line everybody on the machine could read it.
+KEY_VARIABLE: Final = "CORTEXD_API_KEY"
 _MAX_BODY_BYTES: Final = 16 << 20
 Document = dict[str, object]
 
@@ -22,9 +31,10 @@ Document = dict[str, object]
 class ApiClient:
     """A client of one server's OpenAI-compatible API; each call has its own connection."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str = "") -> None:
         """Raises: ConfigError when `url` is not http(s)://host[:port]."""
         check_endpoint(url)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.url = url.rstrip("/")
         self._parts = urlsplit(self.url)
 
@@ -32,7 +42,7 @@ class ApiClient:
         """GET a JSON object. Raises: CommandError, CortexError (NotRunning included)."""
         connection = self._connect()
         try:
-            connection.request("GET", self._parts.path + path)
+            connection.request("GET", self._parts.path + path, headers=self._headers)
             response = connection.getresponse()
             body = response.read(_MAX_BODY_BYTES)
         except (OSError, HTTPException) as error:
@@ -41,7 +51,7 @@ class ApiClient:
             connection.close()
         document = _object(body)
         if response.status != 200:
-            raise error_in(document, response.status)
+            raise _refusal(document, response.status)
         return document
 
     def stream(self, path: str, body: Document) -> Generator[Document, None, None]:
@@ -55,11 +65,15 @@ class ApiClient:
                 "POST",
                 self._parts.path + path,
                 json.dumps(body).encode(),
-                {"Content-Type": "application/json", "Accept": "text/event-stream"},
+                {
+                    "Content-Type": "application/json",
+                    "Accept": "text/event-stream",
+                    **self._headers,
+                },
             )
             response = connection.getresponse()
             if response.status != 200:
-                raise error_in(_object(response.read(_MAX_BODY_BYTES)), response.status)
+                raise _refusal(_object(response.read(_MAX_BODY_BYTES)), response.status)
             yield from events(response)
         except (OSError, HTTPException) as error:
             raise self._unreachable(error) from error
@@ -119,6 +133,14 @@ def error_in(document: Document, status: int) -> CortexError:
     if not isinstance(code, str):
         return ModelNotFound(text) if status == 404 else Internal(text)
     return ErrorInfo(code, text).to_exception()
+
+
+def _refusal(document: Document, status: int) -> CortexError:
+    """Return the error of a request, which says how to give the key that is asked for."""
+    error = error_in(document, status)
+    if isinstance(error, InvalidApiKey):
+        return InvalidApiKey(f"{error.message}; this command reads it from ${KEY_VARIABLE}")
+    return error
 
 
 def _object(body: bytes) -> Document:

@@ -15,8 +15,10 @@ from cortexd.settings import Settings
 from cortexd.toml_lines import Path
 
 PREFIX: Final = "CORTEXD_"
-# Ours, and no options; the last two are read where the CPU kernels are built and loaded.
-RESERVED: Final = frozenset({"CORTEXD_CONFIG", "CORTEXD_CPU_ISA", "CORTEXD_KERNELS_DIR"})
+# Ours, and no options: read by `cortexd chat`, and where the CPU kernels are built and loaded.
+RESERVED: Final = frozenset(
+    {"CORTEXD_CONFIG", "CORTEXD_API_KEY", "CORTEXD_CPU_ISA", "CORTEXD_KERNELS_DIR"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,8 @@ def key_digest(key: str) -> str:
 def load_keys(keys_file: str) -> Keys:
     """Load the keys. Raises: ConfigError with one line for each thing that is wrong."""
     path = FilePath(keys_file)
+    if not path.exists():
+        raise ConfigError(f"{path}: does not exist; make it with: cortexd keys add ID")
     check_secret_mode(path)
     file = read_toml(path)
     problems: list[Problem] = []

@@ -170,6 +170,11 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel: int = 1
     devices: tuple[int, ...] | None = None
 
+    @property
+    def is_bare(self) -> bool:
+        """Tell whether nothing is said but which model."""
+        return self == LoadOptions(model_id=self.model_id, harness=self.harness)
+
     def device_of(self, rank: int) -> int:
         """Return the index of a rank's device; without a choice, ranks take them in order."""
         return rank if self.devices is None else self.devices[rank]

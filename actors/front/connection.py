@@ -31,8 +31,9 @@ class Connection(web.RequestHandler):
 
     head_timeout_s = HEAD_TIMEOUT_S
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, on_lost: Callable[[], None] | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._on_lost = on_lost
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_start = b""
         # Called when more waits for the client than may.
@@ -67,6 +68,8 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Forget the clock."""
         self._stop_head_timer()
+        if self._on_lost is not None:
+            self._on_lost()
         super().connection_lost(exc)
 
     def handle_error(

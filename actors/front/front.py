@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 
 from actors.actor import ActorContext, AsyncActor, handles
+from actors.front.connection_share import ConnectionShare
 from actors.front.sequences import SequenceTable
 from actors.front.server import Server
 from actors.front.services import Services
@@ -37,7 +38,7 @@ class Front(AsyncActor):
                 open_requests_path(context.runtime_dir, context.name, context.incarnation)
             ),
         )
-        self._server = Server(self._services)
+        self._server = Server(self._services, _share(context))
 
     def incarnation_of(self, name: str) -> int | None:
         """Return the incarnation of a ready actor, None when there is none."""
@@ -101,6 +102,15 @@ class Front(AsyncActor):
     def on_group_down(self, down: GroupDown) -> None:
         """Fail what ran on a group that ended."""
         self._sequences.fail_group(down.group, down.epoch, _restarting(down.reason))
+
+
+def _share(context: ActorContext) -> ConnectionShare | None:
+    """Return this front's share of the connections, None when it is alone."""
+    num_fronts = context.settings.gateway.fronts
+    if num_fronts == 1:
+        return None
+    index = int(context.name.rpartition(".")[2])
+    return ConnectionShare(context.runtime_dir, num_fronts, index)
 
 
 def _shutting_down() -> CortexError:

@@ -87,7 +87,15 @@ def _version() -> dict[str, object]:
         "python_version": platform.python_version(),
         "torch_version": _installed("torch"),
         "target": f"{platform.machine()}-{platform.system().lower()}",
-        "features": ["chat", "completions", "messages", "models", "neuron", "responses"],
+        "features": [
+            "chat",
+            "completions",
+            "messages",
+            "models",
+            "neuron",
+            "responses",
+            "tokenize",
+        ],
     }
 
 

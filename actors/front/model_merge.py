@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 
@@ -13,6 +14,8 @@ from cortexd.openai import ModelCard, ModelLimit, ModelLocation
 
 OWNER = "cortexd"
 _ABSENT = ("unloaded", "failed")
+# What every model that runs in our engine can do.
+TEXT: Final = ("text",)
 
 
 def merged_cards(
@@ -30,10 +33,10 @@ def merged_cards(
             card,
             # The catalogue may forbid a node that knows the model.
             feasible_on=_union(_holders(card), entry.feasible_on),
-            capabilities=card.capabilities or entry.capabilities or ["text"],
+            capabilities=card.capabilities or entry.capabilities,
             cost=entry.cost,
         )
-    return merged
+    return {name: _with_capabilities(card) for name, card in merged.items()}
 
 
 def model_limit(limits: ModelLimits | None) -> ModelLimit | None:
@@ -70,7 +73,7 @@ def _with_node(card: ModelCard, node: str, model: NodeModel) -> ModelCard:
         loaded=card.loaded or model.state == "loaded",
         feasible_on=_union(card.feasible_on, [node]),
         locations=[*card.locations, location],
-        capabilities=_union(card.capabilities, model.capabilities or ["text"]),
+        capabilities=_union(card.capabilities, model.capabilities),
         tool_call=card.tool_call or model.can_call_tools,
         reasoning=card.reasoning or model.can_reason,
         limit=limit,
@@ -82,6 +85,13 @@ def _with_node(card: ModelCard, node: str, model: NodeModel) -> ModelCard:
         eta_s=card.eta_s if model.eta_s is None else model.eta_s,
         error=model.detail if model.state == "failed" else card.error,
     )
+
+
+def _with_capabilities(card: ModelCard) -> ModelCard:
+    """Return the card of a model that nobody says anything of as that of one that answers."""
+    if card.capabilities:
+        return card
+    return msgspec.structs.replace(card, capabilities=list(TEXT))
 
 
 def _holders(card: ModelCard) -> list[str]:

@@ -14,7 +14,7 @@ from aiohttp import web
 from actors.front.auth import PRINCIPAL
 from actors.front.error_response import speaks_anthropic
 from actors.front.health import json_response
-from actors.front.model_merge import OWNER, merged_cards, model_limit
+from actors.front.model_merge import OWNER, TEXT, merged_cards, model_limit
 from actors.front.queries import known_models
 from actors.front.services import SERVICES, Services
 from cortexd.anthropic import ModelInfo, ModelPage
@@ -107,7 +107,7 @@ def _card(services: Services, status: ModelStatus, can: Abilities) -> ModelCard:
                 node=services.node, status=status.state, vram_estimate_mb=used_mib(status)
             )
         ],
-        capabilities=["text"],
+        capabilities=list(TEXT) if status.state in RUNNING else [],
         tool_call=can.can_call_tools,
         reasoning=can.can_reason,
         limit=limit,

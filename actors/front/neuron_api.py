@@ -16,7 +16,7 @@ from msgspec import Meta
 from actors.front.body import read_body
 from actors.front.decode import decode_body
 from actors.front.health import json_response
-from actors.front.model_merge import model_limit
+from actors.front.model_merge import TEXT, model_limit
 from actors.front.models import RUNNING, Abilities, abilities, used_mib
 from actors.front.queries import host_report, known_models
 from actors.front.services import SERVICES, Services
@@ -270,7 +270,7 @@ def _model_entry(status: ModelStatus, can: Abilities) -> dict[str, object]:
         "quant": status.quant,
         "residency_priority": status.priority,
         "vram_used_mb": used_mib(status),
-        "capabilities": ["text"],
+        "capabilities": TEXT if status.state in RUNNING else [],  # []: not known
         "tool_call": can.can_call_tools,
         "reasoning": can.can_reason,
         "servable": {"ok": status.state in RUNNING, "detail": status.error or status.stage},

@@ -12,8 +12,10 @@ from functools import partial
 
 from aiohttp import web
 
+from actors.front.acceptor import Acceptor
 from actors.front.app import Listener
 from actors.front.connection import Connection
+from actors.front.connection_share import ConnectionShare
 from actors.front.services import Services
 
 _KEEPALIVE_S = 75.0
@@ -26,10 +28,12 @@ _CLEANUP_S = 1.0
 class Server:
     """The HTTP servers of one front, by listener name."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, share: ConnectionShare | None = None) -> None:
+        """Serve; `share` is that of the connections, where there are several fronts."""
         self._services = services
+        self._share = share
         self._runners: list[web.AppRunner] = []
-        self._listening: list[asyncio.Server] = []
+        self._accepting: list[asyncio.Server | Acceptor] = []
 
     async def start(self, listeners: dict[str, socket.socket]) -> None:
         """Accept on every listener that this role has."""
@@ -57,15 +61,23 @@ class Server:
             access_log=None,
             keepalive_timeout=_KEEPALIVE_S,
             lingering_time=_LINGER_S,
+            on_lost=None if self._share is None else self._share.closed,
         )
         self._runners.append(runner)
-        self._listening.append(await loop.create_server(protocol, sock=listener, backlog=_BACKLOG))
+        accepting: asyncio.Server | Acceptor
+        if self._share is not None:
+            accepting = Acceptor(listener, protocol, self._share)
+        else:
+            accepting = await loop.create_server(protocol, sock=listener, backlog=_BACKLOG)
+        self._accepting.append(accepting)
 
     def stop_accepting(self) -> None:
         """Leave new connections to other fronts, or to the kernel's queue."""
-        for server in self._listening:
-            server.close()
-        self._listening.clear()
+        if self._share is not None:
+            self._share.leave()
+        for accepting in self._accepting:
+            accepting.close()
+        self._accepting.clear()
 
     async def close(self) -> None:
         """Close every connection."""

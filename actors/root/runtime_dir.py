@@ -6,7 +6,8 @@ import fcntl
 import os
 from pathlib import Path
 
-from actors.open_requests import FILE_SUFFIX
+from actors import open_requests
+from actors.front import connection_share
 from cortexd.errors import AlreadyRunning
 from cortexd.paths import prepare_private_dir
 
@@ -42,6 +43,6 @@ class RuntimeDir:
         os.close(self._fd)
 
     def _remove_leftovers(self) -> None:
-        for pattern in ("*.s", f"*{FILE_SUFFIX}"):
+        for pattern in ("*.s", f"*{open_requests.FILE_SUFFIX}", f"*{connection_share.FILE_SUFFIX}"):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)

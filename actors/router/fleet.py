@@ -17,7 +17,7 @@ from actors.router.fleet_views import catalogue_cards, known_names, loading_of, 
 from actors.router.load_errors import loading_error
 from actors.router.managed_model import Lease
 from actors.router.open_waits import OpenWaits
-from actors.router.remote_loads import RemoteLoads
+from actors.router.remote_loads import RemoteLoad, RemoteLoads
 from actors.router.remote_node import RemoteNode, local_view
 from actors.router.remote_nodes import RemoteNodes
 from actors.router.seat_queue import SeatQueue
@@ -251,19 +251,22 @@ class Fleet:
             placement = place(model_id, views, needs)
             if placement.action in {"run", "queue"}:
                 return
-            load = self._loads.begin(model_id, placement.node, options, needs.policy)
+            if options.is_bare:
+                load = self._begin_load(model_id, placement.node)
+            else:
+                load = self._loads.begin(model_id, placement.node, options, needs.policy)
         while not load.is_done:
             await self._changed.wait()
         if load.error is not None:
             raise load.error
 
     async def unload(self, model_id: str, *, force: bool) -> bool:
-        """Unload wherever it is loaded; False when it is loaded nowhere."""
+        """Unload wherever it is loaded, or failed to be; False when it is at no node."""
         holders = [
             node.entry.name
             for node in self.nodes
             if node.entry.kind == "cortex"
-            and node.view().states.get(model_id) in {"loaded", "sleeping"}
+            and node.view().states.get(model_id) in {"loaded", "sleeping", "failed"}
         ]
         for name in holders:
             await self._router.ask(
@@ -271,12 +274,13 @@ class Fleet:
             )
         return bool(holders)
 
-    def _begin_load(self, model_id: str, name: str) -> None:
+    def _begin_load(self, model_id: str, name: str) -> RemoteLoad:
+        """Load a model as the catalogue says."""
         needs = self._catalogue.get(model_id)
         node = self.nodes.find(name)
         assert node is not None, "this host loads by itself"
         options = load_options(model_id, needs, node.view())
-        self._loads.begin(model_id, name, options, None if needs is None else needs.policy)
+        return self._loads.begin(model_id, name, options, None if needs is None else needs.policy)
 
     def _still_loading(self, model_id: str, node: str) -> ModelLoading:
         return loading_error(model_id, f'loading on node "{node}"', self.loading(model_id))
@@ -286,6 +290,10 @@ class Fleet:
     def loading(self, model_id: str) -> Loading:
         """Return how far the load of a model is at the neurons."""
         return loading_of(model_id, self.nodes, self._loads.running(model_id))
+
+    def knows(self, model_id: str) -> bool:
+        """Tell whether the catalogue or a node has the model."""
+        return model_id in self._catalogue or any(node.has_model(model_id) for node in self.nodes)
 
     def statuses(self) -> list[NodeStatus]:
         """Return every remote node for people and for `/v1/models`."""

@@ -87,6 +87,18 @@ class LocalModels:
                 if model.is_in(*AT_REST):
                     model.options = _options(entry)
 
+    def completed(self, options: LoadOptions) -> LoadOptions:
+        """Return options that say nothing but which model as those it runs or is listed with.
+
+        How a model is served stands in one place: without its quant it might not even fit.
+        """
+        running, entry = self.by_id.get(options.model_id), self.catalogue.model(options.model_id)
+        if not options.is_bare:
+            return options
+        if running is not None and not running.is_in(*AT_REST):
+            return running.options
+        return options if entry is None else _options(entry)
+
     def add(self, options: LoadOptions, *, is_known: bool) -> ManagedModel:
         """Add or update an entry that is not running. Raises: ConfigError."""
         check_devices(options)

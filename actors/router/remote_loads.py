@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from cortexd.errors import CortexError, ModelLoadFailed, NoHealthyNode
+from cortexd.errors import ActorDown, CortexError, ModelLoadFailed, NoHealthyNode
 from cortexd.log import event
 from cortexd.messages import LoadOnNode
 from cortexd.models import LoadOptions, ModelPolicy
@@ -23,6 +23,7 @@ _LOAD_DEADLINE_S: Final = 24 * 3600.0
 _FIRST_COOLDOWN_S: Final = 10.0
 _MAX_COOLDOWN_S: Final = 600.0
 _MAX_RETRY_AFTER_S: Final = 60.0
+_MAX_POLLERS: Final = 3
 
 
 @dataclass(slots=True)
@@ -102,8 +103,7 @@ class RemoteLoads:
         log, key = self._router.log, (model_id, load.node)
         event(log, "model.loading", model=model_id, node=load.node)
         try:
-            # The poller polls the node again before it answers, so the state is known then.
-            await self._router.ask("poller", order, deadline_s=_LOAD_DEADLINE_S)
+            await self._ask(order)
         except CortexError as error:
             load.error = error
             before = self._failures.get(key)
@@ -117,3 +117,16 @@ class RemoteLoads:
             load.is_done = True
             del self._running[model_id]
             self._on_change()
+
+    async def _ask(self, order: LoadOnNode) -> None:
+        """Return when the model is loaded at its node, and seen there by a poll."""
+        patience_s = self._router.context.settings.supervision.start_timeout_s
+        for attempt in range(_MAX_POLLERS):
+            try:
+                await self._router.ask("poller", order, deadline_s=_LOAD_DEADLINE_S)
+                return
+            except ActorDown:
+                # The load goes on at the node, which lets another poller's question join it.
+                if attempt == _MAX_POLLERS - 1:
+                    raise
+                await self._router.wait_for("poller", deadline_s=patience_s)

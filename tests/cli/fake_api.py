@@ -23,6 +23,7 @@ class FakeApi(ThreadingHTTPServer):
         self.models: list[Document] = []
         self.replies: list[bytes | tuple[int, Document]] = []
         self.bodies: list[Document] = []
+        self.api_key: str | None = None  # asked for
         self.client_left = threading.Event()
 
     @property
@@ -35,11 +36,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: FakeApi
 
     def do_GET(self) -> None:
+        if self._is_refused():
+            return
         self._json(200, {"object": "list", "data": self.server.models})
 
     def do_POST(self) -> None:
         length = int(self.headers["Content-Length"])
-        self.server.bodies.append(json.loads(self.rfile.read(length)))
+        body = json.loads(self.rfile.read(length))
+        if self._is_refused():
+            return
+        self.server.bodies.append(body)
         reply = self.server.replies.pop(0)
         if isinstance(reply, tuple):
             self._json(*reply)
@@ -54,6 +60,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.settimeout(DEADLINE_S)
             if self.connection.recv(1) == b"":
                 self.server.client_left.set()
+
+    def _is_refused(self) -> bool:
+        key = self.server.api_key
+        if key is None or self.headers["Authorization"] == f"Bearer {key}":
+            return False
+        self._json(401, {"error": {"code": "invalid_api_key", "message": "no key was given"}})
+        return True
 
     def _json(self, status: int, document: Document) -> None:
         body = json.dumps(document).encode()

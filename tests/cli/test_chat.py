@@ -51,6 +51,23 @@ def test_chat_streams_answers_and_keeps_history(
     ]
 
 
+def test_chat_shows_the_key_of_its_environment(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that asks for one; without it the error names the variable."""
+    api.api_key = "sk-1"
+    api.replies = [sse("Paris")]
+    for model in ([], ["a/warm"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("France?\n"))
+        assert main(["chat", *model, "--url", api.url]) == 1
+        told = "no key was given; this command reads it from $CORTEXD_API_KEY"
+        assert told in capsys.readouterr().err
+    monkeypatch.setenv("CORTEXD_API_KEY", "sk-1")
+    monkeypatch.setattr("sys.stdin", io.StringIO("France?\n"))
+    assert main(["chat", "--url", api.url]) == 0
+    assert capsys.readouterr().out == "Paris\n"
+
+
 def test_reasoning_is_shown_apart_and_not_kept(api: FakeApi) -> None:
     """Reasoning goes to its own listener, closed off before the answer; history has words only."""
     thought = b'data: {"choices": [{"delta": {"reasoning_content": "hm"}}]}\n\n'

@@ -44,6 +44,16 @@ def test_added_key_is_shown_once_and_kept_as_a_digest(
     assert (beast.gateway, beast.account, beast.hard_cap) == (True, "beast", None)
 
 
+def test_missing_file_is_said_to_be_made_by_adding_a_key(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it is noticed."""
+    for command in (["keys", "list"], ["keys", "revoke", "a"], ["config", "check"], ["start"]):
+        assert main(command) == 2
+        told = f"{path}: does not exist; make it with: cortexd keys add ID"
+        assert told in capsys.readouterr().err, command
+
+
 def test_revoking_leaves_the_rest_of_the_file_alone(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,7 +57,7 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     "arguments",
-    [["status"], ["stop"], ["models"], ["load", "a/b"], ["unload", "a/b"], ["logs"]],
+    [["status"], ["stop"], ["models"], ["load", "a/b"], ["unload", "a/b"]],
 )
 def test_not_running_is_one_line_and_exit_3(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -71,6 +71,15 @@ def test_not_running_is_one_line_and_exit_3(
     assert err.count("\n") == 1
 
 
+def test_logs_of_a_stopped_daemon_are_pointed_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a crash they are what is wanted."""
+    (tmp_path / "cortex.toml").write_text('[paths]\nstate_dir = "kept"')
+    assert main(["logs"]) == exit_code.NOT_RUNNING
+    assert capsys.readouterr().err.endswith(f"what was written before: {tmp_path}/kept/logs\n")
+
+
 def test_bad_configuration_exits_2_without_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +89,23 @@ def test_bad_configuration_exits_2_without_traceback(
     err = capsys.readouterr().err
     assert err.startswith(f"cortexd: {tmp_path}/cortex.toml:2: gateway.listne is an unknown key")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config", "own.toml", "config", "check"],
+        ["config", "check", "--config", "own.toml"],
+        ["--config", "other.toml", "config", "--config", "own.toml", "check"],
+    ],
+)
+def test_configuration_may_be_named_before_the_command_and_after_it(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with most commands."""
+    (tmp_path / "own.toml").write_text("")
+    assert main(arguments) == exit_code.OK
+    assert capsys.readouterr().out == f"ok: {tmp_path}/own.toml\n"
 
 
 def test_error_classes_have_their_exit_codes() -> None:

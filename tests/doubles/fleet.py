@@ -54,7 +54,7 @@ from cortexd.messages import (
 from cortexd.messages.control import Message
 from cortexd.messages.fleet import DeviceReport
 from cortexd.messages.inference import PromptScores, SequenceDelta
-from cortexd.messages.neurons import CatalogueCard
+from cortexd.messages.neurons import CatalogueCard, NodeStatus
 from cortexd.models import (
     ModelFiles,
     ModelLimits,
@@ -108,6 +108,7 @@ class Fleet:
         self.replicas: list[RoutedRemote] = []  # remote ones, in the order of choice
         self.loading = Loading()
         self.catalogue: list[CatalogueCard] = []
+        self.nodes: list[NodeStatus] = []
         self.is_draining = False
         self.is_asleep = False
         self.has_failed = False
@@ -321,7 +322,11 @@ class Fleet:
                 progress=0.25 if state == "loading" else None,
             )
             return ModelList(
-                [status], {ALIAS: MODEL}, catalogue=self.catalogue, is_draining=self.is_draining
+                [status],
+                {ALIAS: MODEL},
+                nodes=self.nodes,
+                catalogue=self.catalogue,
+                is_draining=self.is_draining,
             )
         if isinstance(body, QueryHost):
             device = DeviceReport(0, "test cpu", "cpu", 8 * 2**30, 2 * 2**30, 12.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +208,19 @@ def make_router(world: World, folder: Path, **settings: Any) -> Router:
     return attached_router(world, folder, catalogue, Settings(**settings))
 
 
-def attached_router(world: World, folder: Path, catalogue: Catalogue, settings: Settings) -> Router:
+def attached_router(
+    world: World,
+    folder: Path,
+    catalogue: Catalogue,
+    settings: Settings,
+    default_models: Sequence[LoadOptions] = (),
+) -> Router:
     """Return a router of this catalogue that talks to `world`."""
     context = ActorContext(
         name="router",
         incarnation=1,
         settings=settings,
-        args=msgspec.msgpack.encode(RouterArgs([], catalogue)),
+        args=msgspec.msgpack.encode(RouterArgs(list(default_models), catalogue)),
         listeners={},
         log=logging.getLogger("test"),
         runtime_dir=folder,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cortexd.errors import ActorDown
-from cortexd.messages.neurons import CatalogueCard
+from cortexd.messages.neurons import CatalogueCard, NodeModel, NodeStatus
 from cortexd.openai import ModelCost
 from tests.doubles.fleet import ALIAS, CONTEXT, MODEL
 from tests.doubles.front import async_test, served_front
@@ -109,3 +109,37 @@ async def test_price_and_places_of_the_catalogue_are_listed() -> None:
         assert cards["org/cold"]["cost"] == {"input": 0.0, "output": 0.0}
         assert (cards["org/cold"]["loaded"], cards["org/cold"]["feasible_on"]) == (False, ["n"])
         assert "cost" not in cards[MODEL]
+
+
+@async_test
+async def test_capabilities_are_those_declared_unless_a_node_knows_better() -> None:
+    """A cold model and a server that says nothing of its models have what the catalogue says."""
+    declared = {name: ["text", "vision"] for name in ("org/cold", "org/far", "ext/vl", MODEL)}
+    async with served_front() as front:
+        front.fleet.catalogue = [
+            CatalogueCard(model_id=name, feasible_on=[], capabilities=can)
+            for name, can in declared.items()
+        ]
+        seen = [NodeModel("ext/vl", "loaded"), NodeModel("org/far", "unloaded")]
+        known = NodeModel("org/known", "loaded", capabilities=["text", "image"])
+        front.fleet.nodes = [
+            NodeStatus(
+                name="n",
+                kind="openai",
+                endpoint="http://n",
+                is_healthy=True,
+                age_s=0.1,
+                dispatched=0,
+                models=[*seen, known, NodeModel("org/plain", "loaded")],
+            )
+        ]
+
+        async def capabilities() -> dict[str, list[str]]:
+            _, body = await front.get("/v1/models")
+            return {card["id"]: card["capabilities"] for card in body["data"]}
+
+        others = {"org/known": ["text", "image"], "org/plain": ["text"]}
+        assert await capabilities() == {**declared, **others, MODEL: ["text"], ALIAS: ["text"]}
+        front.fleet.begin_loading()
+        assert await capabilities() == {**declared, **others, ALIAS: declared[MODEL]}
+        front.fleet.finish_loading()

@@ -48,12 +48,13 @@ from cortexd.models import (
     ModelPolicy,
     WeightBytes,
 )
-from cortexd.settings import Engine, Gateway
+from cortexd.settings import Engine, Gateway, Settings
 from tests.doubles.router_world import (
     GIB,
     MODEL,
     OTHER,
     World,
+    attached_router,
     envelope,
     make_router,
     route,
@@ -492,6 +493,27 @@ def test_no_room_asks_the_evictor_and_unloads_its_victims(tmp_path: Path) -> Non
         world.victims = [OTHER]
         await routed(router, "r2")
         assert (state_of(router, OTHER), state_of(router)) == ("unloaded", "loaded")
+
+    run(work)
+
+
+def test_load_by_name_alone_is_as_the_catalogue_says(tmp_path: Path) -> None:
+    """By an operator, a gateway or at the start; how a model is served stands in one place."""
+
+    async def work() -> None:
+        world = World()
+        entries = [CatalogueModel(id=name, quant="Q8_0") for name in (MODEL, OTHER)]
+        defaults = [LoadOptions(model_id=OTHER)]
+        router = attached_router(world, tmp_path, Catalogue(models=entries), Settings(), defaults)
+        await router.on_start()
+        await routed(router, "r1", OTHER)
+        await router.load(LoadOptions(model_id=MODEL))
+        for name in (MODEL, OTHER):
+            assert router.models[name].status().quant == "Q8_0"
+        await router.load(LoadOptions(model_id="org/by-hand", quant="Q4_0"))
+        await router.load(LoadOptions(model_id="org/by-hand"))
+        assert router.models["org/by-hand"].status().quant == "Q4_0"
+        await router.on_stop()
 
     run(work)
 

@@ -176,7 +176,7 @@ def test_resolve_without_network_or_snapshot_says_what_is_cached(
     _write_snapshot(client.cache, DENSE)
     with pytest.raises(ModelSourceError) as caught:
         client.resolve("other/model", offline=offline)
-    assert "HF_HUB_OFFLINE, --offline" in caught.value.message
+    assert "HF_HUB_OFFLINE and store.offline" in caught.value.message
     assert "org/model" in caught.value.message
     assert ("offline mode is set" if offline else "cannot be reached") in caught.value.message
 

@@ -102,7 +102,7 @@ def test_resolve_damaged_cache_is_fetched_again(client: Client, damage: str) -> 
 
 def test_resolve_offline_without_cache_says_so(client: Client) -> None:
     """Offline and not cached is an error that names the folder and the switch."""
-    with pytest.raises(ModelSourceError, match=r"store\.offline \(--offline\)") as caught:
+    with pytest.raises(ModelSourceError, match=r"store\.offline is set") as caught:
         client.resolve(offline=True)
     assert str(client.folder) in caught.value.message
     assert client.calls == []
