@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 from collections.abc import Callable
 from typing import Final
@@ -258,4 +259,9 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {_ANSWER_TIMEOUT_S:g} s"
+    is_tls = isinstance(error, aiohttp.ClientSSLError)
+    if isinstance(error, aiohttp.ClientConnectorError) and not is_tls:
+        # The library's own words speak of TLS where there is none. Lookups count from below 0.
+        number, text = error.os_error.errno or 0, error.os_error.strerror
+        return f"cannot connect: {os.strerror(number) if number > 0 else text}"
     return str(error) or type(error).__name__

@@ -261,12 +261,12 @@ class Fleet:
             raise load.error
 
     async def unload(self, model_id: str, *, force: bool) -> bool:
-        """Unload wherever it is loaded; False when it is loaded nowhere."""
+        """Unload wherever it is loaded, or failed to be; False when it is at no node."""
         holders = [
             node.entry.name
             for node in self.nodes
             if node.entry.kind == "cortex"
-            and node.view().states.get(model_id) in {"loaded", "sleeping"}
+            and node.view().states.get(model_id) in {"loaded", "sleeping", "failed"}
         ]
         for name in holders:
             await self._router.ask(

@@ -22,6 +22,7 @@ from actors.router.activation import activate, adopt
 from actors.router.admin import RouterAdmin
 from actors.router.args import RouterArgs
 from actors.router.fleet import Fleet
+from actors.router.fleet_views import loaded_ids
 from actors.router.gauges import router_gauges
 from actors.router.local_models import LocalModels, check_devices, quoted
 from actors.router.local_requests import LocalRequests
@@ -431,6 +432,7 @@ class Router(AsyncActor):
         """Return a model that has a group, by id or alias. Raises: ModelNotFound."""
         model = self.models.get(self.local.resolve(name))
         if model is None or model.is_in("unloaded", "failed"):
-            loaded = quoted(self.local.ids_in("loaded", "sleeping"))
+            ids = self.local.ids_in("loaded", "sleeping")
+            loaded = quoted(ids if self._serves_here else loaded_ids(self.fleet.statuses()))
             raise ModelNotFound(f'model "{name}" is not loaded; loaded: {loaded}', param="model_id")
         return model
