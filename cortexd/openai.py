@@ -17,6 +17,8 @@ JsonObject = dict[str, Any]
 
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+# Templates know words of their own; "none" is to every model that it should not reason at all.
+Effort = Annotated[str, Meta(min_length=1, max_length=32)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
@@ -87,6 +89,7 @@ class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: JsonObject | None = None
+    reasoning_effort: Effort | None = None
     tools: list[JsonObject] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None

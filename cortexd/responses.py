@@ -14,10 +14,23 @@ import msgspec
 from msgspec import Meta
 
 from cortexd.openai import CompletionTokensDetails as OutputTokensDetails
-from cortexd.openai import EngineFields, JsonObject, PromptTokensDetails, TokenCount, Usage
+from cortexd.openai import (
+    Effort,
+    EngineFields,
+    JsonObject,
+    PromptTokensDetails,
+    TokenCount,
+    Usage,
+)
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """How much the model should reason. How its reasoning is told is not for clients to say."""
+
+    effort: Effort | None = None
 
 
 class ResponsesRequest(EngineFields, frozen=True, kw_only=True):
@@ -35,6 +48,7 @@ class ResponsesRequest(EngineFields, frozen=True, kw_only=True):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: JsonObject | None = None
+    reasoning: Reasoning | None = None
     # Would change the answer, not supported: refused by name.
     background: bool | None = None
     conversation: Any = None
