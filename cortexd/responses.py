@@ -20,6 +20,7 @@ from cortexd.openai import (
     JsonObject,
     PromptTokensDetails,
     TokenCount,
+    Turns,
     Usage,
 )
 
@@ -37,7 +38,7 @@ class ResponsesRequest(EngineFields, frozen=True, kw_only=True):
     """Body of `POST /v1/responses`."""
 
     model: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
-    input: str | list[JsonObject] | None = None
+    input: str | Turns | None = None
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
