@@ -409,6 +409,7 @@ def test_router_that_dies_while_it_loads_the_first_model_forgets_no_other(
             await router.on_start()
             while "registry" not in (last.stage or ""):
                 await last.wait_changed()
+        assert last.status().is_due
         await router.on_stop()
         world.loads_by_itself, world.resolve_error = True, None
         again = make_router(world, tmp_path)
@@ -417,6 +418,9 @@ def test_router_that_dies_while_it_loads_the_first_model_forgets_no_other(
             model = again.models[name]
             while not model.is_in("loaded"):
                 await model.wait_changed()
+        for _ in range(10):
+            await asyncio.sleep(0)  # the loader is told after those who wait
+        assert not any(model.is_due for model in again.models.values())
         await again.on_stop()
 
     run(work)
