@@ -16,7 +16,14 @@ import msgspec
 
 from actors.actor import AsyncActor, handles
 from actors.operation_report import report_operation
-from cortexd.errors import ActorDown, CortexError, Internal, MailboxFull, NotFound
+from cortexd.errors import (
+    ActorDown,
+    CortexError,
+    Internal,
+    InvalidRequest,
+    MailboxFull,
+    NotFound,
+)
 from cortexd.log import event
 from cortexd.messages import (
     AdminCommand,
@@ -75,6 +82,11 @@ class Store(AsyncActor):
         arguments = msgspec.convert(
             {name: msgspec.json.decode(raw) for name, raw in message.args.items()}, type=PullArgs
         )
+        if self.context.settings.role == "gateway":
+            raise InvalidRequest(
+                f'this gateway runs no models; pull "{arguments.model_id}" on the host that is to '
+                "run it"
+            )
         task = asyncio.create_task(self._pull(message.operation_id, arguments))
         self._operations.add(task)
         task.add_done_callback(self._operations.discard)

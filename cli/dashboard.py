@@ -25,7 +25,7 @@ from cli import format as fmt
 from cli.control import Channel, Document, connected, settings_of
 from cli.exit_code import OK, CommandError
 from cli.keypress import quit_key
-from cli.models import documents
+from cli.models import documents, none_listed
 from cortexd.errors import CortexError
 
 _MAX_EVENTS: Final = 200
@@ -120,18 +120,19 @@ def _header(status: Document) -> Text:
 def _models(status: Document, host: Document) -> RenderableType:
     if status.get("models_error"):
         return Text(f"unknown: {fmt.printable(str(status['models_error']))}", style="red")
-    models = documents(status.get("models"))
+    nodes = documents(status.get("nodes"))
+    models = documents(status.get("models")) + _at_nodes(nodes)
     if not models:
-        return Text("none; load one with: cortexd load ID")
+        return Text(none_listed([node.get("name") for node in nodes if not node.get("is_healthy")]))
     loads = {load.get("model_id"): load for load in documents(host.get("loads"))}
     table = _table(
         "model", "state", "memory>", "running>", "waiting>", "prefill>", "decode>", "KV>"
     )
     for model in models:
-        load = loads.get(model.get("model_id"), {})
+        load = model if model.get("node") else loads.get(model.get("model_id"), {})
         blocks = fmt.number(load, "kv_blocks_total")
         table.add_row(
-            _cut(str(model.get("model_id"))),
+            _cut(_named(model)),
             _model_state(model),
             fmt.size(fmt.number(model, "memory_bytes")) if model.get("memory_bytes") else "-",
             _count(load, "num_running"),
@@ -142,11 +143,30 @@ def _models(status: Document, host: Document) -> RenderableType:
         )
     # Below the table: in it an error, which is long, would leave the other columns no room.
     errors = [
-        _cut(f"{model.get('model_id')}: {model['error']}", "red")
-        for model in models
-        if model.get("error")
+        _cut(f"{_named(model)}: {model['error']}", "red") for model in models if model.get("error")
     ]
     return Group(table, *errors)
+
+
+def _at_nodes(nodes: list[Document]) -> list[Document]:
+    """Return the models of the remote neurons that answer, each with what its node says of it."""
+    return [
+        {
+            **model,
+            "node": node.get("name"),
+            "memory_bytes": int(fmt.number(model, "memory_mib")) << 20,
+            "num_running": model.get("in_flight"),
+            "num_waiting": model.get("queue_depth"),
+            "error" if model.get("state") == "failed" else "stage": model.get("detail"),
+        }
+        for node in nodes
+        if node.get("is_healthy")
+        for model in documents(node.get("models"))
+    ]
+
+
+def _named(model: Document) -> str:
+    return f"{model.get('model_id')}" + (f" on {model['node']}" if model.get("node") else "")
 
 
 def _model_state(model: Document) -> Text:

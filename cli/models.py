@@ -30,13 +30,21 @@ def models(args: argparse.Namespace) -> int:
         [model for model in found if isinstance(model, dict)] if isinstance(found, list) else []
     )
     if not listed:
-        print("no models; load one with: cortexd load ID")
+        print(none_listed(document.get("nodes_down")))
         return OK
     print(models_table(listed, colour=fmt.has_colour(sys.stdout)))
     aliases = document.get("aliases")
     if isinstance(aliases, dict) and aliases:
         print("\n" + fmt.table(["ALIAS", "MODEL"], [[a, str(t)] for a, t in aliases.items()]))
     return OK
+
+
+def none_listed(nodes_down: object) -> str:
+    """Return what to do where there is no model, given the names of nodes that do not answer."""
+    if isinstance(nodes_down, list) and nodes_down:
+        names = ", ".join(fmt.printable(str(name)) for name in nodes_down)
+        return f"no models; these neurons do not answer: {names}; see: cortexd status"
+    return "no models; load one with: cortexd load ID"
 
 
 def load(args: argparse.Namespace) -> int:
@@ -135,9 +143,9 @@ def _placing(model: Mapping[str, object]) -> list[str]:
 
 
 def _detail(model: Mapping[str, object]) -> str:
-    if model.get("error"):
-        return str(model["error"])
     node = f"on {model['node']}" if model.get("node") else ""
+    if model.get("error"):
+        return ": ".join(filter(None, (node, str(model["error"]))))
     if model.get("state") in ("loading", "recovering"):
         return " ".join(filter(None, (node, progress_text(model))))
     details = [node] if node else []

@@ -42,13 +42,12 @@ def render(document: Document, *, colour: bool) -> str:
         lines += [f"  {name:<8} {_url(address)}" for name, address in listen.items() if address]
     lines += ["", actors_table(documents(document.get("actors")), colour=colour)]
     models = documents(document.get("models"))
-    lines.append("")
     if document.get("models_error"):
-        lines.append(f"models: unknown ({fmt.printable(str(document['models_error']))})")
+        lines += ["", f"models: unknown ({fmt.printable(str(document['models_error']))})"]
     elif models:
-        lines.append(models_table(models, colour=colour))
+        lines += ["", models_table(models, colour=colour)]
     elif document.get("role") != "gateway":
-        lines.append("no models; load one with: cortexd load ID")
+        lines += ["", "no models; load one with: cortexd load ID"]
     nodes = documents(document.get("nodes"))
     if nodes:
         lines += ["", nodes_table(nodes, colour=colour)]
@@ -82,7 +81,8 @@ def nodes_table(nodes: list[Document], *, colour: bool) -> str:
     rows = []
     for node in nodes:
         models = documents(node.get("models"))
-        state = "ready" if node.get("is_healthy") else "down"
+        state = "draining" if node.get("is_draining") else "ready"
+        state = state if node.get("is_healthy") else "down"
         rows.append(
             [
                 fmt.printable(_text(node, "name")),

@@ -23,6 +23,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True, tag="ErrorInfo"):
     param: str | None = None
     retry_after_s: float | None = None
     details: dict[str, Detail] = {}
+    model: str | None = None
 
     def to_exception(self) -> CortexError:
         """Return the exception of the class that owns this code (`Internal` when unknown)."""
@@ -30,6 +31,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True, tag="ErrorInfo"):
         error = error_class(
             self.message, param=self.param, retry_after_s=self.retry_after_s, **self.details
         )
+        error.model = self.model
         return error
 
 
@@ -54,10 +56,14 @@ class CortexError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
         self.details = details
+        # Which of the models that are known here a request was for: told to logs and metrics only.
+        self.model: str | None = None
 
     def to_info(self) -> ErrorInfo:
         """Return the wire form."""
-        return ErrorInfo(self.code, self.message, self.param, self.retry_after_s, self.details)
+        return ErrorInfo(
+            self.code, self.message, self.param, self.retry_after_s, self.details, self.model
+        )
 
 
 class Internal(CortexError):

@@ -219,7 +219,8 @@ def _refusal(
     ]
     if suitable:
         return NoHealthyNode(
-            f'model "{model_id}" runs on {_names(suitable)}, which does not answer; retry later',
+            f'model "{model_id}" runs on {_names(suitable)}, which takes no requests now (down, '
+            "draining, or left alone after failures); retry later",
             retry_after_s=_FEASIBLE_RETRY_AFTER_S,
         )
     if needs is not None:
@@ -231,7 +232,8 @@ def _refusal(
         )
     if len(absent) == len(nodes):
         return NoHealthyNode(
-            f"no node answers ({_names([node.name for node in nodes])}); retry later",
+            f"no node takes requests now ({_names([node.name for node in nodes])}: down, draining, "
+            "or left alone after failures); retry later",
             retry_after_s=_NO_NODE_RETRY_AFTER_S,
         )
     names = known()

@@ -56,6 +56,11 @@ class Principal:
                 f'the key "{self.key_id}" does not open model "{model}"', param="model"
             )
 
+    @property
+    def opens_all_models(self) -> bool:
+        """Tell whether there is no model that is closed to it."""
+        return self.key is None or self.key.models is None
+
     def may_use(self, model: str) -> bool:
         """Tell whether a model, by the name that clients use, is open to it."""
         return self.key is None or self.key.may_use(model)

@@ -20,7 +20,7 @@ from actors.front.request import InferenceRequest
 from actors.front.services import FORWARDS, REQUEST_ID, SERVICES
 from actors.front.stream import stream_answer
 from actors.front.written import write_whole
-from cortexd.errors import ShuttingDown
+from cortexd.errors import ModelNotFound, ShuttingDown
 
 _MIB = 2**20
 _JSON_FIELDS = (("Content-Type", "application/json"),)
@@ -43,7 +43,7 @@ async def recorded(
                 "this server is shutting down; try again", retry_after_s=_DRAIN_RETRY_AFTER_S
             )
         record.principal = await authenticate(request, services.keys)
-        response = await answer(request, record)
+        response = await _without_other_names(record, answer(request, record))
         if record.status == 0:
             record.status = response.status
         return response
@@ -53,6 +53,21 @@ async def recorded(
     finally:
         record.close(services)
         services.leave()
+
+
+async def _without_other_names(
+    record: RequestRecord, answering: Awaitable[web.StreamResponse]
+) -> web.StreamResponse:
+    """Return the answer; a key that opens some models is not told what others are called."""
+    try:
+        return await answering
+    except ModelNotFound:
+        if record.principal.opens_all_models:
+            raise
+        raise ModelNotFound(
+            "no such model is known here; GET /v1/models lists those that this key opens",
+            param="model",
+        ) from None
 
 
 class InferenceHandler:

@@ -77,6 +77,8 @@ class RequestRecord:
 
     def fail(self, error: CortexError, *, status: int | None = None) -> None:
         """Note how it failed; `status` when the client saw another one than the error's own."""
+        if self.model == UNKNOWN_MODEL and error.model is not None:
+            self.model = error.model
         self.error_code = error.code
         # The message of a bad request quotes it, and prompts do not belong in the log.
         is_quoting = isinstance(error, InvalidRequest) and not isinstance(error, _WITHOUT_QUOTES)

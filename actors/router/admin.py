@@ -72,6 +72,7 @@ class RouterAdmin:
     async def _models(self, command: AdminCommand) -> object:
         _decode(command, NoArgs)
         here = [msgspec.to_builtins(model.status()) for model in self._router.models.values()]
+        nodes = self._router.fleet.statuses()
         remote = [
             {
                 "model_id": model.model_id,
@@ -80,13 +81,17 @@ class RouterAdmin:
                 "in_flight": model.in_flight + model.queue_depth,
                 "memory_bytes": (model.memory_mib or 0) << 20,
                 "limits": msgspec.to_builtins(model.limits),
-                "stage": model.detail,
+                "error" if model.state == "failed" else "stage": model.detail,
             }
-            for node in self._router.fleet.statuses()
+            for node in nodes
             if node.is_healthy
             for model in node.models
         ]
-        return {"models": here + remote, "aliases": self._router.aliases}
+        return {
+            "models": here + remote,
+            "aliases": self._router.aliases,
+            "nodes_down": [node.name for node in nodes if not node.is_healthy],
+        }
 
     async def _requests(self, command: AdminCommand) -> object:
         _decode(command, NoArgs)

@@ -261,12 +261,12 @@ class Fleet:
             raise load.error
 
     async def unload(self, model_id: str, *, force: bool) -> bool:
-        """Unload wherever it is loaded; False when it is loaded nowhere."""
+        """Unload wherever it is loaded, or failed to be; False when it is at no node."""
         holders = [
             node.entry.name
             for node in self.nodes
             if node.entry.kind == "cortex"
-            and node.view().states.get(model_id) in {"loaded", "sleeping"}
+            and node.view().states.get(model_id) in {"loaded", "sleeping", "failed"}
         ]
         for name in holders:
             await self._router.ask(
@@ -290,6 +290,10 @@ class Fleet:
     def loading(self, model_id: str) -> Loading:
         """Return how far the load of a model is at the neurons."""
         return loading_of(model_id, self.nodes, self._loads.running(model_id))
+
+    def knows(self, model_id: str) -> bool:
+        """Tell whether the catalogue or a node has the model."""
+        return model_id in self._catalogue or any(node.has_model(model_id) for node in self.nodes)
 
     def statuses(self) -> list[NodeStatus]:
         """Return every remote node for people and for `/v1/models`."""

@@ -40,6 +40,18 @@ def node_statuses(nodes: Iterable[RemoteNode]) -> list[NodeStatus]:
     ]
 
 
+def loaded_ids(nodes: Iterable[NodeStatus]) -> list[str]:
+    """Return the models that a node which answers has loaded."""
+    loaded = {
+        model.model_id
+        for node in nodes
+        if node.is_healthy
+        for model in node.models
+        if model.state in {"loaded", "sleeping"}
+    }
+    return sorted(loaded)
+
+
 def catalogue_cards(
     views: Sequence[Node], catalogue: Iterable[CatalogueModel]
 ) -> list[CatalogueCard]:

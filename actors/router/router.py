@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from typing import Final
 
 import msgspec
@@ -22,6 +22,7 @@ from actors.router.activation import activate, adopt
 from actors.router.admin import RouterAdmin
 from actors.router.args import RouterArgs
 from actors.router.fleet import Fleet
+from actors.router.fleet_views import loaded_ids
 from actors.router.gauges import router_gauges
 from actors.router.local_models import LocalModels, check_devices, quoted
 from actors.router.local_requests import LocalRequests
@@ -173,12 +174,26 @@ class Router(AsyncActor):
     @handles(Route)
     async def on_route(self, message: Route, envelope: Envelope) -> Routed:
         """Lease a loaded model, loading it first when it is cold."""
-        return await self.requests.route(message, envelope)
+        with self._naming(message.model):
+            return await self.requests.route(message, envelope)
 
     @handles(Place)
     async def on_place(self, message: Place, envelope: Envelope) -> RoutedHere | RoutedRemote:
         """Choose the node of a request, bringing the model up on one when it is cold."""
-        return await self.fleet.place(message, envelope)
+        with self._naming(message.model):
+            return await self.fleet.place(message, envelope)
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Let what is raised inside say which model it is about, if clients did not invent it."""
+        try:
+            yield
+        except CortexError as error:
+            model_id = self.local.resolve(name)
+            model = self.models.get(model_id)
+            if (model is not None and model.is_known) or self.fleet.knows(model_id):
+                error.model = model_id
+            raise
 
     @handles(EndRequest)
     def on_end_request(self, message: EndRequest, envelope: Envelope) -> None:
@@ -382,11 +397,12 @@ class Router(AsyncActor):
         model = self.models.get(options.model_id)
         if model and model.is_in("loading", "loaded", "recovering", "draining", "sleeping"):
             if options != model.options:
+                loaded = model.options
+                devices = ",".join(map(str, loaded.devices or ())) or "default"
                 raise ModelAlreadyLoaded(
                     f'model "{options.model_id}" is {model.state} with other options '
-                    f"(quant {model.options.quant}, tensor_parallel "
-                    f"{model.options.tensor_parallel}, devices {model.options.devices}); "
-                    "unload it first"
+                    f"(quant {loaded.quant or 'default'}, tensor_parallel "
+                    f"{loaded.tensor_parallel}, devices {devices}); unload it first"
                 )
         elif model:
             model.options = options
@@ -417,6 +433,7 @@ class Router(AsyncActor):
         """Return a model that has a group, by id or alias. Raises: ModelNotFound."""
         model = self.models.get(self.local.resolve(name))
         if model is None or model.is_in("unloaded", "failed"):
-            loaded = quoted(self.local.ids_in("loaded", "sleeping"))
+            ids = self.local.ids_in("loaded", "sleeping")
+            loaded = quoted(ids if self._serves_here else loaded_ids(self.fleet.statuses()))
             raise ModelNotFound(f'model "{name}" is not loaded; loaded: {loaded}', param="model_id")
         return model

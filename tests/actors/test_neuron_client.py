@@ -132,6 +132,20 @@ async def test_neuron_is_unhealthy_after_three_misses_and_back_at_the_first_succ
         neuron.status, neuron.models = 200, []
         back = await reports.until("n0", is_healthy=True)
         assert (back.models, back.error) == ([], None)
+        neuron.status = 401
+        hint = "set key_file in [[neurons]] to a key that it knows"
+        await reports.until("n0", error=f"/models answered HTTP 401; {hint}")
+
+
+@async_test
+async def test_neuron_that_refuses_connections_is_said_to() -> None:
+    """Without the HTTP library's words, which speak of TLS where there is none."""
+    reports = Reports()
+    client = NeuronClient([NeuronEntry(name="n0", endpoint="http://127.0.0.1:1")], reports.take)
+    try:
+        await reports.until("n0", error="cannot connect: Connection refused")
+    finally:
+        await client.close()
 
 
 @async_test

@@ -86,6 +86,24 @@ def test_screen_shows_models_with_load_devices_actors_and_events() -> None:
         assert expected in text
 
 
+def test_screen_of_a_gateway_shows_the_models_of_its_nodes() -> None:
+    """With what each node says of them; a failure's reason stands below."""
+    here = {"model_id": "org/big", "state": "loaded", "memory_mib": 2048, "in_flight": 3}
+    here |= {"queue_depth": 9, "tok_s_prefill": 900.0, "tok_s_decode": 55.5}
+    gone = {"model_id": "org/gone", "state": "failed", "detail": "no such file"}
+    beast = {"name": "beast", "is_healthy": True, "models": [here, gone]}
+    away = {"name": "benjy", "is_healthy": False, "models": [here]}
+    status = {**STATUS, "role": "gateway", "models": [], "nodes": [beast, away]}
+    text = screen(status, {"devices": []})
+    row = next(line for line in text.splitlines() if "org/big on beast" in line)
+    for expected in ("loaded", "2.0 GiB", " 3 ", " 9 ", "900 tok/s", "55.5 tok/s"):
+        assert expected in row
+    assert "org/gone on beast: no such file" in text
+    assert "on benjy" not in text
+    text = screen({**status, "nodes": [away]}, {"devices": []})
+    assert "no models; these neurons do not answer: benjy" in text
+
+
 def test_screen_is_drawn_while_actors_are_away() -> None:
     """A restarting router or poller is said, and the rest is shown."""
     text = screen(

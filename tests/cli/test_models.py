@@ -32,7 +32,21 @@ def test_models_lists_models_and_aliases(
     assert json.loads(capsys.readouterr().out) == answer
     daemon.answers["models"] = {"models": [], "aliases": {}}
     assert main(["models"]) == 0
-    assert capsys.readouterr().out.startswith("no models")
+    assert capsys.readouterr().out == "no models; load one with: cortexd load ID\n"
+
+
+def test_models_of_a_gateway_tell_their_node_and_what_is_wrong(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error comes with the node it is of; without models, nodes that are away are named."""
+    failed = {"model_id": "a/b", "state": "failed", "node": "beast", "error": "no such file"}
+    daemon.answers["models"] = {"models": [failed], "aliases": {}, "nodes_down": ["x"]}
+    main(["models"])
+    assert "on beast: no such file" in capsys.readouterr().out
+    daemon.answers["models"] = {"models": [], "aliases": {}, "nodes_down": ["x", "y"]}
+    main(["models"])
+    told = "no models; these neurons do not answer: x, y; see: cortexd status\n"
+    assert capsys.readouterr().out == told
 
 
 def test_load_waits_for_its_own_operation(

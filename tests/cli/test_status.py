@@ -142,3 +142,7 @@ def test_status_shows_remote_neurons() -> None:
     node |= {"models": [{"state": "loaded"}, {"state": "unloaded"}], "dispatched": 3, "error": "no"}
     line = render({**STATUS, "nodes": [node]}, colour=False).splitlines()[-1].split()
     assert line == ["beast", "cortex", "down", "http://h:1", "1", "2", "3", "no"]
+    node |= {"is_healthy": True, "is_draining": True}
+    lines = render({**STATUS, "role": "gateway", "models": [], "nodes": [node]}, colour=False)
+    assert lines.splitlines()[-1].split()[2] == "draining"
+    assert "\n\n\n" not in lines

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from cortexd.errors import InvalidRequest
 from tests.tree.daemon import Daemon, NeuronDaemon, streamed_text
 from tests.tree.fleet_stub import ANSWER, EVENTS, MODEL, Stub
 from tests.tree.tiny_model import CONTEXT, LONG
@@ -151,6 +152,8 @@ def test_models_and_health_are_those_of_the_fleet(hosts: Hosts) -> None:
     assert {model["node"] for model in listed} == {"one", "stub"}
     health = json.loads(hosts.gateway.get("/health")[1])
     assert (health["status"], health["nodes"]) == ("ok", {"healthy": 3, "total": 3})
+    with pytest.raises(InvalidRequest, match="this gateway runs no models; pull"):
+        hosts.gateway.admin("model.pull", model_id="org/any")
 
     def is_exported() -> bool:
         _, metrics = hosts.gateway.get("/metrics", port=hosts.gateway.metrics_port)

@@ -16,7 +16,8 @@ from cortexd.errors import ModelLoadFailed, NonFiniteLogits, Overloaded, Shuttin
 from cortexd.log import JsonFormatter
 from cortexd.messages import Cancel, EndRequest, Route, TokenBatch
 from cortexd.messages.inference import SequenceDelta
-from tests.doubles.fleet import LEADER
+from cortexd.settings import NeuronEntry
+from tests.doubles.fleet import ALIAS, LEADER, MODEL
 from tests.doubles.front import ServedFront, async_test, chat_body, parse_events, served_front
 
 CHAT = "/v1/chat/completions"
@@ -259,6 +260,21 @@ async def test_client_that_does_not_read_is_cancelled(monkeypatch: pytest.Monkey
         await front.fleet.wait_for_finished()
         assert (await front.fleet.wait_for_finished())[0].error_code == "slow_client"
         writer.close()
+
+
+@pytest.mark.parametrize("is_gateway", [False, True])
+@async_test
+async def test_refusal_by_the_router_counts_for_the_model_it_is_about(is_gateway: bool) -> None:
+    """A full queue is that model's, also before anybody was told where it runs."""
+    neurons = [NeuronEntry(name="n", endpoint="http://n")] if is_gateway else []
+    async with served_front(neurons=neurons) as front:
+        front.fleet.load_error = Overloaded("full", retry_after_s=1)
+        front.fleet.load_error.model = MODEL
+        assert (await front.chat(model=ALIAS))[0] == 429
+        front.fleet.load_error.model = None
+        assert (await front.chat(model="org/invented"))[0] in {404, 429}
+        known, invented = await front.fleet.wait_for_finished(2)
+        assert (known.model, invented.model) == (MODEL, "unknown")
 
 
 @async_test

@@ -112,6 +112,17 @@ async def test_key_opens_only_its_models() -> None:
 
 
 @async_test
+async def test_key_for_some_models_is_not_told_the_names_of_others() -> None:
+    """Not even by the hint of a refusal."""
+    async with served_front(keys=[key("k", models=["mine/*"]), key("all")]) as front:
+        for path in (CHAT, MESSAGES):
+            for name, told in (("all", "is not known here"), ("k", "those that this key opens")):
+                status, body, _ = await ask(front, bearer(name), path, model="mine/none")
+                assert status == 404
+                assert told in body["error"]["message"]
+
+
+@async_test
 async def test_open_mode_serves_strangers_and_still_meters_those_it_knows() -> None:
     """Placeholder keys of clients do no harm where keys are optional."""
     async with served_front(keys=[key("k", hard_cap=1)], require_auth=False) as front:

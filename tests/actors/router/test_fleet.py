@@ -40,6 +40,7 @@ from cortexd.messages import (
     QueryLoading,
     RoutedHere,
     RoutedRemote,
+    UnloadOnNode,
 )
 from cortexd.messages.control import ActorInfo, Message
 from cortexd.messages.neurons import NodeDevice, NodeModel
@@ -58,12 +59,16 @@ class NodesWorld(World):
         super().__init__()
         self.loads: list[LoadOnNode] = []
         self.load_error: CortexError | None = None
+        self.unloads: list[tuple[str, str]] = []
         self.asked_to_load = asyncio.Event()
         self.may_load = asyncio.Event()
         self.may_load.set()
 
     async def ask(self, name: str, body: Message, *, deadline_s: float) -> Message:
         """Play the poller for loads."""
+        if isinstance(body, UnloadOnNode):
+            self.unloads.append((body.node, body.model_id))
+            return Ok()
         if not isinstance(body, LoadOnNode):
             return await super().ask(name, body, deadline_s=deadline_s)
         assert name == "poller"
@@ -374,7 +379,7 @@ def test_host_with_an_engine_is_one_of_the_nodes(tmp_path: Path) -> None:
 
 
 def test_operator_loads_and_unloads_at_the_neurons_of_a_gateway(tmp_path: Path) -> None:
-    """`cortexd load` on a gateway goes to a node."""
+    """`cortexd load` on a gateway goes to a node, `unload` to all with the model or its failure."""
 
     async def work() -> None:
         world = NodesWorld()
@@ -384,6 +389,11 @@ def test_operator_loads_and_unloads_at_the_neurons_of_a_gateway(tmp_path: Path) 
         await router.load(LoadOptions(model_id=COLD))
         wanted = [LoadOptions(model_id="org/any"), LoadOptions(model_id=COLD, quant="Q8_0")]
         assert [load.options for load in world.loads] == wanted
+        with pytest.raises(ModelNotFound, match=f'"org/none" is not loaded; loaded: "{COLD}"'):
+            await router.unload("org/none", force=False)
+        see_all(router, a={"org/any": "loaded"}, b={"org/any": "failed"}, x={"org/any": "loaded"})
+        await router.unload("org/any", force=False)
+        assert world.unloads == [("a", "org/any"), ("b", "org/any")]
 
     run(work)
 
@@ -473,6 +483,29 @@ def test_wait_for_a_seat_has_an_end(tmp_path: Path) -> None:
             await placed(router, "r2", since=time.monotonic())
         assert caught.value.retry_after_s
         assert router.fleet.queue_depths() == {}
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_id"), [("s", MODEL), (COLD, COLD), ("org/invented", None), ("org/gone", None)]
+)
+def test_refusal_tells_which_of_the_known_models_it_is_about(
+    tmp_path: Path, name: str, model_id: str | None
+) -> None:
+    """For the log and the metrics of the front; a name that a client invented is none."""
+
+    async def work() -> None:
+        world = NodesWorld()
+        world.load_error = InsufficientMemory("too big")
+        router = make_gateway(world, tmp_path, gateway=Gateway(max_queue_depth=0))
+        seats(router, "a", 1)
+        for node in ("b", "x"):
+            report(router, node, {})
+        await placed(router, "first")
+        with pytest.raises(CortexError) as caught:
+            await placed(router, "r", name)
+        assert caught.value.to_info().to_exception().model == model_id
 
     run(work)
 
