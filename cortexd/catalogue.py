@@ -143,8 +143,8 @@ def load_catalogue(models_config: str | None) -> Catalogue:
         return Catalogue()
     if not FilePath(models_config).exists():
         raise ConfigError(
-            f"model catalogue {models_config}: does not exist; write it (conf/models.example.toml is "
-            "one) or leave models_config out"
+            f"model catalogue {models_config}: does not exist; write it (as in "
+            "conf/models.example.toml) or leave models_config out"
         )
     try:
         file = read_toml(FilePath(models_config))
