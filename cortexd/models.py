@@ -243,3 +243,4 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     sleep_bytes: int = 0  # of host memory that its weights take asleep; 0: it cannot sleep
     state_s: float | None = None  # seconds in this state
     device: str = ""  # the leader's, by its name
+    is_due: bool = False  # it comes up in its turn since the daemon's start

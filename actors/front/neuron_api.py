@@ -215,14 +215,13 @@ def _activation(services: Services, known: ModelList) -> dict[str, object]:
     """Return how far the models that load at start are."""
     by_id = {status.model_id: status for status in known.models}
     wanted = [entry.model_id for entry in services.settings.default_models]
-    state_of = {name: by_id[name].state if name in by_id else "unloaded" for name in wanted}
-    loading = [status.model_id for status in known.models if status.state == "loading"]
-    pending = [name for name in wanted if state_of[name] == "unloaded"]
+    due = {status.model_id: status.state for status in known.models if status.is_due}
+    loading = [name for name, state in due.items() if state == "loading"]
     return {
-        "state": "pre_warming" if loading or pending else "ready",
-        "pending": pending,
+        "state": "pre_warming" if due else "ready",
+        "pending": [name for name in due if name not in loading],
         "in_progress": loading[0] if loading else None,
-        "completed": [name for name in wanted if state_of[name] in RUNNING],
+        "completed": [name for name in wanted if name in by_id and by_id[name].state in RUNNING],
         "failed": [
             {"model_id": status.model_id, "error": status.error}
             for status in known.models

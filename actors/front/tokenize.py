@@ -87,6 +87,8 @@ def _checked(fields: TokenizeRequest) -> InferenceRequest:
             raise UnsupportedParameter(
                 f"{name} is llama-server's and is not supported here; {instead}", param=name
             )
+    if fields.stream:
+        raise UnsupportedParameter("stream is not supported here; leave it out", param="stream")
     if fields.prompt is None:
         if fields.messages is None:
             raise MissingParameter("prompt is missing, and so is messages", param="prompt")

@@ -85,6 +85,10 @@ async def _load(router: Router, model: ManagedModel) -> None:
         event(
             router.log, "model.load_failed", 40, model=model.options.model_id, error=error.message
         )
+    _note_tried(router, model)
+
+
+def _note_tried(router: Router, model: ManagedModel) -> None:
     model.is_due = False
     router.local.remember()
 
@@ -96,3 +100,4 @@ async def _retry_later(router: Router, model: ManagedModel) -> None:
         await asyncio.sleep(delay_s)
         with contextlib.suppress(RegistryUnreachable):
             return await _load(router, model)
+    _note_tried(router, model)

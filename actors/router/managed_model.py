@@ -194,6 +194,7 @@ class ManagedModel:
             sleep_bytes=self.sleep_bytes,
             device=self.device,
             state_s=time.monotonic() - self.state_since,
+            is_due=self.is_due,
         )
 
 

@@ -132,6 +132,9 @@ async def test_neuron_is_unhealthy_after_three_misses_and_back_at_the_first_succ
         neuron.status, neuron.models = 200, []
         back = await reports.until("n0", is_healthy=True)
         assert (back.models, back.error) == ([], None)
+        neuron.status = 401
+        hint = "set key_file in [[neurons]] to a key that it knows"
+        await reports.until("n0", error=f"/models answered HTTP 401; {hint}")
 
 
 @async_test

@@ -111,6 +111,7 @@ class Fleet:
         self.nodes: list[NodeStatus] = []
         self.is_draining = False
         self.is_asleep = False
+        self.is_due = False
         self.has_failed = False
         self.defaults: dict[str, float] = {}
         self.lost_nodes: set[str] = set()
@@ -320,6 +321,7 @@ class Fleet:
                 loaded_at=1.7e9,
                 leader=LEADER if state != "loading" else None,
                 progress=0.25 if state == "loading" else None,
+                is_due=self.is_due,
             )
             return ModelList(
                 [status],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 import urllib.request
 from collections import Counter
@@ -269,6 +270,21 @@ def test_catalogue_is_reloaded_under_traffic(fleet: Fleet) -> None:
         assert fleet.ask(model="tier/new") in {"one", "two"}
         answers = Counter(future.result() for future in asking)
     assert answers["one"] + answers["two"] == 200, answers
+
+
+def test_hangup_reads_a_catalogue_that_does_not_look_changed(fleet: Fleet) -> None:
+    """Its size and time are those it had, so that nobody but the signal's receiver reads it."""
+    text = fleet.catalogue.read_text().partition("[aliases")[0]
+    fleet.catalogue.write_text(f'{text}[aliases]\n"tier/one" = "{MODEL}"\n')
+    fleet.gateway.admin("reload")
+    wait_for(lambda: fleet.ask(model="tier/one") in {"one", "two"}, "the first alias")
+    before = fleet.catalogue.stat()
+    fleet.catalogue.write_text(f'{text}[aliases]\n"tier/two" = "{MODEL}"\n')
+    os.utime(fleet.catalogue, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fleet.gateway.process is not None
+    fleet.gateway.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: fleet.ask(model="tier/two") in {"one", "two"}, "the second alias")
+    assert fleet.ask(model="tier/one") == "model_not_found"
 
 
 # These two come last: a node that was down thrice within a minute is held down.

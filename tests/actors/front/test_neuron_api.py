@@ -63,8 +63,18 @@ async def test_health_has_devices_activation_and_queues() -> None:
         assert (model["id"], model["in_flight"], model["queue_depth"]) == (MODEL, 2, 1)
         front.fleet.begin_loading()
         _, body = await front.get("/health", neuron=True)
+        assert body["activation"]["state"] == "ready", (
+            "what a request loads is no part of the start"
+        )
+        front.fleet.finish_loading()
+        front.fleet.is_due = True
+        _, body = await front.get("/health", neuron=True)
         assert body["activation"]["state"] == "pre_warming"
+        assert body["activation"]["pending"] == [MODEL]
+        front.fleet.begin_loading()
+        _, body = await front.get("/health", neuron=True)
         assert body["activation"]["in_progress"] == MODEL
+        assert body["activation"]["pending"] == []
         front.fleet.finish_loading()
 
 

@@ -147,13 +147,16 @@ def test_model_for_something_else_answers_no_chats_and_is_not_loaded(tmp_path: P
 
 
 def test_alias_routes_to_its_model_and_unknown_names_close_ones(tmp_path: Path) -> None:
-    """An alias is an entry of its own; a typo is answered with what was meant."""
+    """An alias is an entry of its own; a typo is answered with what was meant, of all that runs."""
 
     async def work() -> None:
         router = make_router(World(), tmp_path)
         assert (await routed(router, model="small")).model_id == MODEL
         with pytest.raises(ModelNotFound, match=f'did you mean "{MODEL}"'):
             await router.on_route(route(model="org/smal"), envelope())
+        await router.load(LoadOptions(model_id="by/hand"))
+        with pytest.raises(ModelNotFound, match='did you mean "by/hand"'):
+            await router.on_route(route(model="by/han"), envelope())
 
     run(work)
 
@@ -409,6 +412,7 @@ def test_router_that_dies_while_it_loads_the_first_model_forgets_no_other(
             await router.on_start()
             while "registry" not in (last.stage or ""):
                 await last.wait_changed()
+        assert last.status().is_due
         await router.on_stop()
         world.loads_by_itself, world.resolve_error = True, None
         again = make_router(world, tmp_path)
@@ -417,6 +421,9 @@ def test_router_that_dies_while_it_loads_the_first_model_forgets_no_other(
             model = again.models[name]
             while not model.is_in("loaded"):
                 await model.wait_changed()
+        for _ in range(10):
+            await asyncio.sleep(0)  # the loader is told after those who wait
+        assert not any(model.is_due for model in again.models.values())
         await again.on_stop()
 
     run(work)
@@ -525,7 +532,10 @@ def test_load_with_other_options_is_refused(tmp_path: Path) -> None:
         router = make_router(World(), tmp_path)
         await router.load(LoadOptions(model_id=MODEL))
         await router.load(LoadOptions(model_id=MODEL))
-        with pytest.raises(ModelAlreadyLoaded, match="unload it first"):
+        with pytest.raises(
+            ModelAlreadyLoaded,
+            match=r"\(quant default, tensor_parallel 1, devices default\); unload it first",
+        ):
             await router.load(LoadOptions(model_id=MODEL, quant="Q8_0"))
 
     run(work)
