@@ -44,6 +44,7 @@ _OPTIONAL_TIMEOUT_S: Final = 2.0
 _CONNECT_TIMEOUT_S: Final = 2.0
 _MAX_MISSES: Final = 3
 _MAX_ANSWER_BYTES: Final = 8 * 2**20
+_KEY_REFUSED: Final = frozenset({401, 403})
 _UNAVAILABLE: Final = 503
 # A load is as long as its download and its bytes ask for; the neuron ends one that stalls.
 _LOAD_TIMEOUT_S: Final = 24 * 3600.0
@@ -221,7 +222,9 @@ class _PolledNeuron:
     async def _get(self, path: str) -> bytes:
         async with self._session.get(self.url + path, headers=self.headers) as response:
             if response.status != 200:
-                raise BadAnswer(f"{path} answered HTTP {response.status}")
+                is_key = response.status in _KEY_REFUSED
+                hint = "; set key_file in [[neurons]] to a key that it knows" if is_key else ""
+                raise BadAnswer(f"{path} answered HTTP {response.status}{hint}")
             return await _read(response)
 
     async def _get_optional(self, path: str) -> bytes | None:

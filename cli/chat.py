@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Final
 
 from cli import format as fmt
@@ -21,6 +22,8 @@ from cli.exit_code import NOT_FOUND, OK, CommandError
 from cli.sse import KEY_VARIABLE, ApiClient, Document
 from cortexd.address import parse_host_port
 from cortexd.errors import CortexError
+from cortexd.model_id import absolute_model_id
+from cortexd.paths import home_dir
 
 _PROMPT: Final = "> "
 
@@ -29,7 +32,10 @@ def chat(args: argparse.Namespace) -> int:
     """Talk until the end of input. Raises: CommandError when there is nobody to talk to."""
     url = args.url or parse_host_port(settings_of(args).settings.gateway.listen).url()
     client = ApiClient(url, os.environ.get(KEY_VARIABLE, ""))
-    model = args.model or first_model(client)
+    if args.model:
+        model = absolute_model_id(args.model, Path.cwd(), home_dir())  # as `cortexd load` takes it
+    else:
+        model = first_model(client)
     interactive = sys.stdin.isatty()
     conversation = Conversation(
         client,

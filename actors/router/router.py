@@ -397,11 +397,12 @@ class Router(AsyncActor):
         model = self.models.get(options.model_id)
         if model and model.is_in("loading", "loaded", "recovering", "draining", "sleeping"):
             if options != model.options:
+                loaded = model.options
+                devices = ",".join(map(str, loaded.devices or ())) or "default"
                 raise ModelAlreadyLoaded(
                     f'model "{options.model_id}" is {model.state} with other options '
-                    f"(quant {model.options.quant}, tensor_parallel "
-                    f"{model.options.tensor_parallel}, devices {model.options.devices}); "
-                    "unload it first"
+                    f"(quant {loaded.quant or 'default'}, tensor_parallel "
+                    f"{loaded.tensor_parallel}, devices {devices}); unload it first"
                 )
         elif model:
             model.options = options

@@ -27,6 +27,11 @@ def cpu_ns(pid: int) -> Counter[str]:
     return used
 
 
+def wait_s(pid: int) -> float:
+    """Return how long a process's main thread has been ready to run and had no core."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+
+
 def pss_bytes(process: psutil.Process) -> int:
     """Return the resident memory of one process, what it shares divided by who shares it."""
     return int(process.memory_full_info().pss)

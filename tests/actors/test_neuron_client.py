@@ -134,6 +134,9 @@ async def test_neuron_is_unhealthy_after_three_misses_and_back_at_the_first_succ
         back = await reports.until("n0", is_healthy=True)
         assert (back.models, back.error) == ([], None)
         assert [device.total_mib for device in back.devices] == [16], "it may be another machine"
+        neuron.status = 401
+        hint = "set key_file in [[neurons]] to a key that it knows"
+        await reports.until("n0", error=f"/models answered HTTP 401; {hint}")
 
 
 @async_test

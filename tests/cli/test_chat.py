@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,18 @@ def test_chat_shows_the_key_of_its_environment(
     monkeypatch.setattr("sys.stdin", io.StringIO("France?\n"))
     assert main(["chat", "--url", api.url]) == 0
     assert capsys.readouterr().out == "Paris\n"
+
+
+def test_model_may_be_a_path_as_for_load(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A relative one is the file in this folder; other names stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    for given, sent in (("./m.gguf", f"{tmp_path}/m.gguf"), ("tier/small", "tier/small")):
+        api.replies = [sse("ok")]
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+        assert main(["chat", given, "--url", api.url]) == 0
+        assert api.bodies[-1]["model"] == sent
 
 
 def test_reasoning_is_shown_apart_and_not_kept(api: FakeApi) -> None:

@@ -147,13 +147,16 @@ def test_model_for_something_else_answers_no_chats_and_is_not_loaded(tmp_path: P
 
 
 def test_alias_routes_to_its_model_and_unknown_names_close_ones(tmp_path: Path) -> None:
-    """An alias is an entry of its own; a typo is answered with what was meant."""
+    """An alias is an entry of its own; a typo is answered with what was meant, of all that runs."""
 
     async def work() -> None:
         router = make_router(World(), tmp_path)
         assert (await routed(router, model="small")).model_id == MODEL
         with pytest.raises(ModelNotFound, match=f'did you mean "{MODEL}"'):
             await router.on_route(route(model="org/smal"), envelope())
+        await router.load(LoadOptions(model_id="by/hand"))
+        with pytest.raises(ModelNotFound, match='did you mean "by/hand"'):
+            await router.on_route(route(model="by/han"), envelope())
 
     run(work)
 
@@ -585,7 +588,10 @@ def test_load_with_other_options_is_refused(tmp_path: Path) -> None:
         router = make_router(World(), tmp_path)
         await router.load(LoadOptions(model_id=MODEL))
         await router.load(LoadOptions(model_id=MODEL))
-        with pytest.raises(ModelAlreadyLoaded, match="unload it first"):
+        with pytest.raises(
+            ModelAlreadyLoaded,
+            match=r"\(quant default, tensor_parallel 1, devices default\); unload it first",
+        ):
             await router.load(LoadOptions(model_id=MODEL, quant="Q8_0"))
 
     run(work)
