@@ -35,6 +35,7 @@ from cortexd.messages import (
     HeldLease,
     HeldLeases,
     HostReport,
+    ListModels,
     LoadReport,
     RecycleModel,
     ResolveFiles,
@@ -910,6 +911,8 @@ def test_requests_beyond_the_engines_seats_wait_in_turn(tmp_path: Path) -> None:
             for name, account in (("g3", "greedy"), ("m1", "modest"))
         }
         await asyncio.sleep(0)
+        (status, *_) = router.on_list_models(ListModels(), envelope()).models
+        assert (status.in_flight, status.queue_depth) == (2, 2)
         with pytest.raises(Overloaded, match=r"engine\.max_queue_depth"):
             await ask("m2", "modest")
         router.on_end_request(EndRequest("g1"), envelope())
