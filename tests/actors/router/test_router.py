@@ -398,6 +398,34 @@ def test_model_that_is_unloaded_before_its_leader_was_heard_stays_unloaded(tmp_p
     run(work)
 
 
+def test_load_waits_to_hear_what_adopted_models_hold(tmp_path: Path) -> None:
+    """A restarted router does not give memory away that a busy leader has not told of yet."""
+
+    async def work() -> None:
+        world = BusyLeaders()
+        world.may_answer.set()
+        router = make_router(world, tmp_path)
+        await router.load(LoadOptions(model_id=OTHER))
+        group = router.models[OTHER].group
+        info = ActorInfo(f"{group}/0", 1, "ready", group=group, epoch=1, rank=0)
+        world.peers.apply(ActorUp(world.peers.sequence + 1, info))
+        world.may_answer.clear()
+        world.is_asked.clear()
+        world.size_bytes, world.victims = 2 * GIB, [OTHER]
+        again = make_router(world, tmp_path, engine=Engine(memory_limit_mib=4096))
+        await again.on_start()
+        await world.is_asked.wait()
+        loading = asyncio.create_task(again.load(LoadOptions(model_id=MODEL)))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        world.may_answer.set()
+        await loading
+        assert (state_of(again, OTHER), state_of(again)) == ("unloaded", "loaded")
+        await again.on_stop()
+
+    run(work)
+
+
 @pytest.mark.parametrize("is_reachable", [True, False])
 def test_router_that_dies_while_it_loads_the_first_model_forgets_no_other(
     tmp_path: Path, is_reachable: bool
