@@ -35,6 +35,7 @@ from cortexd.messages import (
     HeldLease,
     HeldLeases,
     HostReport,
+    ListModels,
     LoadReport,
     RecycleModel,
     ResolveFiles,
@@ -393,6 +394,34 @@ def test_model_that_is_unloaded_before_its_leader_was_heard_stays_unloaded(tmp_p
         for _ in range(10):
             await asyncio.sleep(0)
         assert (model.state, model.leader) == ("unloaded", "")
+
+    run(work)
+
+
+def test_load_waits_to_hear_what_adopted_models_hold(tmp_path: Path) -> None:
+    """A restarted router does not give memory away that a busy leader has not told of yet."""
+
+    async def work() -> None:
+        world = BusyLeaders()
+        world.may_answer.set()
+        router = make_router(world, tmp_path)
+        await router.load(LoadOptions(model_id=OTHER))
+        group = router.models[OTHER].group
+        info = ActorInfo(f"{group}/0", 1, "ready", group=group, epoch=1, rank=0)
+        world.peers.apply(ActorUp(world.peers.sequence + 1, info))
+        world.may_answer.clear()
+        world.is_asked.clear()
+        world.size_bytes, world.victims = 2 * GIB, [OTHER]
+        again = make_router(world, tmp_path, engine=Engine(memory_limit_mib=4096))
+        await again.on_start()
+        await world.is_asked.wait()
+        loading = asyncio.create_task(again.load(LoadOptions(model_id=MODEL)))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        world.may_answer.set()
+        await loading
+        assert (state_of(again, OTHER), state_of(again)) == ("unloaded", "loaded")
+        await again.on_stop()
 
     run(work)
 
@@ -910,6 +939,8 @@ def test_requests_beyond_the_engines_seats_wait_in_turn(tmp_path: Path) -> None:
             for name, account in (("g3", "greedy"), ("m1", "modest"))
         }
         await asyncio.sleep(0)
+        (status, *_) = router.on_list_models(ListModels(), envelope()).models
+        assert (status.in_flight, status.queue_depth) == (2, 2)
         with pytest.raises(Overloaded, match=r"engine\.max_queue_depth"):
             await ask("m2", "modest")
         router.on_end_request(EndRequest("g1"), envelope())
