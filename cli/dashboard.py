@@ -137,8 +137,8 @@ def _models(status: Document, host: Document) -> RenderableType:
             fmt.size(fmt.number(model, "memory_bytes")) if model.get("memory_bytes") else "-",
             _count(load, "num_running"),
             _count(load, "num_waiting"),
-            f"{fmt.number(load, 'tok_s_prefill'):.0f} tok/s" if load else "-",
-            f"{fmt.number(load, 'tok_s_decode'):.1f} tok/s" if load else "-",
+            _speed(load.get("tok_s_prefill"), 0),
+            _speed(load.get("tok_s_decode"), 1),
             f"{100 * fmt.number(load, 'kv_blocks_used') / blocks:.0f} %" if blocks else "-",
         )
     # Below the table: in it an error, which is long, would leave the other columns no room.
@@ -247,6 +247,10 @@ def _cut(text: str, style: str = "") -> Text:
 def _state(state: object) -> Text:
     name = str(state)
     return _cut(name, _STYLES.get(name, _OTHER_STYLE))
+
+
+def _speed(value: object, digits: int) -> str:
+    return f"{value:.{digits}f} tok/s" if isinstance(value, int | float) else "-"
 
 
 def _count(document: Mapping[str, object], key: str) -> str:

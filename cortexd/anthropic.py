@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from cortexd.errors import ContextLengthExceeded, CortexError, Detail
-from cortexd.openai import EngineFields, JsonObject, StopString, TokenCount, Usage
+from cortexd.openai import EngineFields, JsonObject, StopString, TokenCount, Turns, Usage
 
 OVERLOADED_STATUS: Final = 529
 _TYPES_BY_STATUS: Final = {
@@ -31,7 +31,7 @@ class CountTokensRequest(EngineFields, frozen=True, kw_only=True):
     """Body of `POST /v1/messages/count_tokens`. The engine's fields make no difference to it."""
 
     model: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
-    messages: list[JsonObject] | None = None
+    messages: Turns | None = None
     system: str | list[JsonObject] | None = None
     tools: list[JsonObject] | None = None
     tool_choice: JsonObject | None = None

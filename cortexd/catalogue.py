@@ -141,6 +141,11 @@ def load_catalogue(models_config: str | None) -> Catalogue:
     """
     if models_config is None:
         return Catalogue()
+    if not FilePath(models_config).exists():
+        raise ConfigError(
+            f"model catalogue {models_config}: does not exist; write it (as in "
+            "conf/models.example.toml) or leave models_config out"
+        )
     try:
         file = read_toml(FilePath(models_config))
     except ConfigError as error:

@@ -231,6 +231,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     limits: ModelLimits | None = None
     memory_bytes: int = 0
     in_flight: int = 0
+    queue_depth: int = 0  # requests that wait at the router for a seat
     progress: float | None = None  # 0..1 while loading
     stage: str | None = None  # resolving | downloading | starting | loading weights
     eta_s: float | None = None

@@ -14,9 +14,13 @@ import msgspec
 from msgspec import Meta
 
 JsonObject = dict[str, Any]
+# Anthropic's own bound; no context holds as many, and each costs time before that is found out.
+Turns = Annotated[list[JsonObject], Meta(max_length=100_000)]
 
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+# Templates know words of their own; "none" is to every model that it should not reason at all.
+Effort = Annotated[str, Meta(min_length=1, max_length=32)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
@@ -82,11 +86,12 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
 class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[JsonObject] | None = None
+    messages: Turns | None = None
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: JsonObject | None = None
+    reasoning_effort: Effort | None = None
     tools: list[JsonObject] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None

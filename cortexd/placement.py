@@ -223,6 +223,12 @@ def _refusal(
             "draining, or left alone after failures); retry later",
             retry_after_s=_FEASIBLE_RETRY_AFTER_S,
         )
+    if needs is not None and not any(node.can_load for node in nodes):
+        return ModelNotFeasible(
+            f'model "{model_id}" is loaded nowhere, and no node loads models; external servers: '
+            f"{_names([node.name for node in nodes])}",
+            param="model",
+        )
     if needs is not None:
         return ModelNotFeasible(
             f'model "{model_id}" needs {needs.min_devices} device(s) of at least '

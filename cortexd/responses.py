@@ -14,17 +14,31 @@ import msgspec
 from msgspec import Meta
 
 from cortexd.openai import CompletionTokensDetails as OutputTokensDetails
-from cortexd.openai import EngineFields, JsonObject, PromptTokensDetails, TokenCount, Usage
+from cortexd.openai import (
+    Effort,
+    EngineFields,
+    JsonObject,
+    PromptTokensDetails,
+    TokenCount,
+    Turns,
+    Usage,
+)
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """How much the model should reason. How its reasoning is told is not for clients to say."""
+
+    effort: Effort | None = None
 
 
 class ResponsesRequest(EngineFields, frozen=True, kw_only=True):
     """Body of `POST /v1/responses`."""
 
     model: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
-    input: str | list[JsonObject] | None = None
+    input: str | Turns | None = None
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -35,6 +49,7 @@ class ResponsesRequest(EngineFields, frozen=True, kw_only=True):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: JsonObject | None = None
+    reasoning: Reasoning | None = None
     # Would change the answer, not supported: refused by name.
     background: bool | None = None
     conversation: Any = None

@@ -18,6 +18,8 @@ from cortexd.openai import ChatCompletionRequest, EngineFields, JsonObject
 from cortexd.tools import shown, string_field
 from cortexd.translate_tools import translate_tool, translate_tool_choice
 
+# The names that templates have for it; one without either ignores them.
+THINKING_VARIABLES: Final = ("enable_thinking", "thinking")
 _THINKING: Final = ("enabled", "adaptive", "between_tools", "disabled")
 
 
@@ -53,10 +55,7 @@ def to_chat_request(
         tools=[translate_tool(f"tools[{n}]", tool) for n, tool in enumerate(body.tools or [])],
         tool_choice=translate_tool_choice(body.tool_choice),
         parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use"),
-        # The names that templates have for it; one without either ignores them.
-        chat_template_kwargs=dict.fromkeys(
-            ("enable_thinking", "thinking"), _wants_thinking(body.thinking)
-        ),
+        chat_template_kwargs=dict.fromkeys(THINKING_VARIABLES, _wants_thinking(body.thinking)),
     )
     if isinstance(body, MessagesRequest):
         request = msgspec.structs.replace(

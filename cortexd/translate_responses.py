@@ -51,6 +51,7 @@ def to_chat_request(body: ResponsesRequest) -> ChatCompletionRequest:
         top_p=body.top_p,
         stream=body.stream,
         chat_template_kwargs=body.chat_template_kwargs,
+        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
         **{name: getattr(body, name) for name in EngineFields.__struct_fields__},
     )
 

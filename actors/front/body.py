@@ -1,8 +1,10 @@
-"""Reads a request body within its size limit and its time limit."""
+"""Reads a request body within its size limit and its time limit, and works on large ones aside."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import TypeVar
 
 from aiohttp import web
 
@@ -14,6 +16,21 @@ _TOTAL_TIMEOUT_S = 300.0
 # After its first seconds a body must have come at this rate, or it is only there to hold a place.
 _GRACE_S = 30.0
 _MIN_BYTES_PER_S = 1024
+# From here on, what is done with a body in Python may take so long that other streams would wait
+# for it, and with the largest one the supervisor would take the process for hung.
+_LARGE_BYTES = 256 * 1024
+
+_Result = TypeVar("_Result")
+
+
+def is_large(body: bytes) -> bool:
+    """Tell whether a body is to be worked on in a thread."""
+    return len(body) > _LARGE_BYTES
+
+
+async def aside(body: bytes, work: Callable[[bytes], _Result]) -> _Result:
+    """Return what `work` makes of a body, without holding up the loop. Raises: what it raises."""
+    return await asyncio.to_thread(work, body) if is_large(body) else work(body)
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:

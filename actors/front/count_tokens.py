@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from actors.front.body import read_body
+from actors.front.body import aside, read_body
 from actors.front.health import json_response
 from actors.front.inference import recorded
 from actors.front.messages import MessagesDialect, parse_messages
@@ -33,7 +33,7 @@ async def _answer(request: web.Request, record: RequestRecord) -> web.StreamResp
         forwarded = await forward(request, record, MessagesDialect(), body)
         if forwarded is not None:
             return forwarded
-    wanted = parse_messages(body, CountTokensRequest)
+    wanted = await aside(body, lambda body: parse_messages(body, CountTokensRequest))
     text_model, _ = await text_model_of(services, record, wanted.model)
     prompts = await tokenise(wanted, text_model)
     return json_response(TokensCounted(sum(len(ids) for ids, _ in prompts)))

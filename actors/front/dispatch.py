@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Final
 
 from aiohttp import web
 
 from actors.front.auth import ANONYMOUS
+from actors.front.body import aside, is_large
 from actors.front.decode import decode_body
 from actors.front.entitlement import hold
 from actors.front.model_value import with_model
@@ -50,8 +52,7 @@ class Dispatch:
         self._body = body
         self._model = model
         self._is_stream = is_stream
-        # With one node there is nothing to choose by it.
-        self._prefix = prefix_chain(body) if self._services.has_choice else []
+        self._prefix: list[int] = []
         self._since = time.monotonic()
         self._routed: RoutedRemote | None = None
         self._is_answered = False
@@ -94,13 +95,14 @@ class Dispatch:
         Return the answer to come, None when nothing was sent. Raises: InvalidRequest.
         """
         leases, upstream = self._services.leases, self._services.upstream
-        routed = leases.open_node(self._model)
+        # A large body may have to be changed, which takes time.
+        routed = None if is_large(self._body) else leases.open_node(self._model)
         if routed is None:
             return None
         leases.begin(self._enter(routed))
         # One whose tokens are counted is held first.
         if self._record.estimate is None and upstream.has_idle(routed.base_url):
-            path, body = self._addressed(routed)
+            path, body = self._addressed(routed, self._body)
             self._record.note_submitted()
             self._upstream = upstream.send_idle(routed.base_url, path, self._headers(routed), body)
         return self._upstream
@@ -112,6 +114,8 @@ class Dispatch:
         """
         if self._routed is None:
             self.begin()
+        if self._routed is None and self._services.has_choice:  # with one node there is none
+            self._prefix = await aside(self._body, prefix_chain)
         routed = self._routed or await self._place([])
         if isinstance(routed, RoutedHere):
             return None
@@ -172,7 +176,7 @@ class Dispatch:
         """Tell whether the node answers in another dialect than the client's."""
         return self.kind == "openai" and self._request.path.startswith(_MESSAGES)
 
-    def _addressed(self, routed: RoutedRemote) -> tuple[str, bytes]:
+    def _addressed(self, routed: RoutedRemote, body: bytes) -> tuple[str, bytes]:
         """Return the path and the body the node gets: the client's own wherever it can be."""
         path = self._request.path
         if self.is_translated:
@@ -182,9 +186,9 @@ class Dispatch:
                     f"has no {path}",
                     param="model",
                 )
-            return _CHAT, chat_body(decode_body(self._body, MessagesRequest), routed.model_id)
+            return _CHAT, chat_body(decode_body(body, MessagesRequest), routed.model_id)
         is_alias = routed.model_id != self._model
-        return path, with_model(self._body, routed.model_id) if is_alias else self._body
+        return path, with_model(body, routed.model_id) if is_alias else body
 
     async def _post(self, routed: RoutedRemote) -> NodeAnswer:
         try:
@@ -220,7 +224,7 @@ class Dispatch:
         )
 
     async def _send(self, routed: RoutedRemote) -> NodeAnswer:
-        path, body = self._addressed(routed)
+        path, body = await aside(self._body, partial(self._addressed, routed))
         if self._record.estimate is not None:
             await hold(self._services, self._record, self._record.estimate.total)
         self._record.note_submitted()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from actors.front.body import aside
 from actors.front.record import RequestRecord
 from actors.front.services import Services
 from cortexd.token_estimate import estimate_request
@@ -14,7 +15,7 @@ async def admit(services: Services, record: RequestRecord, body: bytes) -> None:
     """
     if not record.principal.is_metered:
         return
-    record.estimate = estimate_request(body)
+    record.estimate = await aside(body, estimate_request)
     record.budget_id = services.new_lease_id()
     await hold(services, record, record.estimate.least)
 

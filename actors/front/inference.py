@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from actors.front.auth import authenticate
-from actors.front.body import read_body
+from actors.front.body import aside, read_body
 from actors.front.choice import ChoiceOutput
 from actors.front.dialect import Answer, Dialect, encoded
 from actors.front.entitlement import admit
@@ -89,7 +89,7 @@ class InferenceHandler:
             forwarded = await forward(request, record, self._dialect, body)
             if forwarded is not None:
                 return forwarded
-        wanted = self._dialect.parse(body)
+        wanted = await aside(body, self._dialect.parse)
         record.principal.check_model(wanted.model)
         record.is_stream = wanted.is_stream
         lease_id = services.new_lease_id()

@@ -238,13 +238,14 @@ def _model_load(
         "id": status.model_id,
         "in_flight": status.in_flight,
         "max_in_flight": engine.max_num_seqs,
+        "queue_depth": status.queue_depth,
         "max_queue_depth": engine.max_queue_depth,
     }
     if report is not None:
         figures |= {
             "is_asleep": report.is_asleep,
             "in_flight": report.num_running,
-            "queue_depth": report.num_waiting,
+            "queue_depth": status.queue_depth + report.num_waiting,
             "kv_blocks_used": report.kv_blocks_used,
             "kv_blocks_total": report.kv_blocks_total,
             "kv_budget_mb": report.kv_bytes_total // _MIB,

@@ -115,6 +115,7 @@ class RequestRecord:
 
     def close(self, services: Services) -> None:
         """Settle the budget, write the log line and tell metrics."""
+        self._estimate_unseen(services.answer_speeds)
         if self.budget_id:
             services.spending.end(self.budget_id, *self.spent())
         duration_s = time.monotonic() - self.started
@@ -149,6 +150,22 @@ class RequestRecord:
             resubmits=self.num_resubmits,
         )
         self._tell(services, duration_s, wait_s, ttft_s, decode_s)
+
+    def _estimate_unseen(self, speeds: dict[tuple[str, str], float]) -> None:
+        """Count what a node wrote of a whole answer whose client left before it came.
+
+        The node's counts come with the answer, so the speed of the last one must do. Only where
+        tokens are charged: else leaving in time would cost nothing, whatever the device did.
+        """
+        if self.node is None or self.is_stream or self.submitted is None:
+            return
+        where, elapsed_s = (self.model, self.node), time.monotonic() - self.submitted
+        if self.completion_tokens:
+            speeds[where] = self.completion_tokens / max(elapsed_s, 1e-3)
+        elif self.status == CLIENT_GONE_STATUS and self.estimate is not None:
+            written = int(speeds.get(where, 0.0) * elapsed_s)
+            self.completion_tokens = min(written, self.estimate.total - self.estimate.prompt)
+            self.is_estimated = True
 
     def _opened(self, services: Services) -> OpenRequest:
         return OpenRequest(self.request_id, self.route, self.model, self.node or services.node)

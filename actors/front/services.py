@@ -58,6 +58,8 @@ class Services:
     is_draining: bool = False
     ending: CortexError | None = None  # what all requests that still run are ended with
     num_active: int = 0
+    # Tokens/s of the last whole answer, by model and node.
+    answer_speeds: dict[tuple[str, str], float] = field(default_factory=dict)
     num_lost_messages: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     _lease_prefix: str = field(default_factory=lambda: uuid.uuid4().hex[:16])

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from actors.front.body import read_body
+from actors.front.body import aside, read_body
 from actors.front.chat import ChatDialect
 from actors.front.decode import decode_body
 from actors.front.health import json_response
@@ -63,8 +63,7 @@ async def _answer(request: web.Request, answering: _Answering) -> web.StreamResp
 
 
 async def _tokenize(services: Services, record: RequestRecord, body: bytes) -> TokenizeAnswer:
-    fields = decode_body(body, TokenizeRequest)
-    wanted = _checked(fields)
+    fields, wanted = await aside(body, _read)
     text_model, limits = await text_model_of(services, record, wanted.model)
     ((ids, _),) = await tokenise(wanted, text_model)
     strs = [text_model.token_text(token) or "" for token in ids]
@@ -76,6 +75,11 @@ async def _tokenize(services: Services, record: RequestRecord, body: bytes) -> T
     )
 
 
+def _read(body: bytes) -> tuple[TokenizeRequest, InferenceRequest]:
+    fields = decode_body(body, TokenizeRequest)
+    return fields, _checked(fields)
+
+
 def _checked(fields: TokenizeRequest) -> InferenceRequest:
     """Return what is to be tokenised. Raises: InvalidRequest's children."""
     for name, instead in _INSTEAD.items():
@@ -83,6 +87,8 @@ def _checked(fields: TokenizeRequest) -> InferenceRequest:
             raise UnsupportedParameter(
                 f"{name} is llama-server's and is not supported here; {instead}", param=name
             )
+    if fields.stream:
+        raise UnsupportedParameter("stream is not supported here; leave it out", param="stream")
     if fields.prompt is None:
         if fields.messages is None:
             raise MissingParameter("prompt is missing, and so is messages", param="prompt")
@@ -101,7 +107,7 @@ def _checked(fields: TokenizeRequest) -> InferenceRequest:
 
 
 async def _detokenize(services: Services, record: RequestRecord, body: bytes) -> DetokenizeAnswer:
-    fields = decode_body(body, DetokenizeRequest)
+    fields = await aside(body, lambda body: decode_body(body, DetokenizeRequest))
     model = _named(fields.model)
     ids = fields.tokens
     if ids is None:

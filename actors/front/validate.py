@@ -21,6 +21,7 @@ from cortexd.openai import (
     JsonObject,
 )
 from cortexd.tools import check_tool
+from cortexd.translate import THINKING_VARIABLES
 
 MAX_CHOICES = 128
 _MAX_PROMPTS = 64
@@ -104,11 +105,15 @@ def check_chat(
 
 
 def _template_kwargs(fields: ChatCompletionRequest, prefill: str) -> JsonObject | None:
-    """Return the template's variables; that of vLLM's own field is one of them."""
-    if fields.add_generation_prompt is None or prefill:
-        return fields.chat_template_kwargs
-    opens_answer = {"add_generation_prompt": fields.add_generation_prompt}
-    return opens_answer | (fields.chat_template_kwargs or {})
+    """Return the template's variables; those with fields of their own are among them."""
+    variables: JsonObject = {}
+    if fields.add_generation_prompt is not None and not prefill:
+        variables["add_generation_prompt"] = fields.add_generation_prompt
+    if fields.reasoning_effort is not None:
+        variables["reasoning_effort"] = fields.reasoning_effort
+    if fields.reasoning_effort == "none":
+        variables |= dict.fromkeys(THINKING_VARIABLES, False)
+    return variables | (fields.chat_template_kwargs or {}) or None
 
 
 def _split_prefill(fields: ChatCompletionRequest) -> tuple[list[JsonObject], str]:

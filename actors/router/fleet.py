@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from actors.router.fleet_views import catalogue_cards, known_names, loading_of, node_statuses
 from actors.router.load_errors import loading_error
+from actors.router.local_models import quoted
 from actors.router.managed_model import Lease
 from actors.router.open_waits import OpenWaits
 from actors.router.remote_loads import RemoteLoad, RemoteLoads
@@ -23,7 +24,7 @@ from actors.router.remote_nodes import RemoteNodes
 from actors.router.seat_queue import SeatQueue
 from cortexd.affinity import PrefixMemory
 from cortexd.catalogue import Catalogue, CatalogueModel
-from cortexd.errors import CortexError, DeadlineExceeded, ModelLoading, QueueTimeout
+from cortexd.errors import CortexError, DeadlineExceeded, InvalidRequest, ModelLoading, QueueTimeout
 from cortexd.messages import (
     HeldLease,
     Loading,
@@ -261,18 +262,25 @@ class Fleet:
             raise load.error
 
     async def unload(self, model_id: str, *, force: bool) -> bool:
-        """Unload wherever it is loaded, or failed to be; False when it is at no node."""
-        holders = [
-            node.entry.name
+        """Unload wherever it is loaded, or failed to be; False when it is at no node.
+
+        Raises: InvalidRequest when only external servers have it.
+        """
+        holders = {
+            node.entry.name: node.entry.kind
             for node in self.nodes
-            if node.entry.kind == "cortex"
-            and node.view().states.get(model_id) in {"loaded", "sleeping", "failed"}
-        ]
-        for name in holders:
+            if node.view().states.get(model_id) in {"loaded", "sleeping", "failed"}
+        }
+        neurons = [name for name, kind in holders.items() if kind == "cortex"]
+        if holders and not neurons:
+            raise InvalidRequest(
+                f'model "{model_id}" runs on {quoted(holders)}, an external server; unload it there'
+            )
+        for name in neurons:
             await self._router.ask(
                 "poller", UnloadOnNode(name, model_id, force), deadline_s=_UNLOAD_DEADLINE_S
             )
-        return bool(holders)
+        return bool(neurons)
 
     def _begin_load(self, model_id: str, name: str) -> RemoteLoad:
         """Load a model as the catalogue says."""

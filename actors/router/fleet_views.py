@@ -41,11 +41,11 @@ def node_statuses(nodes: Iterable[RemoteNode]) -> list[NodeStatus]:
 
 
 def loaded_ids(nodes: Iterable[NodeStatus]) -> list[str]:
-    """Return the models that a node which answers has loaded."""
+    """Return the models that a neuron which answers has loaded; external servers keep theirs."""
     loaded = {
         model.model_id
         for node in nodes
-        if node.is_healthy
+        if node.is_healthy and node.kind == "cortex"
         for model in node.models
         if model.state in {"loaded", "sleeping"}
     }

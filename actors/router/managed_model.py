@@ -165,8 +165,8 @@ class ManagedModel:
         """How far its load is."""
         return Loading(self.stage, self.progress, self.eta_s)
 
-    def status(self) -> ModelStatus:
-        """Return the public view."""
+    def status(self, queue_depth: int = 0) -> ModelStatus:
+        """Return the public view; `queue_depth` requests wait for a seat."""
         return ModelStatus(
             model_id=self.options.model_id,
             state=self.state,
@@ -182,6 +182,7 @@ class ManagedModel:
             limits=self.limits,
             memory_bytes=self.memory_bytes,
             in_flight=len(self.leases),
+            queue_depth=queue_depth,
             progress=self.progress,
             stage=self.stage,
             eta_s=self.eta_s,

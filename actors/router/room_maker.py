@@ -7,6 +7,7 @@ the way, or another load is, the newcomer waits for them, within a deadline.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -68,6 +69,7 @@ class RoomMaker:
         Raises: InsufficientMemory when waiting cannot help, or has not.
         """
         deadline = asyncio.get_running_loop().time() + _MAX_WAIT_S
+        await self._hear_what_runs()
         while True:
             shows_freed = self._shows_freed()
             async with self._turn:
@@ -141,6 +143,14 @@ class RoomMaker:
                     await self._router.loader.unload(victim, force=False, reason=answer.reason)
                 has_unloaded = True
         return has_unloaded
+
+    async def _hear_what_runs(self) -> None:
+        """Return when each leader has told this router, which may be a new one, what it holds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_MAX_WAIT_S):
+                for other in list(self._router.models.values()):
+                    while other.is_in("recovering") and not other.memory_bytes:
+                        await other.wait_changed()
 
     def _may_come_free(self, model: ManagedModel) -> bool:
         """Tell whether others that are busy now may leave room later."""

@@ -224,8 +224,9 @@ class Router(AsyncActor):
     @handles(ListModels)
     def on_list_models(self, message: ListModels, envelope: Envelope) -> ModelList:
         """Answer all models and aliases, and what the remote neurons have."""
+        waiting = self.requests.queue_depths()
         return ModelList(
-            [model.status() for model in self.models.values()],
+            [model.status(waiting.get(model_id, 0)) for model_id, model in self.models.items()],
             self.aliases,
             nodes=self.fleet.statuses(),
             catalogue=self.fleet.catalogue_cards(),

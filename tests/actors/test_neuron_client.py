@@ -130,8 +130,10 @@ async def test_neuron_is_unhealthy_after_three_misses_and_back_at_the_first_succ
         assert gone.sequence == missed.sequence + 2
         assert (gone.models, gone.devices) == (seen.models, seen.devices)
         neuron.status, neuron.models = 200, []
+        neuron.devices = [{"index": 0, "vram_total_mb": 16}]
         back = await reports.until("n0", is_healthy=True)
         assert (back.models, back.error) == ([], None)
+        assert [device.total_mib for device in back.devices] == [16], "it may be another machine"
         neuron.status = 401
         hint = "set key_file in [[neurons]] to a key that it knows"
         await reports.until("n0", error=f"/models answered HTTP 401; {hint}")

@@ -100,6 +100,7 @@ def test_screen_of_a_gateway_shows_the_models_of_its_nodes() -> None:
         assert expected in row
     assert "org/gone on beast: no such file" in text
     assert "on benjy" not in text
+    assert text.count("tok/s") == 2  # of the failed one nothing is known
     text = screen({**status, "nodes": [away]}, {"devices": []})
     assert "no models; these neurons do not answer: benjy" in text
 

@@ -90,7 +90,9 @@ def test_priority_defaults_by_pinning(tmp_path: Path) -> None:
 def test_no_catalogue_is_empty_and_a_missing_one_an_error(tmp_path: Path) -> None:
     """Only a catalogue that nobody asked for may be absent."""
     assert load_catalogue(None) == Catalogue()
-    with pytest.raises(ConfigError, match=r"model catalogue .*models.toml: cannot be read"):
+    with pytest.raises(
+        ConfigError, match=r"models.toml: does not exist; write it .* leave models_config out"
+    ):
         load_catalogue(str(tmp_path / "models.toml"))
 
 

@@ -111,6 +111,12 @@ def test_place_refuses(
     assert (getattr(caught.value, "retry_after_s", None) is not None) == (error is NoHealthyNode)
 
 
+def test_place_says_that_external_servers_load_nothing() -> None:
+    """Their memory is not what is missing."""
+    with pytest.raises(ModelNotFeasible, match='no node loads models; external servers: "a"'):
+        place(MODEL, [node("a", can_load=False)], needs())
+
+
 def test_unknown_model_is_answered_with_close_names() -> None:
     """A typo is told what was meant."""
     with pytest.raises(ModelNotFound, match='did you mean "org/model"'):

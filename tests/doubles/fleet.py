@@ -112,6 +112,7 @@ class Fleet:
         self.is_draining = False
         self.is_asleep = False
         self.is_due = False
+        self.num_queued = 0  # at the router
         self.has_failed = False
         self.defaults: dict[str, float] = {}
         self.lost_nodes: set[str] = set()
@@ -322,6 +323,7 @@ class Fleet:
                 leader=LEADER if state != "loading" else None,
                 progress=0.25 if state == "loading" else None,
                 is_due=self.is_due,
+                queue_depth=self.num_queued,
             )
             return ModelList(
                 [status],

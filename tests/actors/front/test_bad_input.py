@@ -149,6 +149,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "missing_required_parameter", "messages"),
     ({"messages": []}, "invalid_value", "messages"),
     ({"messages": "hi"}, "invalid_type", "messages"),
+    ({"messages": [{}] * 100_001}, "invalid_value", "messages"),
     ({"messages": ["hi"]}, "invalid_type", "messages[0]"),
     ({"messages": [{"content": "x"}]}, "missing_required_parameter", "messages[0].role"),
     ({"messages": [{"role": 1, "content": "x"}]}, "invalid_type", "messages[0].role"),

@@ -300,6 +300,23 @@ async def test_chat_generation_prompt_can_be_left_out() -> None:
 
 
 @async_test
+async def test_effort_of_reasoning_is_told_to_the_template() -> None:
+    """In the words of both of OpenAI's APIs; "none" by the names for no reasoning at all."""
+    off = {"enable_thinking": False, "thinking": False}
+    async with served_front() as front:
+        await front.chat(reasoning_effort="low")
+        await front.chat(reasoning_effort="none", chat_template_kwargs={"thinking": True})
+        body = {"model": MODEL, "input": "Hi", "reasoning": {"effort": "none", "summary": "auto"}}
+        status, _, _ = await front.post("/v1/responses", body)
+        assert status == 200
+        assert front.text_model.template_kwargs == [
+            {"reasoning_effort": "low"},
+            {"reasoning_effort": "none", "enable_thinking": False, "thinking": True},
+            {"reasoning_effort": "none", **off},
+        ]
+
+
+@async_test
 async def test_chat_client_request_id_is_echoed_only_when_harmless() -> None:
     """A well-formed x-request-id comes back; any other is replaced."""
     async with served_front() as front:

@@ -331,6 +331,33 @@ async def test_stream_of_a_node_that_its_client_leaves_is_charged_by_its_events(
         assert 100 <= charge.prompt_tokens <= 110
 
 
+@async_test
+async def test_whole_answer_of_a_node_that_its_client_leaves_is_charged_too() -> None:
+    """By the last one's speed, since its counts would have come with it; at most what was asked."""
+    is_asked = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        if b"hang" in await request.read():
+            is_asked.set()
+            await asyncio.Event().wait()
+        return web.Response(body=b'{"choices":[],"usage":{"completion_tokens":1000000000}}')
+
+    keys = [key("k")]
+    async with upstream(handler) as url, served_front(neurons=_NEURONS, keys=keys) as front:
+        front.fleet.replicas = [replica("a", url)]
+        assert (await ask(front, bearer("k"), model=REMOTE))[0] == 200
+        await front.fleet.wait_for_charge()
+        asking = asyncio.create_task(
+            ask(front, bearer("k"), content="hang", model=REMOTE, max_tokens=50)
+        )
+        await is_asked.wait()
+        asking.cancel()
+        charge = await front.fleet.wait_for_charge(2)
+        assert charge.completion_tokens == 50
+        assert charge.prompt_tokens > 0
+        assert (await front.fleet.wait_for_finished(2))[1].status == 499
+
+
 # The neuron listener
 
 

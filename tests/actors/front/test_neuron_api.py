@@ -61,6 +61,9 @@ async def test_health_has_devices_activation_and_queues() -> None:
         assert body["activation"]["state"] == "ready"
         (model,) = body["models"]
         assert (model["id"], model["in_flight"], model["queue_depth"]) == (MODEL, 2, 1)
+        front.fleet.num_queued = 7
+        _, body = await front.get("/health", neuron=True)
+        assert body["models"][0]["queue_depth"] == 8, "those at the router wait too"
         front.fleet.begin_loading()
         _, body = await front.get("/health", neuron=True)
         assert body["activation"]["state"] == "ready", (

@@ -94,6 +94,26 @@ def test_only_the_top_level_model_changes(document: dict[str, object], name: str
     assert with_model(changed, "old") == body
 
 
+@pytest.mark.parametrize(
+    ("body", "changed"),
+    [
+        (rb'{"x\"model":"a","model":"a"}', rb'{"x\"model":"a","model":"b"}'),
+        (rb'{"x":["model","\\"],"model":"a"}', rb'{"x":["model","\\"],"model":"b"}'),
+        (
+            rb'{"x":{"y":[{"model":"}"}]}, "model":"a"}',
+            rb'{"x":{"y":[{"model":"}"}]}, "model":"b"}',
+        ),
+        (rb'{"m":"model","\u006dodel" : "a"}', rb'{"m":"model","\u006dodel" : "b"}'),
+        (rb'{"model":"model","n":{"model":1}}', rb'{"model":"b","n":{"model":1}}'),
+        (rb'{"model":"a","tools":[{"model":"c"}],"model":"a"}', None),
+    ],
+)
+def test_what_looks_like_the_model_is_left_alone(body: bytes, changed: bytes | None) -> None:
+    """In strings, in other keys and further in."""
+    expected = changed or rb'{"model":"b","tools":[{"model":"c"}],"model":"b"}'
+    assert with_model(body, "b") == expected
+
+
 def test_escaped_key_and_duplicates_are_all_replaced() -> None:
     """Whichever of them a server reads, it reads the model."""
     body = b'{"mod\\u0065l":"a", "x":{"model":"a"}, "model" :\t"a\\"}"}'

@@ -115,6 +115,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (TOKENIZE, {"messages": []}, "messages", "messages is empty"),
     (TOKENIZE, chat_body("refuse"), "messages", "the chat template refused"),
     (TOKENIZE, {"prompt": "x", "add_special_tokens": 1}, "add_special_tokens", "true or false"),
+    (TOKENIZE, chat_body(stream=True), "stream", "leave it out"),
     (TOKENIZE, {"content": "x"}, "content", "send the text as prompt"),
     (TOKENIZE, {"prompt": "x", "with_pieces": True}, "with_pieces", "return_token_strs"),
     (TOKENIZE, chat_body(chat_template="{{ x }}"), "chat_template", "not supported"),

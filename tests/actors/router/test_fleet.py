@@ -19,6 +19,7 @@ from cortexd.errors import (
     Cancelled,
     CortexError,
     InsufficientMemory,
+    InvalidRequest,
     ModelLoadFailed,
     ModelLoading,
     ModelNotFound,
@@ -394,6 +395,11 @@ def test_operator_loads_and_unloads_at_the_neurons_of_a_gateway(tmp_path: Path) 
         see_all(router, a={"org/any": "loaded"}, b={"org/any": "failed"}, x={"org/any": "loaded"})
         await router.unload("org/any", force=False)
         assert world.unloads == [("a", "org/any"), ("b", "org/any")]
+        see_all(router, x={"ext/model": "loaded"})
+        with pytest.raises(InvalidRequest, match='"x", an external server'):
+            await router.unload("ext/model", force=False)
+        with pytest.raises(ModelNotFound, match="loaded: none"):
+            await router.unload("org/none", force=False)
 
     run(work)
 

@@ -35,6 +35,7 @@ from cortexd.messages import (
     HeldLease,
     HeldLeases,
     HostReport,
+    ListModels,
     LoadReport,
     RecycleModel,
     ResolveFiles,
@@ -231,7 +232,9 @@ def test_dead_front_gives_its_leases_back(tmp_path: Path) -> None:
     run(work)
 
 
-def test_structural_failure_is_told_at_once_and_not_retried(tmp_path: Path) -> None:
+def test_structural_failure_is_told_at_once_and_not_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file that cannot be loaded stays refused until somebody loads it on purpose."""
 
     async def work() -> None:
@@ -241,6 +244,9 @@ def test_structural_failure_is_told_at_once_and_not_retried(tmp_path: Path) -> N
         for request in ("r1", "r2"):
             with pytest.raises(BadModelFile, match="cut short"):
                 await routed(router, request)
+        monkeypatch.setattr("actors.router.managed_model._MAX_COOLDOWN_S", 0.0)
+        with pytest.raises(BadModelFile):
+            await routed(router, "much later")
         assert world.count(ResolveFiles) == 1
         world.resolve_error = None
         await router.load(LoadOptions(model_id=MODEL))
@@ -392,6 +398,34 @@ def test_model_that_is_unloaded_before_its_leader_was_heard_stays_unloaded(tmp_p
     run(work)
 
 
+def test_load_waits_to_hear_what_adopted_models_hold(tmp_path: Path) -> None:
+    """A restarted router does not give memory away that a busy leader has not told of yet."""
+
+    async def work() -> None:
+        world = BusyLeaders()
+        world.may_answer.set()
+        router = make_router(world, tmp_path)
+        await router.load(LoadOptions(model_id=OTHER))
+        group = router.models[OTHER].group
+        info = ActorInfo(f"{group}/0", 1, "ready", group=group, epoch=1, rank=0)
+        world.peers.apply(ActorUp(world.peers.sequence + 1, info))
+        world.may_answer.clear()
+        world.is_asked.clear()
+        world.size_bytes, world.victims = 2 * GIB, [OTHER]
+        again = make_router(world, tmp_path, engine=Engine(memory_limit_mib=4096))
+        await again.on_start()
+        await world.is_asked.wait()
+        loading = asyncio.create_task(again.load(LoadOptions(model_id=MODEL)))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        world.may_answer.set()
+        await loading
+        assert (state_of(again, OTHER), state_of(again)) == ("unloaded", "loaded")
+        await again.on_stop()
+
+    run(work)
+
+
 @pytest.mark.parametrize("is_reachable", [True, False])
 def test_router_that_dies_while_it_loads_the_first_model_forgets_no_other(
     tmp_path: Path, is_reachable: bool
@@ -447,6 +481,57 @@ def test_unload_waits_for_requests_and_refuses_when_they_do_not_end(tmp_path: Pa
         await routed(router, "r2")
         await router.unload(MODEL, force=True)
         assert state_of(router) == "unloaded"
+
+    run(work)
+
+
+def test_model_that_was_too_busy_to_be_unloaded_is_to_run_after_a_restart(tmp_path: Path) -> None:
+    """The unload was refused, so nothing has changed."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path, gateway=Gateway(drain_s=0.01))
+        await routed(router)
+        with pytest.raises(Overloaded):
+            await router.unload(MODEL, force=False)
+        again = make_router(world, tmp_path)
+        await again.on_start()
+        model = again.models[MODEL]
+        while not model.is_in("loaded"):
+            await model.wait_changed()
+        await again.on_stop()
+
+    run(work)
+
+
+def test_unload_is_done_as_soon_as_the_last_request_ends(tmp_path: Path) -> None:
+    """It does not wait for the time it would have given them."""
+
+    async def work() -> None:
+        router = make_router(World(), tmp_path, gateway=Gateway(drain_s=10 * DEADLINE_S))
+        await routed(router)
+        unloading = asyncio.create_task(router.unload(MODEL, force=False))
+        while state_of(router) != "draining":
+            await router.models[MODEL].wait_changed()
+        router.on_end_request(EndRequest("r1"), envelope())
+        await unloading
+        assert state_of(router) == "unloaded"
+
+    run(work)
+
+
+def test_end_of_an_older_group_does_not_concern_the_present_one(tmp_path: Path) -> None:
+    """It is told late, when the next epoch serves already."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await routed(router)
+        await router.unload(MODEL, force=True)
+        assert (await routed(router, "r2")).epoch == 2
+        group = router.models[MODEL].group
+        router.on_group_down(GroupDown(1, group, 1, "killed", will_restart=False, commanded=False))
+        assert state_of(router) == "loaded"
 
     run(work)
 
@@ -758,6 +843,25 @@ def test_load_waits_for_a_busy_model_to_make_room(
     run(work)
 
 
+def test_load_does_not_wait_for_a_busy_model_of_a_higher_class(tmp_path: Path) -> None:
+    """That one stays when its requests have ended."""
+
+    async def work() -> None:
+        world = World()
+        router = make_router(world, tmp_path)
+        await router.load(LoadOptions(model_id=OTHER), ModelPolicy(residency_priority=200))
+        await routed(router, "r1", OTHER)
+        world.used_bytes, world.size_bytes = 3 * GIB, 2 * GIB
+        loading = asyncio.create_task(router.load(LoadOptions(model_id=MODEL)))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert loading.done()
+        with pytest.raises(InsufficientMemory):
+            await loading
+
+    run(work)
+
+
 @pytest.mark.parametrize("is_freed", [True, False])
 def test_load_is_refused_only_after_a_look_at_what_an_unload_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_freed: bool
@@ -835,6 +939,8 @@ def test_requests_beyond_the_engines_seats_wait_in_turn(tmp_path: Path) -> None:
             for name, account in (("g3", "greedy"), ("m1", "modest"))
         }
         await asyncio.sleep(0)
+        (status, *_) = router.on_list_models(ListModels(), envelope()).models
+        assert (status.in_flight, status.queue_depth) == (2, 2)
         with pytest.raises(Overloaded, match=r"engine\.max_queue_depth"):
             await ask("m2", "modest")
         router.on_end_request(EndRequest("g1"), envelope())
