@@ -1,4 +1,4 @@
-"""The series of all metrics of `cortexd.metrics`, and their text for a scrape.
+"""The series of all metrics of `cortexd.metrics`, kept in one Prometheus registry.
 
 Owned by the metrics actor. Gauges belong to who told them and go with it.
 """
@@ -7,80 +7,69 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from actors.metric_series import Distribution, Value
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import generate_latest
+
 from cortexd.messages.metrics import Sample
 from cortexd.metrics import FAMILIES, Family
 
-_Labels = tuple[str, ...]  # label values
-_Key = tuple[str, _Labels]  # metric, label values
+# Half as many lines: each series would have another one that says when it began.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
-
-class _Metric:
-    """One family with its series."""
-
-    def __init__(self, family: Family) -> None:
-        self.family = family
-        self.series: dict[_Labels, Value | Distribution] = {}
-        self._head = f"# HELP {family.name} {family.text}\n# TYPE {family.name} {family.kind}\n"
-
-    def at(self, labels: _Labels) -> Value | Distribution:
-        """Return one series, which begins at nought."""
-        found = self.series.get(labels)
-        if found is None:
-            family = self.family
-            pairs = list(zip(family.labels, labels, strict=True))
-            if family.kind == "histogram":
-                found = Distribution(family.name, pairs, family.buckets)
-            else:
-                found = Value(family.name, pairs)
-            self.series[labels] = found
-        return found
-
-    def text(self) -> str:
-        return self._head + "".join([series.text() for series in self.series.values()])
+_Series = tuple[str, tuple[str, ...]]  # metric, label values
 
 
 class MetricRegistry:
     """Add, show, forget, render."""
 
     def __init__(self) -> None:
-        self._metrics = {family.name: _Metric(family) for family in FAMILIES}
-        self._gauges_of: dict[str, set[_Key]] = {}
+        self.registry = CollectorRegistry()
+        self._families = {family.name: self._register(family) for family in FAMILIES}
+        self._gauges_of: dict[str, set[_Series]] = {}
+        # The library's own lookup of a series takes longer than counting in it.
+        self._series: dict[_Series, Counter | Histogram] = {}
 
     def add(self, samples: Iterable[Sample]) -> None:
         """Count or observe each sample."""
         for sample in samples:
-            metric = self._metrics[sample.metric]
-            assert metric.family.kind != "gauge", f"{sample.metric} is a gauge"
-            series = metric.at(tuple(sample.labels))
-            if isinstance(series, Distribution):
+            key = (sample.metric, tuple(sample.labels))
+            series = self._series.get(key)
+            if series is None:
+                family = self._families[sample.metric]
+                assert not isinstance(family, Gauge), f"{sample.metric} is a gauge"
+                series = family.labels(*sample.labels) if sample.labels else family
+                self._series[key] = series
+            if isinstance(series, Histogram):
                 series.observe(sample.value)
             else:
                 series.inc(sample.value)
 
-    def counter(self, family: Family, **labels: str) -> Value:
+    def counter(self, family: Family, **labels: str) -> Counter:
         """Return one series of a counter, to count in it again and again."""
-        found = self._at(family, labels)
-        assert isinstance(found, Value), f"{family.name} is no counter"
-        return found
+        found = self._families[family.name]
+        assert isinstance(found, Counter), f"{family.name} is no counter"
+        return found.labels(**labels)
 
-    def histogram(self, family: Family, **labels: str) -> Distribution:
+    def histogram(self, family: Family, **labels: str) -> Histogram:
         """Return one series of a histogram, to observe in it again and again."""
-        found = self._at(family, labels)
-        assert isinstance(found, Distribution), f"{family.name} is no histogram"
-        return found
+        found = self._families[family.name]
+        assert isinstance(found, Histogram), f"{family.name} is no histogram"
+        return found.labels(**labels)
 
     def show(self, owner: str, samples: Iterable[Sample]) -> None:
         """Set an actor's or a node's gauges; those it told before and does not now disappear."""
-        shown: set[_Key] = set()
+        shown: set[_Series] = set()
         for sample in samples:
-            labels = tuple(sample.labels)
-            series = self._metrics[sample.metric].at(labels)
-            assert isinstance(series, Value), f"{sample.metric} is no gauge"
-            series.value = sample.value
-            shown.add((sample.metric, labels))
+            self._gauge(sample.metric).labels(*sample.labels).set(sample.value)
+            shown.add((sample.metric, tuple(sample.labels)))
         for name, labels in self._gauges_of.get(owner, set()) - shown:
-            self._metrics[name].series.pop(labels, None)  # two may have told the same
+            self._gauge(name).remove(*labels)
         self._gauges_of[owner] = shown
 
     def forget(self, owner: str) -> None:
@@ -90,7 +79,22 @@ class MetricRegistry:
 
     def render(self) -> bytes:
         """Return all series as Prometheus text."""
-        return "".join([metric.text() for metric in self._metrics.values()]).encode()
+        return generate_latest(self.registry)
 
-    def _at(self, family: Family, labels: dict[str, str]) -> Value | Distribution:
-        return self._metrics[family.name].at(tuple(labels[name] for name in family.labels))
+    def _gauge(self, name: str) -> Gauge:
+        gauge = self._families[name]
+        assert isinstance(gauge, Gauge), f"{name} is no gauge"
+        return gauge
+
+    def _register(self, family: Family) -> Counter | Gauge | Histogram:
+        if family.kind == "gauge":
+            return Gauge(family.name, family.text, family.labels, registry=self.registry)
+        if family.kind == "counter":
+            return Counter(family.name, family.text, family.labels, registry=self.registry)
+        return Histogram(
+            family.name,
+            family.text,
+            family.labels,
+            registry=self.registry,
+            buckets=family.buckets,
+        )

@@ -10,10 +10,10 @@ from __future__ import annotations
 import platform
 
 from aiohttp import web
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from actors.actor import AsyncActor, handles
 from actors.metric_registry import MetricRegistry
-from actors.metric_series import CONTENT_TYPE
 from actors.node_gauges import NodeGauges
 from actors.request_counts import RequestCounts
 from cortexd import metrics
@@ -82,4 +82,6 @@ class Metrics(AsyncActor):
         self._metrics.forget(down.name)
 
     async def _render(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(
+            body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )

@@ -22,7 +22,7 @@ ALLOWED_PARTS = {
 ONLY_IN = {
     "zmq": ("actors/transport/",),
     "aiohttp": ("actors/front/", "actors/metrics.py", "actors/neuron_client.py"),
-    "prometheus_client": (),
+    "prometheus_client": ("actors/metrics.py", "actors/metric_registry.py"),
     "rich": ("cli/",),
     "tomli_w": ("cli/",),
     "torch": ("engine/",),

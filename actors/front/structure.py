@@ -109,7 +109,9 @@ def _forced_names(tool_choice: object, tools: list[JsonObject] | None) -> list[s
     names = _names(tools)
     if tool_choice == "required":
         if not names:
-            raise InvalidValue("tool_choice is required, but tools is empty", param="tool_choice")
+            raise InvalidValue(
+                "tool_choice wants a tool called, but tools is empty", param="tool_choice"
+            )
         return names
     if not isinstance(tool_choice, dict) or tool_choice.get("type") != "function":
         raise UnsupportedParameter(

@@ -67,7 +67,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type is"),
     ({"tools": [{"type": "function"}]}, "tools[0].function is missing"),
     ({"tool_choice": {}}, "tool_choice.type is null; allowed: auto"),
-    ({"tool_choice": {"type": "any"}}, "tools is empty"),
+    ({"tool_choice": {"type": "any"}}, "wants a tool called, but tools is empty"),
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name is missing"),
     ({"tool_choice": {"type": "tool", "name": "a"}}, "is not among tools"),
     ({"thinking": {"type": "maybe"}}, 'thinking.type is "maybe"; allowed'),
