@@ -43,10 +43,14 @@ async def recorded(
                 "this server is shutting down; try again", retry_after_s=_DRAIN_RETRY_AFTER_S
             )
         record.principal = await authenticate(request, services.keys)
-        response = await _without_other_names(record, answer(request, record))
+        response = await answer(request, record)
         if record.status == 0:
             record.status = response.status
         return response
+    except ModelNotFound as error:
+        told = _without_other_names(record, error)
+        record.note_ending(told)
+        raise told from None
     except BaseException as error:
         record.note_ending(error)
         raise
@@ -55,19 +59,14 @@ async def recorded(
         services.leave()
 
 
-async def _without_other_names(
-    record: RequestRecord, answering: Awaitable[web.StreamResponse]
-) -> web.StreamResponse:
-    """Return the answer; a key that opens some models is not told what others are called."""
-    try:
-        return await answering
-    except ModelNotFound:
-        if record.principal.opens_all_models:
-            raise
-        raise ModelNotFound(
-            "no such model is known here; GET /v1/models lists those that this key opens",
-            param="model",
-        ) from None
+def _without_other_names(record: RequestRecord, error: ModelNotFound) -> ModelNotFound:
+    """Return the error; a key that opens some models is not told what others are called."""
+    if record.principal.opens_all_models:
+        return error
+    return ModelNotFound(
+        "no such model is known here; GET /v1/models lists those that this key opens",
+        param="model",
+    )
 
 
 class InferenceHandler:
