@@ -1,14 +1,16 @@
 """How long the event loop of a front is held up while it relays and its metrics are scraped.
 
 The front's own histogram says it (`cortexd_front_loop_lag_seconds`: a timer each 10 ms). It holds
-the front's waits for a core too, so the front has one that nothing else of this benchmark uses. How
-long it waited all the same is told beside: what else runs on the machine shows there.
+the front's waits for a core too, so the front has one that nothing else of this benchmark uses, and
+real-time priority there where that is allowed. How long it waited all the same is told beside: what
+else runs on the machine shows there.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -28,6 +30,7 @@ _INTERVAL_S: Final = 0.02
 _UNARY_INTERVAL_S: Final = 0.04
 _SCRAPE_PERIOD_S: Final = 0.1
 _NUM_STREAMS: Final = 100
+_RAMP_S: Final = 2.0  # streams begin and end over this: a burst of them is work, not a stall
 _TOLD_S: Final = 1.5  # lags are told once a second
 
 
@@ -70,12 +73,14 @@ def _give_core(front: int, others: list[int]) -> None:
                 os.sched_setaffinity(thread.id, cores[:-1])
     for thread in psutil.Process(front).threads():
         os.sched_setaffinity(thread.id, cores[-1:])
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(thread.id, os.SCHED_FIFO, os.sched_param(1))
 
 
 async def _load(gateway: targets.Gateway, seconds: int) -> int:
     """Make the load; return how often was scraped."""
     num_chunks = round(seconds / _INTERVAL_S)
-    begins_s = [_INTERVAL_S * number / _NUM_STREAMS for number in range(_NUM_STREAMS)]
+    begins_s = [_RAMP_S * number / _NUM_STREAMS for number in range(_NUM_STREAMS)]
     work = asyncio.gather(
         streams(gateway.port, _CHAT, begins_s=begins_s, num_chunks=num_chunks),
         paced(
