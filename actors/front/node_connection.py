@@ -88,15 +88,24 @@ class NodeAnswer:
         else:
             self._connection.resume()
 
-    def pass_raw(self, on_raw: Callable[[bytes], bool]) -> None:
-        """Hand over the connection's bytes unread for as long as `on_raw` takes them.
+    def lend(self, borrower: asyncio.Protocol) -> None:
+        """Let who follows get the connection's bytes unread, straight from the event loop.
 
-        To be called by who follows, for each stretch anew: it ends with the first bytes for which
-        `on_raw` returns False, which are read as ever. Those that it takes must be one whole chunk
-        of the body each. Between chunks only; anywhere else nothing happens.
+        The borrower keeps whole chunks of the body, one at a time, and gives anything else to
+        `take_back`; it hands a lost connection on to `connection_lost`. Between chunks only;
+        anywhere else nothing happens.
         """
         if self._parser.is_before_chunk and not self._is_ended:
-            self._connection.on_raw = on_raw
+            self._connection.lend(borrower)
+
+    def take_back(self, data: bytes) -> None:
+        """Read what the borrower did not keep, and all that follows."""
+        self._connection.take_back()
+        self._connection.data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Hear from the borrower that the connection is lost."""
+        self._connection.connection_lost(exc)
 
     def hold_back(self) -> None:
         """Read nothing more from the node until `go_on`."""
@@ -110,7 +119,8 @@ class NodeAnswer:
 
     def stop_following(self) -> None:
         """Hand nothing over any more; what still comes waits for `close`."""
-        self._on_data = self._on_end = self._connection.on_raw = None
+        self._on_data = self._on_end = None
+        self._connection.take_back()
         self.hold_back()
 
     def close(self) -> None:
@@ -193,7 +203,7 @@ class NodeConnection(asyncio.Protocol):
         self._is_paused = False
         self.is_lost = False
         self.idle_since = 0.0
-        self.on_raw: Callable[[bytes], bool] | None = None
+        self._is_lent = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
@@ -208,10 +218,6 @@ class NodeConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand bytes to the answer; bytes that nobody asked for end the connection."""
-        if self.on_raw is not None:
-            if self.on_raw(data):
-                return
-            self.on_raw = None
         answer = self._answer
         if answer is None:
             self.abort()
@@ -230,6 +236,7 @@ class NodeConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End what still runs on the connection."""
         self.is_lost = True
+        self._is_lent = False
         answer, self._answer = self._answer, None
         if answer is None:
             return
@@ -242,6 +249,17 @@ class NodeConnection(asyncio.Protocol):
             answer.finish(AnswerBroken(str(error)))
         else:
             answer.finish(None)
+
+    def lend(self, borrower: asyncio.Protocol) -> None:
+        """Let another protocol get the bytes."""
+        self._is_lent = True
+        self._transport.set_protocol(borrower)
+
+    def take_back(self) -> None:
+        """Get the bytes again, if they were lent."""
+        if self._is_lent:
+            self._is_lent = False
+            self._transport.set_protocol(self)
 
     def pause(self) -> None:
         """Read nothing for now."""
@@ -257,7 +275,7 @@ class NodeConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once; what is under way is lost."""
-        self._answer = self.on_raw = None
+        self._answer = None
         self.is_lost = True
         self._transport.abort()
 

@@ -18,8 +18,11 @@ from actors.front.relayed import Relay
 from actors.front.stream import EventWriter
 
 
-class Splice:
-    """One stream between its node and its client; `run` is called once."""
+class Splice(asyncio.Protocol):
+    """One stream between its node and its client; `run` is called once.
+
+    A protocol, since it borrows the node's connection while whole events pass in whole chunks.
+    """
 
     def __init__(
         self,
@@ -104,30 +107,34 @@ class Splice:
         if record.first_token is not None and not is_last and relay.takes_chunks:
             self._sink = writer.chunk_sink
             if self._sink is not None:
-                self._upstream.pass_raw(self._on_chunk)
+                self._upstream.lend(self)
 
-    def _on_chunk(self, framed: bytes) -> bool:
-        """Pass on one HTTP chunk of whole events; return False for anything else.
+    def data_received(self, data: bytes) -> None:
+        """Pass on one HTTP chunk of whole events; give back anything else.
 
         Nearly all of a stream comes so. To unpack and pack it again costs more than the rest of its
         way through here.
         """
-        line = chunk_line(len(framed))
-        if not (framed.startswith(line) and framed.endswith(b"\n\n\r\n")):
-            return False
+        line = chunk_line(len(data))
+        if not (data.startswith(line) and data.endswith(b"\n\n\r\n")):
+            self._upstream.take_back(data)
+            return
         now = time.monotonic()
         try:
-            framed = self._relay.push_chunk(framed, len(line))
+            framed = self._relay.push_chunk(data, len(line))
         except Exception as error:
             self._fail(error)
-            return True
+            return
         assert self._sink is not None, "chunks are asked for when there is one"
         if not framed:
             self._heard_at = now
         elif not self._sink.is_closing():  # else the request's task is cancelled already
             self._sent_at = now
             self._sink.write(framed)
-        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Hand it on."""
+        self._upstream.connection_lost(exc)
 
     @property
     def _last_heard(self) -> float:

@@ -192,7 +192,10 @@ async def test_node_behind_tls_is_checked_and_answers(
             return web.json_response({"peer": list(peer)})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        await response.write(b'data: {"n": 1}\n\n' + b'data: {"n": 2}\n\n' + b"data: [DONE]\n\n")
+        for number in range(5):
+            await response.write(b'data: {"n": %d}\n\n' % number)
+            await asyncio.sleep(0.002)
+        await response.write(b"data: [DONE]\n\n")
         return response
 
     tls = serving_context(tmp_path)
@@ -210,7 +213,7 @@ async def test_node_behind_tls_is_checked_and_answers(
         assert [status for status, _, _ in answers] == [200, 200]
         assert answers[0][1] == answers[1][1], "the connection is kept"
         events = await front.stream(CHAT, chat_body(model=MODEL, stream=True))
-        assert events == [{"n": 1}, {"n": 2}, "[DONE]"]
+        assert events == [*({"n": number} for number in range(5)), "[DONE]"]
 
 
 @async_test
