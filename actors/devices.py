@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import Any, Final
 
 import psutil
 
 from cortexd.messages.fleet import DeviceReport
+
+# Of NVML: the driver that runs is another one than its library is for.
+_VERSION_MISMATCH: Final = 18
 
 
 class DeviceProbe:
@@ -16,15 +19,24 @@ class DeviceProbe:
     def __init__(self) -> None:
         self._nvml: Any = None
         self.driver_version: str | None = None
+        self.cuda_version: str | None = None  # the newest that the driver runs
         self.unavailable_reason: str | None = None
+        self.gpu_fault: str | None = None  # there are GPUs, and they cannot be used
         try:
             import pynvml
 
             pynvml.nvmlInit()
             self._nvml = pynvml
             self.driver_version = str(pynvml.nvmlSystemGetDriverVersion())
+            version = pynvml.nvmlSystemGetCudaDriverVersion()
+            self.cuda_version = f"{version // 1000}.{version % 1000 // 10}"
         except Exception as error:  # NVMLError classes are made at run time; any means "no NVML"
             self.unavailable_reason = str(error)
+            if getattr(error, "value", None) == _VERSION_MISMATCH:
+                self.gpu_fault = (
+                    f"{error}: the NVIDIA driver was updated since this host started; reboot it, "
+                    'or set engine.device = "cpu"'
+                )
 
     def read(self) -> list[DeviceReport]:
         """Return all GPUs, or the CPU as device 0 when there is none."""

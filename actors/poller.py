@@ -56,6 +56,8 @@ class Poller(AsyncActor):
             os=platform.system(),
             kernel=platform.release(),
             driver_version=self._probe.driver_version,
+            cuda_version=self._probe.cuda_version,
+            gpu_fault=self._probe.gpu_fault,
             devices=await asyncio.to_thread(self._probe.read),
             loads=[],
             host_free_bytes=self._probe.host_free_bytes(),

@@ -280,6 +280,14 @@ class ServiceUnavailable(CortexError):
     retriable = True
 
 
+class CudaUnavailable(CortexError):
+    """This host has GPUs that cannot be used; on its CPU models would be far too slow."""
+
+    code = "cuda_unavailable"
+    http_status = 503
+    retriable = True
+
+
 class ModelAlreadyLoaded(CortexError):
     """A load was asked for a model that is loaded or loading with other options."""
 

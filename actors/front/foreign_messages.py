@@ -47,12 +47,13 @@ def whole_message(body: bytes, *, message_id: str, model: str, node: str) -> byt
         blocks = _blocks_of(choice)
     except (msgspec.DecodeError, UnicodeDecodeError, IndexError, RecursionError) as error:
         raise UpstreamError(f'node "{node}" answered with no chat completion: {error}') from None
+    stop = _stop(choice, is_calling=isinstance(blocks[-1] if blocks else None, ToolUseBlock))
     message = Message(
         id=message_id,
         model=model,
         content=blocks,
-        stop_reason=_stop(choice).stop_reason,
-        stop_sequence=_stop(choice).stop_sequence,
+        stop_reason=stop.stop_reason,
+        stop_sequence=stop.stop_sequence,
         usage=usage_of(usage_from(document.usage)),
     )
     return msgspec.json.encode(message)
@@ -77,9 +78,13 @@ def _identity(call: CallPart, position: int) -> tuple[str, str]:
     return call.id or tool_id(position), call.function.name or ""
 
 
-def _stop(choice: Choice) -> Stop:
+def _stop(choice: Choice, *, is_calling: bool) -> Stop:
+    """Return why it ended: in that dialect a call forced by name ends with "stop"."""
     found = choice.stop_reason if choice.finish_reason == "stop" else None
-    return stop_of(choice.finish_reason or "stop", found if isinstance(found, str) else None)
+    reason = choice.finish_reason or "stop"
+    if is_calling and reason == "stop":
+        return stop_of("tool_calls", None)
+    return stop_of(reason, found if isinstance(found, str) else None)
 
 
 class ForeignStream:
@@ -236,7 +241,7 @@ class ForeignStream:
             for call in calls or ():
                 events += self._call(call)
         if choice.finish_reason is not None:
-            self._stop = _stop(choice)
+            self._stop = _stop(choice, is_calling=self._call_index is not None)
         return events
 
     def _call(self, call: CallPart) -> bytes:

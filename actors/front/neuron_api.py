@@ -69,7 +69,8 @@ async def discovery(request: web.Request) -> web.Response:
             "hostname": host.hostname,
             "os": host.os,
             "kernel": host.kernel,
-            "cuda_version": None,
+            "cuda_version": host.cuda_version,
+            "cuda_unavailable_reason": host.gpu_fault,
             "driver_version": host.driver_version,
             "devices": [
                 {

@@ -19,6 +19,7 @@ _MAX_HELD_BYTES: Final = 256 * 1024
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{)')
 _REASONS: Final = (b'"finish_reason"', b'"stop_reason"')
 _REASON: Final = re.compile(rb'"(?:finish_reason|stop_reason)"\s*:\s*"(\w+)"')
+_MESSAGE_START: Final = b"event: message_start\n"
 _BRACE: Final = re.compile(rb"[{}]")
 _ERROR_LINE: Final = re.compile(
     rb'^data:\s*\{"(?:error"|type":\s*"(?:error|response\.failed)")', re.MULTILINE
@@ -50,6 +51,7 @@ class _Usage(msgspec.Struct):
     output_tokens: int | None = None
     input_tokens_details: _PromptDetails | None = None
     cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
 
 
 class _End(msgspec.Struct):
@@ -232,10 +234,13 @@ class RelayedStream:
             head = read_counts(self._head or data, is_first=True)
         if tail is None or head is None:
             return Counts(completion_tokens=self.num_tokens, is_estimated=True)
+        # A message that was cut off has told no more than what its first event counts.
+        is_cut = _MESSAGE_START in (self._head or data) and self.finish_reason is None
         return Counts(
             tail.prompt_tokens or head.prompt_tokens,
-            tail.completion_tokens,
+            max(tail.completion_tokens, self.num_tokens if is_cut else 0),
             tail.cached_tokens or head.cached_tokens,
+            is_estimated=is_cut,
         )
 
 
@@ -275,8 +280,11 @@ def _places(data: bytes, field: bytes, *, is_first: bool = False) -> Iterator[in
 def _counts_of(usage: _Usage) -> Counts:
     details = usage.prompt_tokens_details or usage.input_tokens_details
     cached = details.cached_tokens if details is not None else usage.cache_read_input_tokens
+    # Of these three, the messages dialect counts each token of the prompt in one.
+    asked = (usage.input_tokens or 0) + (usage.cache_read_input_tokens or 0)
+    asked += usage.cache_creation_input_tokens or 0
     return Counts(
-        max(usage.prompt_tokens or 0, usage.input_tokens or 0),
+        max(usage.prompt_tokens or 0, asked),
         max(usage.completion_tokens or 0, usage.output_tokens or 0),
         max(cached or 0, 0),
     )

@@ -22,6 +22,7 @@ from actors.router.text_notice import tell_fronts
 from cortexd.errors import (
     ActorDown,
     CortexError,
+    CudaUnavailable,
     DeadlineExceeded,
     Internal,
     InvalidValue,
@@ -86,6 +87,7 @@ class ModelLoader:
             with self.metrics.stage(model, "resolve"):
                 resolved = await self._resolve(model)
                 await self._check_split(model.options, resolved)
+            await self._check_gpus(model.options)
             with self.metrics.stage(model, "room"):
                 await self.rooms.make_room(model, resolved)
             await self._start_group(model, resolved)
@@ -145,6 +147,13 @@ class ModelLoader:
             check_tensor_parallel, resolved.files, resolved.spec, options.tensor_parallel
         )
         await self._check_devices(options)
+
+    async def _check_gpus(self, options: LoadOptions) -> None:
+        """Check that what was meant for a GPU does not come to the CPU. Raises: CudaUnavailable."""
+        report = await self.rooms.host_report()
+        is_for_cpu = self._router.context.settings.engine.device == "cpu"
+        if report is not None and report.gpu_fault is not None and not is_for_cpu:
+            raise CudaUnavailable(f'model "{options.model_id}": {report.gpu_fault}')
 
     async def _check_devices(self, options: LoadOptions) -> None:
         """Check that there is a device for each rank; on a CPU all ranks share it."""

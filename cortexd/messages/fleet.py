@@ -250,6 +250,8 @@ class HostReport(Message, frozen=True, tag="HostReport"):
     loads: list[LoadReport]
     age_s: float = 0.0
     host_free_bytes: int | None = None  # of memory that processes may still take
+    cuda_version: str | None = None
+    gpu_fault: str | None = None  # why GPUs that are here cannot be used
 
 
 class ProposeEviction(Message, frozen=True, tag="ProposeEviction"):

@@ -90,6 +90,7 @@ class World:
         self.weights: WeightBytes | None = None  # None: as large as the files
         self.victims: list[str] = []
         self.used_bytes = 0
+        self.gpu_fault: str | None = None
         self.epoch = 0
         self.orders: dict[str, StartGroup] = {}
         self.loads_by_itself = True
@@ -194,7 +195,7 @@ class World:
 
     async def _host(self, message: QueryHost) -> Message:
         device = DeviceReport(0, "cpu", "cpu", 4 * GIB, self.used_bytes)
-        return HostReport("host", "Linux", "6", None, [device], [])
+        return HostReport("host", "Linux", "6", None, [device], [], gpu_fault=self.gpu_fault)
 
     async def _propose(self, message: ProposeEviction) -> Message:
         return EvictionProposal(self.victims, "lru")

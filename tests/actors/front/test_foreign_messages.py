@@ -200,6 +200,18 @@ def test_unary_blocks_equal_the_stream() -> None:
     assert message["content"][0]["signature"] == signature
 
 
+def test_call_that_was_forced_by_name_is_a_use_of_a_tool() -> None:
+    """OpenAI ends it with "stop"; an agent of this dialect would take that for the last word."""
+    calls = [{"index": 0, "id": "t", "function": {"name": "f", "arguments": "{}"}}]
+    whole = {"choices": [{"message": {"tool_calls": calls}, "finish_reason": "stop"}]}
+    body = whole_message(json.dumps(whole).encode(), message_id="m", model="m", node="x")
+    assert json.loads(body)["stop_reason"] == "tool_use"
+    stream = foreign_stream()
+    stream.push(chunk(choices=[{"delta": {"tool_calls": calls}}]))
+    stream.push(chunk(choices=[{"delta": {}, "finish_reason": "stop"}]))
+    assert stream.finish_reason == "tool_use"
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

@@ -100,11 +100,12 @@ def live_front() -> Iterator[LiveFront]:
 def check(status: int, body: Any) -> None:
     """An answer, or an error of the client's with its envelope."""
     if status == 200:
-        assert body.keys() & {"choices", "content", "input_tokens", "output"}
+        answers = {"choices", "content", "input_tokens", "output", "tokens", "prompt"}
+        assert body.keys() & answers
         return
     assert 400 <= status < 500, body
     if body.get("type") == "error":
-        assert set(body["error"]) == {"type", "message"}
+        assert {"type", "message"} <= set(body["error"]) <= {"type", "message", "details"}
     else:
         assert set(body["error"]) >= {"message", "type", "code", "param"}
 

@@ -28,6 +28,7 @@ async def test_discovery_describes_the_host() -> None:
             "os": "Linux",
             "kernel": "6.1",
             "cuda_version": None,
+            "cuda_unavailable_reason": None,
             "driver_version": None,
             "devices": [
                 {

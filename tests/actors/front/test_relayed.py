@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.front.model_value import with_model
-from actors.front.relayed import Counts, RelayedStream, read_counts
+from actors.front.relayed import Counts, RelayedStream, read_counts, read_whole
 
 OPENAI = (
     b'data: {"choices":[{"delta":{"content":"caf\xc3\xa9 \\"usage\\": {}"}}]}\n\n'
@@ -19,7 +19,7 @@ OPENAI = (
 )
 ANTHROPIC = (
     b'event: message_start\ndata: {"type":"message_start","message":{"usage":'
-    b'{"input_tokens":9,"output_tokens":0,"cache_read_input_tokens":2}}}\n\n'
+    b'{"input_tokens":7,"output_tokens":0,"cache_read_input_tokens":2}}}\n\n'
     b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
     b'"usage":{"output_tokens":4}}\n\n'
 )
@@ -118,3 +118,30 @@ def test_escaped_key_and_duplicates_are_all_replaced() -> None:
     """Whichever of them a server reads, it reads the model."""
     body = b'{"mod\\u0065l":"a", "x":{"model":"a"}, "model" :\t"a\\"}"}'
     assert with_model(body, "b") == b'{"mod\\u0065l":"b", "x":{"model":"a"}, "model" :\t"b"}'
+
+
+def test_prompt_of_a_message_counts_what_a_cache_held_too() -> None:
+    """That dialect tells cached tokens beside the others, OpenAI's among them."""
+    usage = b'"usage":{"input_tokens":22,"cache_creation_input_tokens":3,'
+    usage += b'"cache_read_input_tokens":192,"output_tokens":5}'
+    counts, _ = read_whole(b'{"type":"message","stop_reason":"end_turn",' + usage + b"}")
+    assert counts == Counts(217, 5, 192)
+    stream = RelayedStream()
+    stream.push(b'event: message_start\ndata: {"message":{' + usage + b"}}\n\n")
+    stream.push(
+        b'event: message_delta\ndata: {"delta":{"stop_reason":"end_turn"},' + usage + b"}\n\n"
+    )
+    assert stream.counts() == Counts(217, 5, 192)
+
+
+def test_message_that_is_cut_off_is_counted_by_its_events() -> None:
+    """Its first event has told the prompt, and next to nothing of the answer."""
+    stream = RelayedStream()
+    stream.push(
+        b'event: message_start\ndata: {"type":"message_start","message":{"stop_reason":null,'
+        b'"usage":{"input_tokens":7,"cache_read_input_tokens":2,"output_tokens":1}}}\n\n'
+    )
+    stream.push(b'event: content_block_start\ndata: {"type":"content_block_start"}\n\n')
+    for _ in range(50):
+        stream.push(b'event: content_block_delta\ndata: {"delta":{"text":"x"}}\n\n')
+    assert stream.counts() == Counts(9, 50, 2, is_estimated=True)

@@ -13,6 +13,7 @@ from cortexd.catalogue import Catalogue, CatalogueModel
 from cortexd.errors import (
     BadModelFile,
     Cancelled,
+    CudaUnavailable,
     DeadlineExceeded,
     InsufficientMemory,
     ModelAlreadyLoaded,
@@ -606,6 +607,22 @@ def test_load_by_name_alone_is_as_the_catalogue_says(tmp_path: Path) -> None:
         await router.load(LoadOptions(model_id="org/by-hand"))
         assert router.models["org/by-hand"].status().quant == "Q4_0"
         await router.on_stop()
+
+    run(work)
+
+
+def test_model_for_gpus_that_cannot_be_used_is_not_loaded_on_the_cpu(tmp_path: Path) -> None:
+    """It is refused with what is to be done, unless the host is configured for its CPU."""
+
+    async def work() -> None:
+        world = World()
+        world.gpu_fault = "version mismatch: reboot it"
+        router = make_router(world, tmp_path)
+        with pytest.raises(CudaUnavailable, match="reboot"):
+            await router.load(LoadOptions(model_id=MODEL))
+        assert world.count(StartGroup) == 0
+        router = make_router(world, tmp_path, engine=Engine(device="cpu"))
+        await router.load(LoadOptions(model_id=MODEL))
 
     run(work)
 
