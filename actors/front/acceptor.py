@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from actors.front.connection_share import ConnectionShare
+from actors.connection_share import ConnectionShare
 
 # Long enough for an idle front to wake, and so short that nobody notices: a front that seems to be
 # ahead of others that are gone still takes a thousand a second.

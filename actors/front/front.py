@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from actors.actor import ActorContext, AsyncActor, handles
-from actors.front.connection_share import ConnectionShare
+from actors.connection_share import ConnectionShare
 from actors.front.sequences import SequenceTable
 from actors.front.server import Server
 from actors.front.services import Services

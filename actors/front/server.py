@@ -12,10 +12,10 @@ from functools import partial
 
 from aiohttp import web
 
+from actors.connection_share import ConnectionShare
 from actors.front.acceptor import Acceptor
 from actors.front.app import Listener
 from actors.front.connection import Connection
-from actors.front.connection_share import ConnectionShare
 from actors.front.services import Services
 
 _KEEPALIVE_S = 75.0

@@ -6,8 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from actors import open_requests
-from actors.front import connection_share
+from actors import connection_share, open_requests
 from cortexd.errors import AlreadyRunning
 from cortexd.paths import prepare_private_dir
 

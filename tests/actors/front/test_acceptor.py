@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from actors.connection_share import ConnectionShare
 from actors.front.acceptor import Acceptor
-from actors.front.connection_share import ConnectionShare
 from tests.waiting import DEADLINE_S
 
 
