@@ -7,33 +7,23 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from actors.front.body import aside, read_body
-from actors.front.health import json_response
-from actors.front.inference import recorded
+from actors.front.body import aside
 from actors.front.messages import MessagesDialect, parse_messages
 from actors.front.preparation import tokenise
-from actors.front.proxy import forward
 from actors.front.record import RequestRecord
-from actors.front.services import FORWARDS, SERVICES
+from actors.front.services import Services
 from actors.front.text_lookup import text_model_of
+from actors.front.text_only import answer_text_only
 from cortexd.anthropic import CountTokensRequest, TokensCounted
-
-_MIB = 2**20
 
 
 async def count_tokens(request: web.Request) -> web.StreamResponse:
     """Answer how many tokens the prompt has. Raises: what a message with it would."""
-    return await recorded(request, request.path, _answer)
+    return await answer_text_only(request, MessagesDialect(), _count)
 
 
-async def _answer(request: web.Request, record: RequestRecord) -> web.StreamResponse:
-    services = request[SERVICES]
-    body = await read_body(request, services.settings.gateway.max_body_mib * _MIB)
-    if request[FORWARDS]:
-        forwarded = await forward(request, record, MessagesDialect(), body)
-        if forwarded is not None:
-            return forwarded
+async def _count(services: Services, record: RequestRecord, body: bytes) -> TokensCounted:
     wanted = await aside(body, lambda body: parse_messages(body, CountTokensRequest))
     text_model, _ = await text_model_of(services, record, wanted.model)
     prompts = await tokenise(wanted, text_model)
-    return json_response(TokensCounted(sum(len(ids) for ids, _ in prompts)))
+    return TokensCounted(sum(len(ids) for ids, _ in prompts))

@@ -7,28 +7,23 @@ conversation becomes the very prompt that a chat with these fields would have.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Final
 
-import msgspec
 from aiohttp import web
 
-from actors.front.body import aside, read_body
+from actors.front.body import aside
 from actors.front.chat import ChatDialect
 from actors.front.decode import decode_body
-from actors.front.health import json_response
-from actors.front.inference import recorded
 from actors.front.preparation import tokenise
-from actors.front.proxy import forward
 from actors.front.record import RequestRecord
 from actors.front.request import InferenceRequest
-from actors.front.services import FORWARDS, SERVICES, Services
+from actors.front.services import Services
 from actors.front.text_lookup import text_model_of
+from actors.front.text_only import answer_text_only
 from actors.front.validate import check_chat
 from cortexd.errors import InvalidValue, MissingParameter, UnsupportedParameter
 from cortexd.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 
-_MIB = 2**20
 _INSTEAD: Final = {
     "content": "send the text as prompt, and the model's name as model",
     "add_special": "send add_special_tokens",
@@ -36,30 +31,15 @@ _INSTEAD: Final = {
     "parse_special": "leave it out; control tokens in the text are read as such",
 }
 
-_Answering = Callable[[Services, RequestRecord, bytes], Awaitable[msgspec.Struct]]
-
 
 async def tokenize(request: web.Request) -> web.StreamResponse:
     """Answer the tokens of a text or of a conversation."""
-    return await _answer(request, _tokenize)
+    return await answer_text_only(request, ChatDialect(), _tokenize)
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:
     """Answer the text of tokens, control tokens spelled out."""
-    return await _answer(request, _detokenize)
-
-
-async def _answer(request: web.Request, answering: _Answering) -> web.StreamResponse:
-    async def answer(request: web.Request, record: RequestRecord) -> web.StreamResponse:
-        services = request[SERVICES]
-        body = await read_body(request, services.settings.gateway.max_body_mib * _MIB)
-        if request[FORWARDS]:
-            forwarded = await forward(request, record, ChatDialect(), body)
-            if forwarded is not None:
-                return forwarded
-        return json_response(await answering(services, record, body))
-
-    return await recorded(request, request.path, answer)
+    return await answer_text_only(request, ChatDialect(), _detokenize)
 
 
 async def _tokenize(services: Services, record: RequestRecord, body: bytes) -> TokenizeAnswer:
