@@ -15,7 +15,7 @@ from actors.front.decode import decode_body
 from actors.front.entitlement import hold
 from actors.front.model_value import with_model
 from actors.front.node_connection import NodeAnswer
-from actors.front.node_watch import await_head, check_serving, check_tokenises
+from actors.front.node_watch import TOKENISES, await_head, check_serving, check_tokenises
 from actors.front.record import RequestRecord
 from actors.front.routing import place
 from actors.front.services import REQUEST_ID, SERVICES
@@ -210,7 +210,9 @@ class Dispatch:
                 f'node "{routed.node}" refuses this gateway\'s key (HTTP {self._upstream.status}); '
                 "its operator can mend key_file in [[neurons]]"
             )
-        await check_tokenises(self._upstream, routed, self._request.path)
+        path = self._request.path
+        if self.kind == "openai" and path in TOKENISES:
+            await check_tokenises(self._upstream, routed, path)
         return self._upstream
 
     async def _await_head(self, upstream: NodeAnswer, routed: RoutedRemote) -> None:

@@ -31,7 +31,7 @@ _NOT_SERVING: Final = frozenset({404, 503, 529})
 _NO_SUCH_PATH: Final = frozenset({404, 405, 501})
 # The field by which vLLM's answer is known: llama-server has the same paths with other fields, and
 # answers a text that it does not see with an empty list.
-_TOKENISES: Final = {"/tokenize": "count", "/detokenize": "prompt"}
+TOKENISES: Final = {"/tokenize": "count", "/detokenize": "prompt"}
 _LEAVING_CODES: Final = frozenset({"node_draining", "server_shutting_down"})
 
 _Result = TypeVar("_Result")
@@ -117,10 +117,8 @@ async def check_serving(upstream: NodeAnswer, routed: RoutedRemote) -> None:
 async def check_tokenises(upstream: NodeAnswer, routed: RoutedRemote, path: str) -> None:
     """Raise when an external server has no /tokenize or /detokenize, or one of its own kind.
 
-    Raises: InvalidRequest. Else, and for other paths, the body can still be read.
+    `path` is one of `TOKENISES`. Raises: InvalidRequest. Else the body can still be read.
     """
-    if routed.kind != "openai" or path not in _TOKENISES:
-        return
     try:
         document = msgspec.json.decode(await upstream.read(), type=dict[str, object])
     except AnswerBroken:
@@ -128,9 +126,9 @@ async def check_tokenises(upstream: NodeAnswer, routed: RoutedRemote, path: str)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         document = {}
     is_known = upstream.status not in _NO_SUCH_PATH
-    if is_known and (upstream.status != 200 or _TOKENISES[path] in document):
+    if is_known and (upstream.status != 200 or TOKENISES[path] in document):
         return
-    told = f"HTTP {upstream.status}" + (f' without "{_TOKENISES[path]}"' if is_known else "")
+    told = f"HTTP {upstream.status}" + (f' without "{TOKENISES[path]}"' if is_known else "")
     raise InvalidRequest(
         f'model "{routed.model_id}" runs on "{routed.node}", an external server that has no {path} '
         f"as vLLM has it (it answered {told}); ask another node, or use its own API",
